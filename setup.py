@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package definition of verl-gradalign (tool settings live in pyproject.toml)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The v1 trainer registry, the sampler key and the plugin entry points first appear together in 0.9.1.
+VERL = "verl>=0.9.1,<0.10"
+# Parts of verl 0.9.1 that its v1 trainer imports but its base distribution does not ask for.
+VERL_V1_TRAINER = ["TransferQueue>=0.1.10,<0.2", "pyzmq", "msgspec", "cachetools", "fastapi", "uvicorn"]
+
+setup(
+    name="verl-gradalign",
+    version="0.1.0",
+    description="Train LLMs with verl on the problems whose policy gradient points along a trusted one.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    # configs/ stays at the top of the checkout, where verl users look for it, and is installed as a subpackage.
+    packages=[*find_packages(include=["verl_gradalign", "verl_gradalign.*"]), "verl_gradalign.configs"],
+    package_dir={"verl_gradalign.configs": "configs"},
+    package_data={"verl_gradalign.configs": ["**/*.yaml"]},
+    install_requires=[VERL, *VERL_V1_TRAINER, "wrapt>=1.16", "pyarrow>=19", "rich>=13"],
+    extras_require={
+        # 2.13.0 is the version every number of the CPU tiers was measured with.
+        "cpu": ["torch==2.13.0"],
+        "gpu": ["verl[vllm,fsdp]>=0.9.1,<0.10"],
+        "test": ["pytest>=8", "hypothesis>=6", "psutil", "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.3"],
+    },
+    entry_points={"verl.plugins": ["gradalign = verl_gradalign.plugin"]},
+)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched, repeatable sampling from a transformers model, with the log-probability of every sampled token.
+
+Each sequence draws from a generator of its own, so what is sampled depends on its prompt, its seed and the weights,
+and not on the sequences that happen to share its batch.
+
+    generator = SequenceGenerator(model, tokenizer)
+    completions = generator.generate([prompt_ids], SamplingParams(max_tokens=64, temperature=0.7), seeds=[0])
+
+Shape legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample, in the words of vLLM's sampling parameters.
+
+    Raises:
+        ValueError: a value outside its range, named with the remedy.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 or 0: all tokens."""
+    n: int = 1
+    """Completions per prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the string itself is part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the tokenizer's end-of-sequence token."""
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= -1, "-1 (all) or more"),
+            ("n", self.n >= 1, "at least 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"sampling parameter {name}={getattr(self, name)} must be {rule}")
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, Any], default_max_tokens: int) -> SamplingParams:
+        """Read verl's sampling-parameter dictionary. Unknown keys raise ValueError: dropping one changes the policy."""
+        known = dict(request)
+        max_tokens = known.pop("max_tokens", known.pop("max_new_tokens", None))
+        stop = known.pop("stop", None) or ()
+        known["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        known["stop_token_ids"] = tuple(known.pop("stop_token_ids", None) or ())
+        known["logprobs"] = bool(known.pop("logprobs", True))
+        unknown = set(known) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(
+                f"sampling parameters {sorted(unknown)} are not supported by the hf rollout; "
+                f"it knows {sorted(cls.__dataclass_fields__)}"
+            )
+        return cls(max_tokens=max_tokens or default_max_tokens, **known)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled sequence, its end-of-sequence token included."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    """log pi(token) under the distribution it was drawn from (after temperature, top_k and top_p)."""
+    stop_reason: str
+    """"stop" or "length"."""
+
+
+@dataclass
+class _SeededChoice(LogitsProcessor):
+    """Chooses the next token of every sequence with that sequence's own generator, and notes its log-probability.
+
+    It runs last and leaves a single finite logit, so transformers' greedy decoding takes the token chosen here.
+    argmax(log p - log e), with e exponential, is an exact draw from p (the Gumbel-max trick).
+    """
+
+    generators: list[torch.Generator] | None
+    log_probs: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        log_p_BV = torch.log_softmax(scores.float(), dim=-1)
+        keys_BV = log_p_BV
+        if self.generators is not None:
+            noise_BV = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
+            keys_BV = log_p_BV - noise_BV.log()
+        choice_B = keys_BV.argmax(dim=-1, keepdim=True)
+        self.log_probs.append(log_p_BV.gather(1, choice_B).squeeze(1))
+        return torch.full_like(scores, float("-inf")).scatter(1, choice_B, 0.0)
+
+
+class SequenceGenerator:
+    """Samples completions for batches of token-id prompts."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Return `params.n` completions for each prompt, prompt-major.
+
+        Shapes: `seeds` has one seed per completion, in the order of the result.
+        Raises: ValueError if the number of seeds is not len(prompts) * n.
+        """
+        if len(seeds) != len(prompts) * params.n:
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x n={params.n}: give one per completion")
+        rows = [list(prompt) for prompt in prompts for _ in range(params.n)]
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        choice = _SeededChoice(_generators(seeds) if params.temperature > 0 else None)
+        end_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.tokenizer.eos_token_id})
+        config = GenerationConfig(
+            max_new_tokens=params.max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(end_ids) or None,
+            pad_token_id=pad,
+        )
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([*_warpers(params), choice]),
+            stopping_criteria=self._stopping(params),
+        )
+        log_probs = torch.stack(choice.log_probs, dim=1).tolist()
+        return [
+            self._cut(tokens, row_log_probs, end_ids, params)
+            for tokens, row_log_probs in zip(output[:, width:].tolist(), log_probs, strict=True)
+        ]
+
+    def _stopping(self, params: SamplingParams) -> StoppingCriteriaList:
+        criteria = [StopStringCriteria(self.tokenizer, list(params.stop))] if params.stop else []
+        return StoppingCriteriaList(criteria)
+
+    def _cut(self, tokens: list[int], log_probs: list[float], end_ids: set[int], params: SamplingParams) -> Completion:
+        """Drop what transformers appended to a finished row while the rest of its batch went on."""
+        for i, token in enumerate(tokens):
+            text = self.tokenizer.decode(tokens[: i + 1]) if params.stop else ""
+            if token in end_ids or any(text.endswith(stop) for stop in params.stop):
+                return Completion(tokens[: i + 1], log_probs[: i + 1], "stop")
+        return Completion(tokens, log_probs[: len(tokens)], "length")
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+    """Return transformers' own processors for `params`, in vLLM's order: penalty, temperature, top_k, top_p."""
+    warpers: list[LogitsProcessor] = []
+    if params.repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    return warpers

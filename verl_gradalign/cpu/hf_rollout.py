@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `hf` rollout: transformers' generate behind verl's rollout-replica interface, for machines without a GPU.
+
+One named Ray actor per replica holds a copy of the policy, batches the requests that arrive together and receives
+weight pushes from the training workers. It does not shard a model and has no paged cache: it is for small models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Generator
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+
+from verl_gradalign.cpu.generate import Completion, SamplingParams, SequenceGenerator
+
+# How long the server waits for more requests before it starts a batch. Requests of one step arrive within a few
+# milliseconds of each other; a batch takes tens of milliseconds at least.
+BATCH_WINDOW_S = 0.02
+
+
+def server_name(replica_rank: int, suffix: str = "") -> str:
+    """Return the Ray actor name of a replica's server."""
+    return f"hf_server_{replica_rank}{suffix}"
+
+
+class HFServer:
+    """Generates for one replica. An async Ray actor: requests queue up while a batch is computed in a thread."""
+
+    def __init__(
+        self, model_path: str, dtype: str, seed: tuple[int, int], response_length: int, max_num_seqs: int
+    ) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).eval()
+        self._generator = SequenceGenerator(model, tokenizer)
+        self._seed = seed
+        self._response_length = response_length
+        self._max_num_seqs = max_num_seqs
+        self._weights_version = 0
+        self._times_asked: Counter[tuple[int, ...]] = Counter()
+        self._waiting: list[tuple[list[int], SamplingParams, asyncio.Future[Completion]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def ready(self) -> bool:
+        """Return True once the model is loaded."""
+        return True
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        image_data: Any = None,
+        video_data: Any = None,
+        **_: Any,
+    ) -> TokenOutput:
+        """Return one completion.
+
+        Raises: ValueError for images or videos, n above 1 (verl asks once per response) and unknown parameters.
+        """
+        if image_data or video_data:
+            raise ValueError("the hf rollout takes text only; use rollout.name=vllm for images and videos")
+        params = SamplingParams.from_request(sampling_params, self._response_length)
+        if params.n != 1:
+            raise ValueError(f"n={params.n}: a rollout server answers one completion per request; ask n times")
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append((list(prompt_ids), params, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        completion = await future
+        return TokenOutput(
+            token_ids=completion.token_ids,
+            log_probs=completion.log_probs if params.logprobs else None,
+            stop_reason="completed",
+            extra_fields={"global_steps": self._weights_version},
+        )
+
+    async def _work(self) -> None:
+        """Serve batches until no request waits."""
+        while self._waiting:
+            await self._until_quiet()
+            batch, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
+            by_params = defaultdict(list)
+            for prompt, params, future in batch:
+                by_params[params].append((prompt, future))
+            for params, requests in by_params.items():
+                prompts = [prompt for prompt, _ in requests]
+                seeds = [self._next_seed(prompt) for prompt in prompts]
+                try:
+                    completions = await asyncio.to_thread(self._generator.generate, prompts, params, seeds)
+                except Exception as error:
+                    for _, future in requests:
+                        future.set_exception(error)
+                    continue
+                for (_, future), completion in zip(requests, completions, strict=True):
+                    future.set_result(completion)
+
+    async def _until_quiet(self) -> None:
+        """Wait until no request arrived for BATCH_WINDOW_S, or a full batch waits."""
+        num_waiting = -1
+        while num_waiting != len(self._waiting) < self._max_num_seqs:
+            num_waiting = len(self._waiting)
+            await asyncio.sleep(BATCH_WINDOW_S)
+
+    def _next_seed(self, prompt: list[int]) -> int:
+        """Return the seed of a prompt's next completion.
+
+        It depends on the seed (rollout seed and replica), the weights' version, the prompt and how often that prompt
+        was asked since the last weight push, so a group of responses does not depend on the order of arrival.
+        """
+        key = tuple(prompt)
+        parts = (*self._seed, self._weights_version, self._times_asked[key], key)
+        self._times_asked[key] += 1
+        return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+    async def load_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
+        """Replace the policy. Raises ValueError if a parameter is missing or unknown."""
+        model = self._generator.model
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise ValueError(f"weight push does not fit the rollout model: missing {missing}, unexpected {unexpected}")
+        self._weights_version = self._weights_version if global_steps is None else global_steps
+        self._times_asked.clear()
+
+    async def read_weights(self) -> dict[str, torch.Tensor]:
+        """Return the rollout's weights by name (for tests and debugging)."""
+        return self._generator.model.state_dict()
+
+    # verl calls these around weight pushes and scoring. There is no device memory to give back here.
+    async def wake_up(self) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def clear_kv_cache(self) -> None: ...
+
+    async def release_kv_cache(self) -> None: ...
+
+    async def resume_kv_cache(self) -> None: ...
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None: ...
+
+    async def resume_generation(self) -> None: ...
+
+    async def start_profile(self, **_: Any) -> None: ...
+
+    async def stop_profile(self) -> None: ...
+
+
+class HFReplica(RolloutReplica):
+    """Launches one `HFServer` on the node of its first training worker."""
+
+    async def launch_servers(self) -> None:
+        """Start the server and wait until its model is loaded."""
+        node_id = await self.workers[0].__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+        server = (
+            ray.remote(HFServer)
+            .options(
+                name=server_name(self.replica_rank, self.name_suffix),
+                num_cpus=0,
+                max_concurrency=self.max_concurrency,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+            )
+            .remote(
+                model_path=self.model_config.path,
+                dtype=self.config.dtype,
+                seed=(self.config.seed, self.replica_rank),
+                response_length=self.config.response_length,
+                max_num_seqs=self.config.max_num_seqs,
+            )
+        )
+        await server.ready.remote()
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = server_name(self.replica_rank, self.name_suffix)
+
+
+class HFRollout(BaseRollout):
+    """The training worker's end of the weight push to its replica's server."""
+
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing was released."""
+
+    async def release(self) -> None:
+        """Nothing to release."""
+
+    async def update_weights(
+        self,
+        weights: Generator[tuple[str, torch.Tensor], None, None],
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        peft_config: Any = None,
+        **_: Any,
+    ) -> None:
+        """Send the full weights to the server. Collective: gathering the tensors takes all ranks."""
+        if wire_format != "named_tensors" or peft_config is not None:
+            raise ValueError(
+                "the hf rollout takes full weights only: set checkpoint_engine.backend=naive and, "
+                "for LoRA, actor_rollout_ref.model.lora.merge=True"
+            )
+        tensors = {name: tensor.detach().cpu() for name, tensor in weights}
+        if any(self.device_mesh[axis].get_local_rank() for axis in ("infer_tp", "infer_pp")):
+            return
+        server = ray.get_actor(server_name(self.device_mesh["dp"].get_local_rank()))
+        await server.load_weights.remote(tensors, global_steps)

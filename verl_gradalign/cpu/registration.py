@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that makes verl run without a GPU, planted when `VERL_PLATFORM=cpu`.
+
+Five registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module
+that owns the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+Loudly = Callable[[str, Callable[[], None]], Callable[[ModuleType], None]]
+
+
+def _register_engines() -> None:
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+    for model_type, engine in (("language_model", FSDPEngineWithLMHead), ("value_model", FSDPEngineWithValueHead)):
+        EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
+
+
+def _register_replica() -> None:
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    def load() -> type:
+        from verl_gradalign.cpu.hf_rollout import HFReplica
+
+        return HFReplica
+
+    RolloutReplicaRegistry.register("hf", load)
+
+
+def _register_rollout() -> None:
+    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+
+    _ROLLOUT_REGISTRY[("hf", "async")] = "verl_gradalign.cpu.hf_rollout.HFRollout"
+
+
+def _use_gloo() -> None:
+    """Make verl open its default process group with plain gloo.
+
+    verl asks for the backend "cpu:gloo,{device}:{backend}", which on this platform is "cpu:gloo,cpu:gloo", and
+    torch rejects a device named twice. The function takes a `backend` argument that no caller sets, so the shim
+    sets it. `tests/unit/test_plugin.py` fails when verl's signature changes.
+    """
+    import verl.utils.distributed as distributed
+
+    def with_gloo(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs.setdefault("backend", "gloo")
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(distributed, "initialize_global_process_group_ray", with_gloo)
+
+
+def plant_cpu_hooks(loudly: Loudly) -> None:
+    """Register the platform now (verl asks for it during its own import) and plant the rest."""
+    import verl_gradalign.cpu.platform  # noqa: F401  (registers itself)
+
+    hooks = {
+        "verl.workers.engine.fsdp.transformer_impl": loudly("CPU engines", _register_engines),
+        "verl.workers.rollout.replica": loudly("hf rollout replica", _register_replica),
+        "verl.workers.rollout.base": loudly("hf rollout", _register_rollout),
+        "verl.utils.distributed": loudly("gloo process group", _use_gloo),
+    }
+    for module, hook in hooks.items():
+        wrapt.register_post_import_hook(hook, module)

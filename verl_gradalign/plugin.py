@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What verl loads: the entry point of the group `verl.plugins`, run at the end of `import verl` in every process.
+
+It only plants hooks. Nothing heavy is imported until verl itself imports the module that a hook waits for, and
+without `gradalign` in the configuration none of the hooks changes what verl does. verl swallows errors of
+plugins (it logs them at debug level), so failures are reported here, loudly.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+
+logger = logging.getLogger("verl_gradalign")
+
+VERL_MINIMUM = (0, 9, 1)
+VERL_BELOW = (0, 10)
+
+
+def report_failure(what: str, error: BaseException) -> None:
+    """Log that the plugin is off in this process, why, and what to do about it."""
+    logger.error(
+        "verl-gradalign could not be loaded (%s): %s: %s\n%s"
+        "Remedy: `pip install --force-reinstall verl-gradalign` in this environment (it needs verl >= 0.9.1, < 0.10), "
+        "or VERL_USE_EXTERNAL_PLUGINS=none to run verl without plugins. Until then trainer_mode=gradalign and "
+        "+gradalign=... do not exist.",
+        what,
+        type(error).__name__,
+        error,
+        "".join(traceback.format_exception(error)),
+    )
+
+
+def check_verl_version(version: str) -> None:
+    """Raise ImportError if `version` of verl is not one that this plugin was built for."""
+    from packaging.version import Version
+
+    release = Version(version).release
+    if not VERL_MINIMUM <= release[:3] or not release[:2] < VERL_BELOW:
+        raise ImportError(f"verl {version} is installed, but this plugin needs verl >= 0.9.1, < 0.10")
+
+
+def _loudly(what: str, action: Callable[[], None]) -> Callable[[ModuleType], None]:
+    """Wrap a hook so that its failure is reported instead of breaking verl's own import of the hooked module."""
+
+    def hook(_module: ModuleType) -> None:
+        try:
+            action()
+        except Exception as error:
+            report_failure(what, error)
+
+    return hook
+
+
+def _register_search_path() -> None:
+    from hydra.core.plugins import Plugins
+
+    from verl_gradalign.search_path import GradAlignSearchPath
+
+    Plugins.instance().register(GradAlignSearchPath)
+
+
+def _register_trainer() -> None:
+    import verl_gradalign.integration.trainer  # noqa: F401  (registers itself)
+
+
+def plant_hooks() -> None:
+    """Plant the post-import hooks. Raises whatever goes wrong; the caller reports it."""
+    import wrapt
+
+    check_verl_version(importlib.metadata.version("verl"))
+    hooks = {
+        "hydra.core.plugins": _loudly("Hydra search path", _register_search_path),
+        "verl.trainer.ppo.v1.trainer_sync": _loudly("trainer", _register_trainer),
+    }
+    for module, hook in hooks.items():
+        wrapt.register_post_import_hook(hook, module)
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        from verl_gradalign.cpu.registration import plant_cpu_hooks
+
+        plant_cpu_hooks(_loudly)
+
+
+try:
+    plant_hooks()
+except Exception as error:
+    report_failure("plugin", error)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimators of per-problem alignment, by name.
+
+An estimator turns problems and a direction into `ProblemScores`. Add one by writing a class that satisfies
+`ScoreEstimator` and naming it in `ESTIMATORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.backward import BackwardEstimator
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+
+class ScoreEstimator(Protocol):
+    """The interface of estimators."""
+
+    is_exact: bool
+    """True if the scores differ from autograd's by floating-point rounding only."""
+    gives_norm: bool
+    """True if `ProblemScores.norm_P` is given (cosine needs it)."""
+    gives_response_derivative: bool
+    """True if `ProblemScores.response_derivative_PR` is given."""
+
+    def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
+        """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order."""
+        ...
+
+
+ESTIMATORS: dict[str, type[ScoreEstimator]] = {"backward": BackwardEstimator}
