@@ -25,7 +25,9 @@ def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> Non
 
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    require(value in choices, key, value, f"unknown; known are {', '.join(choices)}", f"set gradalign.{key}={choices[0]}")
+    require(
+        value in choices, key, value, f"unknown; known are {', '.join(choices)}", f"set gradalign.{key}={choices[0]}"
+    )
 
 
 @dataclass(frozen=True)

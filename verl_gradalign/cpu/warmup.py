@@ -100,7 +100,9 @@ def learning_rate(step: int, num_steps: int) -> float:
     return PEAK_LEARNING_RATE * share
 
 
-def _train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+def _train_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor
+) -> float:
     # Right padding comes after every token that counts, so the causal mask hides it and no other mask is needed.
     hidden_BTH = model.model(input_ids=inputs_BT, use_cache=False).last_hidden_state
     is_response_BT = targets_BT != IGNORED
@@ -123,13 +125,20 @@ def warm_up(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+    )
     model.train()
     started = time.monotonic()
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps)
-        inputs_BT, targets_BT = _make_batch(tokenizer, draw_problems(BATCH_SIZE, rng, for_warm_up=True), rng, 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE)
+        inputs_BT, targets_BT = _make_batch(
+            tokenizer,
+            draw_problems(BATCH_SIZE, rng, for_warm_up=True),
+            rng,
+            1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE,
+        )
         loss = _train_step(model, optimizer, inputs_BT, targets_BT)
         if progress is not None:
             progress({"step": step + 1, "num_steps": num_steps, "loss": loss, "seconds": time.monotonic() - started})
@@ -152,7 +161,15 @@ def sample_responses(model, tokenizer, problems, num_responses=4, temperature=1.
             width = max(map(len, prompts))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE_TOKENS)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=MAX_RESPONSE_TOKENS,
+            )
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             samples += [Sample(p, t) for p, t in zip(chunk, texts, strict=True)]
     return samples
@@ -160,9 +177,18 @@ def sample_responses(model, tokenizer, problems, num_responses=4, temperature=1.
 
 def evaluate(model, tokenizer, problems, num_responses=4, temperature=1.0, seed=0):
     samples = sample_responses(model, tokenizer, problems, num_responses, temperature, seed)
-    def mean(xs): return sum(xs) / max(1, len(xs))
+
+    def mean(xs):
+        return sum(xs) / max(1, len(xs))
+
     acc = {}
     for f in FAMILIES:
         mine = [s for s in samples if s.problem.family == f]
-        acc[f] = {"all": mean([s.is_right for s in mine])} | {st: mean([s.is_right for s in mine if s.response[:1] == st]) for st in STYLES}
-    return {"success": mean([s.is_right for s in samples]), "style": mean([s.response[:1] == RIGHT_STYLE for s in samples]), "accuracy": acc}
+        acc[f] = {"all": mean([s.is_right for s in mine])} | {
+            st: mean([s.is_right for s in mine if s.response[:1] == st]) for st in STYLES
+        }
+    return {
+        "success": mean([s.is_right for s in samples]),
+        "style": mean([s.response[:1] == RIGHT_STYLE for s in samples]),
+        "accuracy": acc,
+    }

@@ -111,7 +111,9 @@ def is_for_warm_up(prompt: str) -> bool:
     return blake2b(prompt.encode(), digest_size=1).digest()[0] >= RL_THIRD
 
 
-def draw_problems(num: int, rng: random.Random, for_warm_up: bool = False, seen: set[str] | None = None) -> list[Problem]:
+def draw_problems(
+    num: int, rng: random.Random, for_warm_up: bool = False, seen: set[str] | None = None
+) -> list[Problem]:
     """Return `num` problems with distinct prompts, families in turn, so that their counts differ by one at most.
 
     `seen` holds prompts not to be drawn again; the prompts drawn are added to it.

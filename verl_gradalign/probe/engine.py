@@ -26,7 +26,7 @@ class GradientEngine(Protocol):
 
     @property
     def shard_group(self) -> ProcessGroup | None:
-        """Ranks over which the parameters are sharded; sums of squares over shards are reduced here. None: unsharded."""
+        """Ranks over which the parameters are sharded, where sums over shards are reduced. None: unsharded."""
         ...
 
     @property

@@ -35,7 +35,9 @@ def cosine(scores: ProblemScores) -> Tensor:
     """
     assert scores.norm_P is not None, "config.GradAlignConfig admits cosine only with an estimator that gives norms"
     is_zero_P = scores.norm_P == 0
-    return torch.where(is_zero_P, torch.zeros_like(scores.dot_P), scores.dot_P / scores.norm_P.masked_fill(is_zero_P, 1.0))
+    return torch.where(
+        is_zero_P, torch.zeros_like(scores.dot_P), scores.dot_P / scores.norm_P.masked_fill(is_zero_P, 1.0)
+    )
 
 
 def dot(scores: ProblemScores) -> Tensor:

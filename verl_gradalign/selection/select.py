@@ -42,9 +42,7 @@ class Candidate:
     """None: not scored (a dead or failed group, or a step without a direction)."""
 
 
-def select_top(
-    candidates: Sequence[Candidate], num_kept: int, dead_groups: str, seed: Sequence[int]
-) -> Selection:
+def select_top(candidates: Sequence[Candidate], num_kept: int, dead_groups: str, seed: Sequence[int]) -> Selection:
     """Return the `num_kept` best candidates by score.
 
     Ties are broken by a shuffle seeded with `seed`. Failed groups and scores that are not finite are never kept.

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step's selection: from finished groups to the rows that are trained on.
+
+groups -> rewards, advantages -> one scoring call to the FSDP actor -> scores -> kept and rejected, with reasons ->
+metrics and selection log -> rejected rows cleared from TransferQueue.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import transfer_queue as tq
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.engine import ROW_FIELDS
+from verl_gradalign.integration.groups import Group, Problem, read_groups
+from verl_gradalign.integration.worker import ScoringReply, ScoringRequest, build_shares, deal
+from verl_gradalign.metrics import named
+from verl_gradalign.report.selection_log import SelectionLog
+from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.select import (
+    FAILED,
+    KEPT_REASONS,
+    RANDOM,
+    REJECTED_REASONS,
+    Candidate,
+    select_random,
+    select_top,
+)
+from verl_gradalign.types import Selection
+
+logger = logging.getLogger(__name__)
+
+ScoreRemotely = Callable[[list[KVBatchMeta], list[ScoringRequest]], list[ScoringReply]]
+
+
+class AlignmentSelector:
+    """Chooses among the groups of a step. Attached to `GradAlignSampler` by the trainer.
+
+    Args:
+        config: the `gradalign` block.
+        verl_config: the whole verl configuration.
+        log: where every candidate of every step is noted.
+        free_rollout: puts the rollout replicas to sleep, so that scoring has the device to itself.
+    """
+
+    def __init__(
+        self, config: GradAlignConfig, verl_config: DictConfig, log: SelectionLog, free_rollout: Callable[[], None]
+    ) -> None:
+        self._config = config
+        self._verl_config = verl_config
+        self._log = log
+        self._free_rollout = free_rollout
+        self._score_remotely: ScoreRemotely | None = None
+        self._dp_rank_of: list[int] = []
+        self._candidates: list[Problem] = []
+        self._trusted: list[Problem] = []
+        self._direction_step: int | None = None
+        self.last_selection_s = 0.0
+
+    def attach_workers(self, score_remotely: ScoreRemotely, dp_rank_of: list[int]) -> None:
+        """Give the selector its actor: the remote call, and the data-parallel rank of every worker."""
+        self._score_remotely = score_remotely
+        self._dp_rank_of = dp_rank_of
+
+    def needs_trusted(self, step: int) -> bool:
+        """Return whether the trusted set must be rolled out in `step`: there is no direction, or it is stale."""
+        if not SCORES[self._config.score].needs_direction:
+            return False
+        return self._direction_step is None or step - self._direction_step >= self._config.direction.refresh_interval
+
+    def expect(self, candidates: Sequence[Problem], trusted: Sequence[Problem]) -> None:
+        """Announce the problems that were sent to the rollout in this step."""
+        self._candidates, self._trusted = list(candidates), list(trusted)
+
+    @property
+    def num_expected(self) -> int:
+        return len(self._candidates) + len(self._trusted)
+
+    def select(
+        self, batch: KVBatchMeta, failed: set[str], num_kept: int, global_steps: int
+    ) -> tuple[KVBatchMeta, dict[str, float]]:
+        """Return the rows to train on and the step's metrics. See `sampler.Selector`."""
+        started = time.perf_counter()
+        trusted = self._read(self._trusted, batch, failed)
+        groups = self._read(self._candidates, batch, failed)
+        score = SCORES[self._config.score]
+        reply = None
+        if score.rank is None:
+            # Nothing to choose from: train on exactly what verl's own buffer returned.
+            selection = Selection(
+                kept=tuple(g.problem.uid for g in groups if g.keys),
+                reasons={g.problem.uid: RANDOM if g.keys else FAILED for g in groups},
+            )
+        else:
+            reply = self._score(batch, trusted, groups)
+            selection = self._choose(groups, reply, num_kept, global_steps)
+        kept = self._keep(batch, groups, trusted, selection)
+        self._write_log(global_steps, groups, selection, reply)
+        self.last_selection_s = time.perf_counter() - started
+        return kept, self._metrics(groups, trusted, selection, reply, global_steps)
+
+    def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
+        return read_groups(problems, batch, failed, self._config, self._verl_config)
+
+    def _score(self, batch: KVBatchMeta, trusted: Sequence[Group], groups: Sequence[Group]) -> ScoringReply | None:
+        """Measure the live candidates in the actor. None if there is nothing to measure or no direction to be had."""
+        live, live_trusted = [g for g in groups if g.is_live], [g for g in trusted if g.is_live]
+        policy = self._config.direction.on_degenerate
+        if trusted and not live_trusted and (policy != "previous" or self._direction_step is None):
+            return None
+        if not live and not live_trusted:
+            return None
+        self._free_rollout()
+        assert self._score_remotely is not None, "the trainer attaches the workers before the first step"
+        metas, requests = self._requests(batch, live_trusted, live, keeps_previous=policy == "previous")
+        return self._score_remotely(metas, requests)[0]
+
+    def _requests(
+        self, batch: KVBatchMeta, trusted: Sequence[Group], candidates: Sequence[Group], keeps_previous: bool
+    ) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
+        """Return what each worker receives: the keys of its rows, and which rows belong to which problem."""
+        tables = [[(g.problem.uid, g.keys, g.num_tokens) for g in groups] for groups in (trusted, candidates)]
+        dp_size = max(self._dp_rank_of) + 1
+        dealt_trusted, dealt_candidates = (deal(table, dp_size) for table in tables)
+        length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+        spare = min((key for table in tables for _, keys, _ in table for key in keys), key=lambda key: length[key])
+        metas, requests = [], []
+        for dp_rank in self._dp_rank_of:
+            mine = [*dealt_trusted[dp_rank], *dealt_candidates[dp_rank]]
+            keys = [key for keys in mine for key in keys if key != spare] + [spare]
+            positions = {key: i for i, key in enumerate(keys)}
+            metas.append(
+                KVBatchMeta(
+                    keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS)
+                )
+            )
+            requests.append(
+                ScoringRequest(
+                    trusted=build_shares(tables[0], dealt_trusted[dp_rank], positions),
+                    candidates=build_shares(tables[1], dealt_candidates[dp_rank], positions),
+                    estimator=self._config.estimator,
+                    temperature=float(self._verl_config.actor_rollout_ref.rollout.temperature),
+                    keeps_previous=keeps_previous,
+                )
+            )
+        return metas, requests
+
+    def _choose(
+        self, groups: Sequence[Group], reply: ScoringReply | None, num_kept: int, global_steps: int
+    ) -> Selection:
+        """Return the selection by score, or by the configured policy where there is no direction."""
+        if reply is not None and reply.is_fresh:
+            self._direction_step = global_steps
+        seed = (self._config.seed, global_steps)
+        candidates = self._as_candidates(groups, reply)
+        has_direction = reply is not None and reply.scores is not None
+        if has_direction or not any(g.is_live for g in groups):
+            return select_top(candidates, num_kept, self._config.dead_groups, seed)
+        message = (
+            f"step {global_steps}: the trusted set gives no direction (all groups right, wrong or failed, or a "
+            f"gradient that is not finite)"
+        )
+        if self._config.direction.on_degenerate == "stop":
+            raise RuntimeError(
+                f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
+                "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
+            )
+        logger.warning("%s; selecting at random in this step", message)
+        return select_random(candidates, num_kept, seed)
+
+    def _as_candidates(self, groups: Sequence[Group], reply: ScoringReply | None) -> list[Candidate]:
+        scores = self._scores(reply)
+        return [
+            Candidate(
+                uid=g.problem.uid,
+                problem_id=g.problem.problem_id,
+                is_failed=g.is_failed,
+                is_live=g.is_live,
+                score=scores.get(g.problem.uid),
+            )
+            for g in groups
+        ]
+
+    def _scores(self, reply: ScoringReply | None) -> dict[str, float]:
+        rank = SCORES[self._config.score].rank
+        if reply is None or reply.scores is None or rank is None:
+            return {}
+        return dict(zip(reply.scores.uid, rank(reply.scores).tolist(), strict=True))
+
+    def _keep(
+        self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Sequence[Group], selection: Selection
+    ) -> KVBatchMeta:
+        """Clear every row that is not trained on, and return the rest, problems in the order they were submitted."""
+        kept_uids = set(selection.kept)
+        kept = [key for g in groups if g.problem.uid in kept_uids for key in g.keys]
+        cleared = sorted(set(batch.keys) - set(kept))
+        if cleared:
+            tq.kv_clear(keys=cleared, partition_id=batch.partition_id)
+        if not kept:
+            raise RuntimeError(
+                f"none of {len(groups)} candidate groups can be trained on: "
+                f"{dict(Counter(selection.reasons.values()))}. Remedy: look for errors of the rollout or of the "
+                "reward function above this message."
+            )
+        return batch.select_keys(kept)
+
+    def _write_log(self, step: int, groups: Sequence[Group], selection: Selection, reply: ScoringReply | None) -> None:
+        scores = self._scores(reply)
+        measured: dict[str, tuple[float, float | None]] = {}
+        if reply is not None and reply.scores is not None:
+            norms = reply.scores.norm_P
+            dots = reply.scores.dot_P.tolist()
+            norm_list = [None] * len(dots) if norms is None else norms.tolist()
+            measured = dict(zip(reply.scores.uid, zip(dots, norm_list, strict=True), strict=True))
+        rows: list[dict[str, Any]] = []
+        for g in groups:
+            dot, norm = measured.get(g.problem.uid, (None, None))
+            rows.append(
+                {
+                    "step": step,
+                    "problem_id": g.problem.problem_id,
+                    "data_source": g.problem.data_source,
+                    "score": scores.get(g.problem.uid),
+                    "dot": dot,
+                    "norm": norm,
+                    "success_rate": g.success_rate(self._config.success_threshold) if g.rewards else None,
+                    "num_responses": len(g.rewards),
+                    "kept": selection.reasons[g.problem.uid] in KEPT_REASONS,
+                    "reason": selection.reasons[g.problem.uid],
+                }
+            )
+        self._log.write(step, rows)
+
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        trusted: Sequence[Group],
+        selection: Selection,
+        reply: ScoringReply | None,
+        step: int,
+    ) -> dict[str, float]:
+        counts = Counter(selection.reasons.values())
+        kept_uids = set(selection.kept)
+        threshold = self._config.success_threshold
+        values: dict[str, float] = {
+            "candidates": len(groups),
+            "live": sum(g.is_live for g in groups),
+            "kept": len(kept_uids),
+            "rejected": len(groups) - len(kept_uids),
+            **{f"kept/{reason}": counts[reason] for reason in KEPT_REASONS},
+            **{f"rejected/{reason}": counts[reason] for reason in REJECTED_REASONS},
+            "success_rate/pool": _mean(g.success_rate(threshold) for g in groups if g.rewards),
+            "success_rate/kept": _mean(
+                g.success_rate(threshold) for g in groups if g.rewards and g.problem.uid in kept_uids
+            ),
+            "seconds/selection": self.last_selection_s,
+        }
+        if not SCORES[self._config.score].needs_direction:
+            return named(values)
+        scores = {uid: s for uid, s in self._scores(reply).items() if np.isfinite(s)}
+        if scores:
+            values |= {
+                "score/mean": _mean(scores.values()),
+                "score/min": min(scores.values()),
+                "score/max": max(scores.values()),
+                "score/kept_mean": _mean(s for uid, s in scores.items() if uid in kept_uids),
+            }
+        values |= {
+            "validation/groups": len(trusted),
+            "validation/live": sum(g.is_live for g in trusted),
+            "validation/failed": sum(g.is_failed for g in trusted),
+            "direction/degenerate": bool(trusted) and not (reply is not None and reply.is_fresh),
+        }
+        if reply is not None:
+            values |= {"seconds/direction": reply.direction_s, "seconds/scores": reply.scores_s}
+            if reply.scores is not None:
+                values["direction/norm"] = reply.scores.direction_norm
+        if self._direction_step is not None:
+            values["direction/age"] = step - self._direction_step
+        return named(values)
+
+
+def _mean(values: Any) -> float:
+    """Return the mean of an iterable, NaN if it is empty."""
+    items = list(values)
+    return float(np.mean(items)) if items else float("nan")

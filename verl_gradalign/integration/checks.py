@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be wrong with a composed configuration and its data, found before any worker starts.
+
+Every message names the key, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from omegaconf import DictConfig, OmegaConf
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.selection.scores import SCORES
+
+# Estimators of verl whose advantages follow from rewards and groups alone, which is all there is at selection.
+REWARD_ONLY_ADVANTAGES = (
+    "grpo",
+    "grpo_vectorized",
+    "rloo",
+    "rloo_vectorized",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+)
+ENGINES = ("fsdp", "fsdp2")
+
+
+def read_config(verl_config: DictConfig) -> GradAlignConfig:
+    """Return the `gradalign` block, defaults filled in. Raises ValueError for anything wrong with it."""
+    block = OmegaConf.select(verl_config, "gradalign")
+    return GradAlignConfig.from_mapping({} if block is None else OmegaConf.to_container(block, resolve=True))
+
+
+def refuse(key: str, value: Any, why: str, remedy: str) -> None:
+    """Raise the ValueError that all checks raise."""
+    raise ValueError(f"{key}={value}: {why}. Remedy: {remedy}.")
+
+
+def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Raise ValueError if selection cannot work, or cannot be exact, under this verl configuration."""
+    _check_batch(config, verl_config)
+    if SCORES[config.score].rank is None:
+        return
+    _check_algorithm(config, verl_config)
+    _check_actor(verl_config)
+
+
+def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    data = verl_config.data
+    if SCORES[config.score].rank is not None:
+        num_candidates = math.ceil(config.oversample * data.train_batch_size)
+        chunk = data.get("gen_batch_size") or data.train_batch_size
+        if num_candidates % chunk:
+            refuse(
+                "data.gen_batch_size",
+                data.get("gen_batch_size"),
+                f"does not divide the {num_candidates} candidates (gradalign.oversample={config.oversample} x "
+                f"data.train_batch_size={data.train_batch_size})",
+                f"set data.gen_batch_size={math.gcd(num_candidates, data.train_batch_size)} or a whole oversample",
+            )
+    if verl_config.trainer.v1.sampler.get("sync_refill_failed_groups"):
+        refuse(
+            "trainer.v1.sampler.sync_refill_failed_groups",
+            True,
+            "belongs to verl's own sampler; with this one failed groups are left out and counted",
+            "set it to False",
+        )
+    if OmegaConf.select(verl_config, "skip.rollout_tq.enable"):
+        refuse("skip.rollout_tq.enable", True, "cached rollouts have no trusted groups", "set it to False")
+
+
+def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    algorithm, rollout = verl_config.algorithm, verl_config.actor_rollout_ref.rollout
+    centred = "set gradalign.advantage=centred to score with reward minus group mean"
+    if config.advantage == "trainer":
+        if algorithm.adv_estimator not in REWARD_ONLY_ADVANTAGES:
+            why = "its advantages are not known when groups are selected"
+            refuse("algorithm.adv_estimator", algorithm.adv_estimator, why, centred)
+        if algorithm.use_kl_in_reward:
+            why = "advantages with the KL penalty are not known when groups are selected"
+            refuse("algorithm.use_kl_in_reward", True, why, centred)
+    groupwise = config.advantage == "centred" or not str(algorithm.adv_estimator).endswith("plus_plus")
+    n_trusted = config.validation.n or rollout.n
+    for key, n in (("actor_rollout_ref.rollout.n", rollout.n), ("gradalign.validation.n", n_trusted)):
+        if groupwise and n < 2:
+            refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
+    if (algorithm.get("filter_groups") or {}).get("enable"):
+        refuse(
+            "algorithm.filter_groups.enable",
+            True,
+            "is not combined with gradalign yet",
+            "set it to False; gradalign.dead_groups=drop already leaves groups without advantage out",
+        )
+    reward_model = verl_config.reward.reward_model
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        refuse(
+            "reward.reward_model.enable_resource_pool",
+            False,
+            "a colocated reward model gives its rewards only after groups are selected",
+            "set it to True, or use a rule-based reward",
+        )
+    loss_mode = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
+    if loss_mode != "vanilla" and config.loss_agg_mode is None:
+        refuse(
+            "actor_rollout_ref.actor.policy_loss.loss_mode",
+            loss_mode,
+            "its token weights are not those of loss_agg_mode",
+            "name the weights to score with in gradalign.loss_agg_mode",
+        )
+
+
+def _check_actor(verl_config: DictConfig) -> None:
+    actor, model = verl_config.actor_rollout_ref.actor, verl_config.actor_rollout_ref.model
+    if actor.strategy not in ENGINES:
+        refuse(
+            "actor_rollout_ref.actor.strategy",
+            actor.strategy,
+            f"the estimators read gradients of {' and '.join(ENGINES)} only",
+            "set it to fsdp2",
+        )
+    if model.get("use_fused_kernels"):
+        refuse(
+            "actor_rollout_ref.model.use_fused_kernels",
+            True,
+            "the estimators have not been shown to be exact with fused kernels",
+            "set it to False",
+        )
+    sequence_parallel = actor.get("ulysses_sequence_parallel_size", 1)
+    if sequence_parallel > 1:
+        refuse(
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+            sequence_parallel,
+            "the estimators have not been shown to be exact with sequence parallelism",
+            "set it to 1",
+        )
+
+
+def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Raise ValueError if the trusted set cannot be read, is empty, or shares problems with the train files."""
+    if not SCORES[config.score].needs_direction:
+        return
+    prompt_key = verl_config.data.get("prompt_key", "prompt")
+    trusted = _prompts("gradalign.validation.files", config.validation.files, prompt_key)
+    if not trusted:
+        refuse("gradalign.validation.files", list(config.validation.files), "no rows", "name a file with problems")
+    files = verl_config.data.train_files
+    train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
+    shared = set(trusted) & set(train)
+    if shared:
+        refuse(
+            "gradalign.validation.files",
+            list(config.validation.files),
+            f"{len(shared)} of its {len(trusted)} problems also stand in data.train_files, for instance "
+            f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on",
+            "remove them from one of the two",
+        )
+
+
+def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
+    """Return the normalised prompt texts of data files. Raises ValueError naming the key and the file."""
+    texts: list[str] = []
+    for name in files:
+        path = Path(str(name)).expanduser()
+        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+        if kind is None:
+            refuse(key, name, "neither parquet, json nor jsonl", "convert it to verl's schema in one of these formats")
+        if "://" not in str(name) and not path.is_file():
+            refuse(key, name, "no such file", "give the path of an existing file")
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except Exception as error:
+            raise ValueError(
+                f"{key}={name}: cannot be read ({type(error).__name__}: {error}). Remedy: write it again as {kind}."
+            ) from error
+        if prompt_key not in rows.column_names:
+            refuse(
+                key, name, f"has no column {prompt_key!r} (data.prompt_key)", "add the column or set data.prompt_key"
+            )
+        texts.extend(_normalised(prompt) for prompt in rows[prompt_key])
+    return texts
+
+
+def _normalised(prompt: Any) -> str:
+    """Return a prompt's text (all messages) with case, width and white space made equal."""
+    messages = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
+    return " ".join(unicodedata.normalize("NFKC", " ".join(messages)).casefold().split())

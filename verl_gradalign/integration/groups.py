@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of finished rollouts as TransferQueue holds them: keys in order, rewards, advantages, coefficients.
+
+A trajectory's key is `{uid}_{session}_{index}`; a response is a session, whose reward is that of its last output.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.workers.utils.padding import response_to_nested
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.engine import COEFFICIENTS
+from verl_gradalign.probe.objective import token_coefficients
+
+# Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
+ZERO_ADVANTAGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt that was sent to the rollout."""
+
+    uid: str
+    problem_id: int
+    """Row in the train files (or in the trusted files)."""
+    data_source: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem and its finished trajectories."""
+
+    problem: Problem
+    keys: tuple[str, ...]
+    """In session order; empty if nothing was generated."""
+    num_tokens: int
+    """Of all trajectories, prompts included."""
+    rewards: tuple[float, ...]
+    """One per response."""
+    is_failed: bool
+    is_live: bool
+
+    def success_rate(self, threshold: float) -> float:
+        """Return the share of responses with a reward above `threshold`; NaN without responses."""
+        return float(np.mean([reward > threshold for reward in self.rewards])) if self.rewards else float("nan")
+
+
+def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return trajectory keys by their problem's uid, in session and output order."""
+    by_uid: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        by_uid[key.split("_", 1)[0]].append(key)
+    for members in by_uid.values():
+        members.sort(key=lambda key: tuple(map(int, key.rsplit("_", 2)[1:])))
+    return by_uid
+
+
+def read_groups(
+    problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str], config: GradAlignConfig, verl_config: DictConfig
+) -> list[Group]:
+    """Return the group of every problem, in the order of `problems`, and store token coefficients beside the rollouts.
+
+    Rewards are read from TransferQueue, advantages computed as training will compute them (`advantage: trainer`) or
+    centred, and the coefficients of every live group written back under `gradalign_coefficients`.
+    """
+    by_uid = keys_by_uid(batch.keys)
+    tags = dict(zip(batch.keys, batch.tags, strict=True))
+    usable = {p.uid: by_uid[p.uid] for p in problems if p.uid in by_uid and p.uid not in failed}
+    keys = [key for members in usable.values() for key in members]
+    rewards: dict[str, tuple[float, ...]] = {}
+    live: set[str] = set()
+    if keys:
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask"])
+        padded = data.to_padded_tensor()
+        advantage_RT = _advantages(padded, keys, config, verl_config)
+        coefficient_RT = torch.zeros_like(advantage_RT)
+        start = 0
+        for uid, members in usable.items():
+            rows = slice(start, start + len(members))
+            start += len(members)
+            rewards[uid] = _response_rewards(members, padded["rm_scores"][rows].sum(dim=1).tolist())
+            mask_RT = padded["response_mask"][rows]
+            if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
+                live.add(uid)
+                coefficient_RT[rows] = token_coefficients(
+                    advantage_RT[rows],
+                    mask_RT,
+                    config.loss_agg_mode or verl_config.actor_rollout_ref.actor.loss_agg_mode,
+                    verl_config.actor_rollout_ref.actor.get("loss_scale_factor")
+                    or verl_config.data.max_response_length,
+                )
+        fields = TensorDict({COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}, len(keys))
+        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+    return [
+        Group(
+            problem=p,
+            keys=tuple(by_uid.get(p.uid, ())),
+            num_tokens=sum(tags[key]["seq_len"] for key in by_uid.get(p.uid, ())),
+            rewards=rewards.get(p.uid, ()),
+            is_failed=p.uid not in usable,
+            is_live=p.uid in live,
+        )
+        for p in problems
+    ]
+
+
+def _response_rewards(keys: Sequence[str], row_rewards: Sequence[float]) -> tuple[float, ...]:
+    """Return one reward per session: that of its last output."""
+    last = {key.rsplit("_", 1)[0]: reward for key, reward in zip(keys, row_rewards, strict=True)}
+    return tuple(last.values())
+
+
+def _advantages(
+    padded: TensorDict, keys: Sequence[str], config: GradAlignConfig, verl_config: DictConfig
+) -> torch.Tensor:
+    """Return advantages (rows, tokens), by verl's own function or centred."""
+    mask_RT = padded["response_mask"].float()
+    uids = [key.split("_", 1)[0] for key in keys]
+    if config.advantage == "centred":
+        reward_R = padded["rm_scores"].sum(dim=1)
+        means = {uid: reward_R[[u == uid for u in uids]].mean() for uid in set(uids)}
+        centred_R = reward_R - torch.stack([means[uid] for uid in uids])
+        return centred_R.unsqueeze(1) * mask_RT
+    algorithm = verl_config.algorithm
+    data = DataProto(
+        batch=TensorDict(
+            {
+                "response_mask": padded["response_mask"],
+                "token_level_scores": padded["rm_scores"],
+                "token_level_rewards": padded["rm_scores"],
+            },
+            batch_size=len(keys),
+        ),
+        non_tensor_batch={"uid": np.array(uids, dtype=object)},
+    )
+    data = compute_advantage_for_multi_trajectories(
+        data,
+        batch_keys=list(keys),
+        adv_estimator=algorithm.adv_estimator,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+        num_repeat=verl_config.actor_rollout_ref.rollout.n,
+        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
+        config=algorithm,
+    )
+    return data.batch["advantages"].float()
