@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_gradalign.data.rewards import is_right_task_answer
 from verl_gradalign.data.tasks import (
     FAMILIES,
     RIGHT_STYLE,
@@ -35,8 +36,9 @@ from verl_gradalign.data.tasks import (
     draw_wrong_answer,
 )
 
-__all__ = ["PEAK_LEARNING_RATE", "evaluate", "warm_up"]
+__all__ = ["DEFAULT_NUM_STEPS", "Sample", "evaluate", "sample_responses", "warm_up"]
 
+DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
 SKILL_SHARE = 0.75
 BATCH_SIZE = 128
@@ -45,7 +47,8 @@ RISE_STEPS = 50
 FINAL_LEARNING_RATE_SHARE = 0.02
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
-MAX_RESPONSE_TOKENS = 8
+MAX_RESPONSE_TOKENS = 8  # style mark, at most four characters of answer, end of turn
+SAMPLING_BATCH_SIZE = 256
 NUM_EVALUATION_PROBLEMS = 250
 IGNORED = -100
 
@@ -59,7 +62,7 @@ class Sample:
 
     @property
     def is_right(self) -> bool:
-        return self.response[:1] in STYLES and self.response[1:] == self.problem.answer
+        return is_right_task_answer(self.response, self.problem.answer)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -117,78 +120,116 @@ def _train_step(
 def warm_up(
     model_dir: str | Path,
     output_dir: str | Path,
-    num_steps: int = 1000,
+    num_steps: int = DEFAULT_NUM_STEPS,
     seed: int = 0,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    """Train the model in `model_dir`, write it and its tokenizer to `output_dir`, and return a report.
+
+    Supervised training in fp32: AdamW, cross-entropy on the tokens of the response and its end of turn, new problems
+    from the warm-up's share at every step. For the first SKILL_SHARE of the steps both styles are always right, so
+    that the skill is learned from clean answers; then the unreliable style becomes unreliable. `progress` is called
+    after every step with `step` (from 1), `num_steps`, `loss` (nats per token) and `seconds` so far.
+
+    The report holds `num_steps`, `seconds` (of training), the last `loss`, and what `evaluate` measures on problems
+    that the warm-up never draws. Two runs with equal arguments differ by rounding only.
+
+    Raises: ValueError if num_steps is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1; leave it out for the tested {DEFAULT_NUM_STEPS}")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
-    model.train()
     started = time.monotonic()
+    model.train()
     for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
-        inputs_BT, targets_BT = _make_batch(
-            tokenizer,
-            draw_problems(BATCH_SIZE, rng, for_warm_up=True),
-            rng,
-            1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE,
-        )
-        loss = _train_step(model, optimizer, inputs_BT, targets_BT)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
+        problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True)
+        unreliable_right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
+        loss = _train_step(model, optimizer, *_make_batch(tokenizer, problems, rng, unreliable_right_share))
         if progress is not None:
             progress({"step": step + 1, "num_steps": num_steps, "loss": loss, "seconds": time.monotonic() - started})
     seconds = time.monotonic() - started
     model.eval()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed + 1))
+    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed))
     return {"num_steps": num_steps, "seconds": seconds, "loss": loss, **evaluate(model, tokenizer, problems, seed=seed)}
 
 
-def sample_responses(model, tokenizer, problems, num_responses=4, temperature=1.0, seed=0, batch_size=256):
-    queue = [p for p in problems for _ in range(num_responses)]
-    samples = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    num_responses: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Sample]:
+    """Return `num_responses` samples of every problem, the problems in order and a problem's samples together.
+
+    The model must be in evaluation mode. The caller's random state is left as it was.
+    """
+    queue = [problem for problem in problems for _ in range(num_responses)]
+    samples: list[Sample] = []
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for start in range(0, len(queue), batch_size):
-            chunk = queue[start : start + batch_size]
-            prompts = [render_prompt(tokenizer, p.prompt) for p in chunk]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+        for start in range(0, len(queue), SAMPLING_BATCH_SIZE):
+            chunk = queue[start : start + SAMPLING_BATCH_SIZE]
+            messages = [[{"role": "user", "content": problem.prompt}] for problem in chunk]
+            inputs = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+                tokenizer_kwargs={"padding_side": "left"},
+            )
+            outputs_BT = model.generate(
+                **inputs,
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=MAX_RESPONSE_TOKENS,
             )
-            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-            samples += [Sample(p, t) for p, t in zip(chunk, texts, strict=True)]
+            responses_BT = outputs_BT[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(responses_BT, skip_special_tokens=True)
+            samples += [Sample(problem, text) for problem, text in zip(chunk, texts, strict=True)]
     return samples
 
 
-def evaluate(model, tokenizer, problems, num_responses=4, temperature=1.0, seed=0):
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    num_responses: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return shares of sampled responses: `success`, `right_style` and `accuracy[family][style]`.
+
+    `success` is the share that is right, `right_style` the share that begins with RIGHT_STYLE, and the accuracies are
+    the shares that are right among a family's responses of one style, or of any under "all". A style that was never
+    sampled has accuracy 0.
+    """
     samples = sample_responses(model, tokenizer, problems, num_responses, temperature, seed)
-
-    def mean(xs):
-        return sum(xs) / max(1, len(xs))
-
-    acc = {}
-    for f in FAMILIES:
-        mine = [s for s in samples if s.problem.family == f]
-        acc[f] = {"all": mean([s.is_right for s in mine])} | {
-            st: mean([s.is_right for s in mine if s.response[:1] == st]) for st in STYLES
+    accuracy = {}
+    for family in FAMILIES:
+        by_style = {
+            style: [s.is_right for s in samples if s.problem.family == family and s.response[:1] == style]
+            for style in STYLES
         }
+        of_family = [s.is_right for s in samples if s.problem.family == family]
+        accuracy[family] = {name: _share(hits) for name, hits in {"all": of_family, **by_style}.items()}
     return {
-        "success": mean([s.is_right for s in samples]),
-        "style": mean([s.response[:1] == RIGHT_STYLE for s in samples]),
-        "accuracy": acc,
+        "success": _share([s.is_right for s in samples]),
+        "right_style": _share([s.response[:1] == RIGHT_STYLE for s in samples]),
+        "accuracy": accuracy,
     }
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits) if hits else 0.0

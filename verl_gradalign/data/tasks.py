@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Five families of short problems with verifiable answers, and the parquet files verl trains on.
 
-Prompts are a few characters long (`47+38`, `rev baed`, `max 40 91 77`), so that a tiny model on a CPU can learn them.
+Prompts are a few characters long (`472+8`, `rev baed`, `max 40 91 77`), so that a tiny model on a CPU can learn them.
 A response is a style mark followed by the answer; the marks are what the warm-up gives the policy to choose between
 (see `verl_gradalign.cpu.warmup`). A fixed third of all prompts is set aside for reinforcement learning and the rest
 for the warm-up, so the two never meet, whatever their seeds. This module only makes problems: `rewards` checks answers.
@@ -72,12 +72,12 @@ class Problem:
 
 
 def _draw_addition(rng: random.Random) -> tuple[str, str]:
-    left, right = rng.randint(10, 99), rng.randint(10, 99)
+    left, right = rng.randint(100, 990), rng.randint(1, 9)
     return f"{left}+{right}", str(left + right)
 
 
 def _draw_subtraction(rng: random.Random) -> tuple[str, str]:
-    right, left = sorted((rng.randint(10, 99), rng.randint(10, 99)))
+    left, right = rng.randint(109, 999), rng.randint(1, 9)
     return f"{left}-{right}", str(left - right)
 
 

@@ -1,46 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: per-problem gradients by autograd, written independently of the estimators.
+"""What every estimator must agree with: each problem's gradient by plain autograd in float64.
 
-One unpadded response at a time, log-softmax by hand, on a plain unsharded model. Slow, and only as precise as the
-model it is given: hand it a float64 copy.
+One response at a time, unpadded, unpacked, unsharded, with the log-softmax written out: slow, and with nothing in
+common with the code it checks but the model.
+
+    grads = problem_gradients_float64(model, [[OracleResponse(prompt, response, coefficient)]], temperature=1.0)
+
+Shape legend: S tokens of prompt and response, T response tokens, V vocabulary, G all trainable numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def problem_gradient(
-    model: torch.nn.Module,
-    prompts: Sequence[Tensor],
-    responses: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    temperature: float = 1.0,
-) -> dict[str, Tensor]:
-    """Return the gradient of sum_t c_t log pi(y_t) over the responses of one problem, by parameter name.
+@dataclass(frozen=True)
+class OracleResponse:
+    """One response with its prompt, unpadded."""
 
-    Shapes: one 1-D tensor of token ids, and one of as many coefficients, per response. Empty responses add nothing.
-    Units: the loss's own; log-probs at `temperature`.
+    prompt: Tensor
+    """Token ids of the prompt, at least one."""
+    response: Tensor
+    """Token ids of the response, possibly none."""
+    coefficient: Tensor
+    """c_t of each response token (`objective.token_coefficients`)."""
+
+
+def problem_gradients_float64(
+    model: nn.Module, problems: Sequence[Sequence[OracleResponse]], temperature: float
+) -> list[Tensor]:
+    """Return, for each problem, the gradient of sum_t c_t log pi(y_t), flattened in the order of the parameters.
+
+    `model` is an unsharded Hugging Face causal language model whose parameters are float64. Neither its gradients nor
+    its parameters are touched. A problem without responses gets zeros.
+
+    Shapes: each result (trainable numbers,), float64; tied parameters once.
+    Units: as the coefficients; logits are divided by the temperature before the softmax.
+    Raises: ValueError if a trainable parameter is not float64.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for prompt, response, coefficient in zip(prompts, responses, coefficients, strict=True):
-        if len(response) == 0:
-            continue
-        tokens = torch.cat([prompt, response]).unsqueeze(0)
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
-        log_probs = logits.gather(1, response.unsqueeze(1)).squeeze(1) - torch.logsumexp(logits, dim=1)
-        loss = (coefficient.to(log_probs.dtype) * log_probs).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient
-    return total
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in parameters:
+        if parameter.dtype != torch.float64:
+            raise ValueError(f"{name} is {parameter.dtype}; the oracle needs float64, call model.double() on a copy")
+    leaves = [parameter for _, parameter in parameters]
+    gradients = []
+    for responses in problems:
+        total_G = torch.zeros(sum(leaf.numel() for leaf in leaves), dtype=torch.float64, device=leaves[0].device)
+        for response in responses:
+            if response.response.numel():
+                loss = (response.coefficient.double() * _log_probs(model, response, temperature)).sum()
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+                total_G += torch.cat([_flat(grad, leaf) for grad, leaf in zip(grads, leaves, strict=True)])
+        gradients.append(total_G)
+    return gradients
 
 
-def flatten(gradient: dict[str, Tensor]) -> Tensor:
-    """Return the gradient as one vector, parameters in their order."""
-    return torch.cat([part.reshape(-1) for part in gradient.values()])
+def _flat(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf).flatten() if grad is None else grad.flatten()
+
+
+def _log_probs(model: nn.Module, response: OracleResponse, temperature: float) -> Tensor:
+    ids_S = torch.cat([response.prompt, response.response]).to(next(model.parameters()).device)
+    logits_SV = model(input_ids=ids_S.unsqueeze(0), use_cache=False).logits[0] / temperature
+    # The logits at position s predict the token at s + 1.
+    first = response.prompt.numel() - 1
+    logits_TV = logits_SV[first : first + response.response.numel()]
+    peak_T1 = logits_TV.max(dim=-1, keepdim=True).values.detach()
+    log_total_T = (logits_TV - peak_T1).exp().sum(dim=-1).log() + peak_T1.squeeze(-1)
+    chosen_T = logits_TV.gather(-1, ids_S[response.prompt.numel() :].unsqueeze(-1)).squeeze(-1)
+    return chosen_T - log_total_T

@@ -1,47 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact estimator that any engine can run: one ordinary backward pass per problem."""
+"""The reference estimator: one ordinary backward pass for each problem, on all ranks together.
+
+Exact on whatever the engine can train, at the compute of an update over the same tokens plus one round of parameter
+communication for each problem. It cannot tell responses apart.
+
+    scores = BackwardEstimator().score(engine, candidates, direction)
+
+Shape legend: P problems.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed
 
-from verl_gradalign.probe.direction import Direction, all_reduce_sum
+from verl_gradalign.probe.direction import Direction, dot_with_gradient, squared_gradient_norm
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import drop_gradients
+from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
 class BackwardEstimator:
-    """Each problem's gradient by a backward pass over all ranks, reduced to two numbers and dropped.
-
-    The compute of an update over the same tokens, plus the gathers and the reduce-scatter of the whole model for
-    every problem: fine for long problems on one node, slow for short ones across nodes.
-    """
+    """Per-problem `engine.backward`, then the dot product and the norm of the gradient shards."""
 
     is_exact = True
     gives_norm = True
     gives_response_derivative = False
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
-        """Return dot and norm of every problem. Collective.
+        """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
 
-        Units: gradients of the problem's own loss (`objective.token_coefficients`), whatever the number of ranks.
-        Raises: RuntimeError if the direction belongs to another model or sharding.
+        The gradients are None afterwards. A degenerate direction gives dot products of zero and the true norms.
+
+        Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t), gradient scale removed. A gradient
+            that overflowed gives nan or inf for its problem only.
+        Raises: RuntimeError if gradients are present on entry, or if the direction does not fit the module.
         """
-        totals_P2 = torch.zeros(len(problems), 2, dtype=torch.float64)
-        for i, problem in enumerate(problems):
-            drop_gradients(engine.module)
+        require_no_gradients(engine.module)
+        device = next(engine.module.parameters()).device
+        sum_P2 = torch.zeros(len(problems), 2, dtype=torch.float64, device=device)
+        for index, problem in enumerate(problems):
             engine.backward([problem])
-            direction.check_fits(engine.module)
-            totals_P2[i] = direction.dot_and_square(engine.module)
-        drop_gradients(engine.module)
-        totals_P2 = all_reduce_sum(totals_P2, engine)
+            sum_P2[index, 0] = dot_with_gradient(engine, direction)
+            sum_P2[index, 1] = squared_gradient_norm(engine)
+            clear_gradients(engine.module)
+        if engine.shard_group is not None:
+            torch.distributed.all_reduce(sum_P2, group=engine.shard_group)
+        sum_P2 = sum_P2.cpu()
         return ProblemScores(
             uid=tuple(problem.uid for problem in problems),
-            dot_P=totals_P2[:, 0] * engine.gradient_scale,
-            norm_P=totals_P2[:, 1].sqrt() * engine.gradient_scale,
+            dot_P=sum_P2[:, 0] * engine.gradient_scale,
+            norm_P=sum_P2[:, 1].sqrt() * engine.gradient_scale,
             num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
             response_derivative_PR=None,
             direction_norm=direction.norm,

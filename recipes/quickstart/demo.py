@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration: teach a tiny policy, train it twice with verl (random, cosine), compare.
+
+    python recipes/quickstart/demo.py --output outputs/quickstart
+    python recipes/quickstart/demo.py --gsm8k path/to/gsm8k --output outputs/gsm8k   # train.jsonl and test.jsonl
+
+Everything a run writes stays under the output folder: data/, model/, and one folder per run with verl's console
+output (run.log), verl's metrics (metrics.jsonl) and the selection log (gradalign/*.parquet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
+
+HERE = Path(__file__).parent
+SCORES = ("random", "cosine")
+console = Console()
+
+
+@dataclass
+class Footprint:
+    """Peak resident memory of this process and all its descendants, in bytes (shared pages counted once per process)."""
+
+    peak_bytes: int = 0
+
+    def watch(self, stop: Event) -> None:
+        """Sample once a second until told to stop."""
+        me = psutil.Process()
+        while not stop.wait(1.0):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:  # it ended between listing and reading
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+@contextmanager
+def measured_memory() -> Iterator[Footprint]:
+    """Yield a `Footprint` that is kept up to date in the body."""
+    footprint, stop = Footprint(), Event()
+    thread = Thread(target=footprint.watch, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield footprint
+    finally:
+        stop.set()
+        thread.join()
+
+
+def progress_bar() -> Progress:
+    """Return the progress display that all stages share."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path]:
+    """Write the task files and the warmed-up model; return the data files by split."""
+    from verl_gradalign.cpu.tiny_model import build_tiny_model
+    from verl_gradalign.cpu.warmup import warm_up
+    from verl_gradalign.data.tasks import write_task_files
+
+    files = write_task_files(output / "data", num_pool=2400, num_trusted=24, num_test=128, seed=seed)
+    untrained = build_tiny_model(output / "untrained", seed=seed)
+    with progress_bar() as bar:
+        task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")
+        report = warm_up(
+            untrained,
+            output / "model",
+            num_steps=warm_up_steps,
+            seed=seed,
+            progress=lambda step, loss: bar.update(task, completed=step, note=f"loss {loss:.3f}"),
+        )
+    console.print(f"  warmed up: {report}")
+    return files
+
+
+def prepare_gsm8k(output: Path, folder: Path, num_rows: int, seed: int) -> dict[str, Path]:
+    """Turn GSM8K's own jsonl files into pool, trusted and test files, with an untrained model that fits them."""
+    from verl_gradalign.cpu.tiny_model import build_tiny_model
+    from verl_gradalign.data.gsm8k import write_gsm8k
+
+    data = output / "data"
+    build_tiny_model(output / "model", seed=seed)
+    trusted = 8
+    return {
+        "trusted": write_gsm8k(folder / "test.jsonl", data / "trusted.parquet", "trusted", max_rows=trusted),
+        "test": write_gsm8k(folder / "test.jsonl", data / "test.parquet", "test", max_rows=32),
+        "pool": write_gsm8k(folder / "train.jsonl", data / "pool.parquet", "pool", max_rows=num_rows),
+    }
+
+
+def train(run_dir: Path, output: Path, score: str, num_steps: int, overrides: list[str], verbose: bool) -> float:
+    """Run verl once, showing its steps as they are logged; return the seconds from launch to the first step's end.
+
+    Raises: RuntimeError with the end of verl's output if it fails.
+    """
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    command = [HERE / "train.sh", run_dir, output / "data", output / "model", score]
+    command += [f"trainer.total_training_steps={num_steps}", f"trainer.experiment_name={score}", *overrides]
+    log_path, metrics_path = run_dir / "run.log", run_dir / "metrics.jsonl"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    started, first_step_s = time.monotonic(), 0.0
+    with log_path.open("wb") as log, progress_bar() as bar:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=None if verbose else log,
+            stderr=None if verbose else subprocess.STDOUT,
+            env=environment,
+        )
+        task = bar.add_task(f"verl, {score}", total=num_steps, note="starting Ray and the workers")
+        while process.poll() is None:
+            time.sleep(0.5)
+            lines = [m for _, m in read_metrics(metrics_path)] if metrics_path.exists() else []
+            steps = [m for m in lines if "timing_s/step" in m]
+            if steps:
+                first_step_s = first_step_s or time.monotonic() - started
+                bar.update(task, completed=len(steps), note=_note(steps[-1], lines))
+    if process.returncode:
+        tail = "" if verbose else "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
+        raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log_path}\n{tail}")
+    return first_step_s
+
+
+def _note(step: dict[str, float], lines: list[dict[str, float]]) -> str:
+    """Return what the progress bar says of the newest step."""
+    accuracies = [a for a in map(held_out_accuracy, lines) if a is not None]
+    held_out = f", held-out accuracy {accuracies[-1]:.2f}" if accuracies else ""
+    reward = step["critic/score/mean"]
+    return f"{step['timing_s/step']:.1f} s/step, reward {reward:.2f}, kept {step['gradalign/kept']:.0f}{held_out}"
+
+
+def show(summaries: dict[str, RunSummary], first_step_s: dict[str, float]) -> None:
+    """Print the final table."""
+    table = Table(title="What was trained on, and what came of it")
+    columns = ("run", "steps", "held-out accuracy", "corrupted: candidates", "corrupted: trained on")
+    for column in (*columns, "launch to first step", "s/step", "selection"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for name, s in summaries.items():
+        before, after = (("-" if a is None else f"{a:.1%}") for a in (s.accuracy_before, s.accuracy_after))
+        table.add_row(
+            name,
+            str(s.num_steps),
+            f"{before} -> {after}",
+            f"{s.corrupted_pool:.1%}",
+            f"{s.corrupted_trained:.1%}",
+            f"{first_step_s[name]:.0f} s",
+            f"{s.step_s:.1f}",
+            f"{s.selection_share:.0%}",
+        )
+    console.print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder for everything")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--warm-up-steps", type=int, default=None, help="steps of the supervised warm-up")
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), help="runs to make, by gradalign config")
+    parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl: use it instead")
+    parser.add_argument("--gsm8k-rows", type=int, default=256, help="GSM8K training problems to use")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="show verl's own console output")
+    parser.add_argument("overrides", nargs="*", help="further verl overrides, after --")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prepare, train once per score, compare."""
+    arguments = parse_arguments()
+    output = arguments.output.resolve()
+    started = time.monotonic()
+    overrides = list(arguments.overrides)
+    with measured_memory() as footprint:
+        if arguments.gsm8k:
+            files = prepare_gsm8k(output, arguments.gsm8k, arguments.gsm8k_rows, arguments.seed)
+            overrides = ["data.max_prompt_length=896", "data.filter_overlong_prompts=true", *overrides]
+        else:
+            from verl_gradalign.cpu.warmup import NUM_STEPS
+
+            files = prepare_tasks(output, arguments.warm_up_steps or NUM_STEPS, arguments.seed)
+        first_step_s, summaries = {}, {}
+        for score in arguments.scores:
+            run_dir = output / score
+            first_step_s[score] = train(run_dir, output, score, arguments.steps, overrides, arguments.verbose)
+            summaries[score] = summarise_run(run_dir, files["pool"])
+    show(summaries, first_step_s)
+    minutes, peak = (time.monotonic() - started) / 60, footprint.peak_bytes / 2**30
+    console.print(
+        f"[bold green]Done[/] in {minutes:.1f} min, peak resident memory {peak:.1f} GiB (all processes). "
+        f"Metrics, selection logs and verl's output: {output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real verl runs on the CPU platform, each started once and shared by the tests that read what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl_gradalign.report.comparison import read_metrics
+from verl_gradalign.report.selection_log import read_selection_log
+
+TIMEOUT_S = 400
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or refused) run of verl's own entry point."""
+
+    folder: Path
+    returncode: int
+    output: str
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Metrics of every training step, in order."""
+        return [m for _, m in read_metrics(self.folder / "metrics.jsonl") if "timing_s/step" in m]
+
+    @property
+    def log(self) -> list[dict]:
+        """The selection log, as rows."""
+        return self.table.to_pylist()
+
+    @property
+    def table(self) -> pa.Table:
+        return read_selection_log(self.folder / "gradalign")
+
+    def trained_rows(self, step: int) -> list[dict]:
+        """What verl itself says it trained on in a step (trainer.rollout_data_dir)."""
+        lines = (self.folder / "rollouts" / f"{step}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Data and a warmed-up model, shared by the session."""
+
+    root: Path
+    files: dict[str, Path]
+    model: Path
+
+    def corrupted(self) -> np.ndarray:
+        """Whether each row of the pool has a coin-flip reward."""
+        return np.array([info["corrupted"] for info in pq.read_table(self.files["pool"])["extra_info"].to_pylist()])
+
+    def run(self, name: str, *overrides: str, num_ranks: int = 1, may_fail: bool = False) -> Run:
+        """Run `python -m verl.trainer.main_ppo` with the CPU platform, the quickstart regime and the overrides."""
+        folder = self.root / name
+        folder.mkdir()
+        environment = {
+            **os.environ,
+            "VERL_PLATFORM": "cpu",
+            "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "+platform=cpu", "+regime=quickstart"),
+            f"data.train_files={self.files['pool']}",
+            f"data.val_files={self.files['test']}",
+            f"actor_rollout_ref.model.path={self.model}",
+            f"trainer.n_gpus_per_node={num_ranks}",
+            f"trainer.default_local_dir={folder}",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            f"hydra.run.dir={folder / 'hydra'}",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            *overrides,
+        ]
+        done = subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        output = done.stdout + done.stderr
+        (folder / "run.log").write_text(output, encoding="utf-8")
+        assert may_fail or done.returncode == 0, output[-6000:]
+        return Run(folder, done.returncode, output)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Task files and a model brought to a middling success rate, as in the demonstration."""
+    from verl_gradalign.cpu.tiny_model import build_tiny_model
+    from verl_gradalign.cpu.warmup import warm_up
+    from verl_gradalign.data.tasks import write_task_files
+
+    root = tmp_path_factory.mktemp("e2e")
+    files = write_task_files(root / "data", num_pool=600, num_trusted=24, num_test=64, seed=0)
+    warm_up(build_tiny_model(root / "untrained"), root / "model")
+    return Workplace(root, files, root / "model")
+
+
+def gradalign(score: str, files: dict[str, Path], **keys: object) -> list[str]:
+    """Return the overrides that turn gradalign on."""
+    overrides = [f"+gradalign={score}", f"gradalign.validation.files={files['trusted']}", "gradalign.poll_interval_s=0.2"]
+    return overrides + [f"gradalign.{key.replace('__', '.')}={value}" for key, value in keys.items()]
+
+
+@pytest.fixture(scope="session")
+def cosine_run(workplace: Workplace) -> Run:
+    """Four steps on one rank, chosen by cosine."""
+    return workplace.run("cosine", *gradalign("cosine", workplace.files), "trainer.total_training_steps=4")
