@@ -36,7 +36,7 @@ console = Console()
 
 @dataclass
 class Footprint:
-    """Peak resident memory of this process and all its descendants, in bytes (shared pages counted once per process)."""
+    """Peak resident memory of this process and its descendants, in bytes. Shared pages count once per process."""
 
     peak_bytes: int = 0
 
@@ -94,9 +94,9 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
             output / "model",
             num_steps=warm_up_steps,
             seed=seed,
-            progress=lambda step, loss: bar.update(task, completed=step, note=f"loss {loss:.3f}"),
+            progress=lambda now: bar.update(task, completed=now["step"], note=f"loss {now['loss']:.3f}"),
         )
-    console.print(f"  warmed up: {report}")
+    console.print(f"  the policy solves {report['success']:.0%} of held-out problems after {report['seconds']:.0f} s")
     return files
 
 
@@ -203,9 +203,9 @@ def main() -> None:
             files = prepare_gsm8k(output, arguments.gsm8k, arguments.gsm8k_rows, arguments.seed)
             overrides = ["data.max_prompt_length=896", "data.filter_overlong_prompts=true", *overrides]
         else:
-            from verl_gradalign.cpu.warmup import NUM_STEPS
+            from verl_gradalign.cpu.warmup import DEFAULT_NUM_STEPS
 
-            files = prepare_tasks(output, arguments.warm_up_steps or NUM_STEPS, arguments.seed)
+            files = prepare_tasks(output, arguments.warm_up_steps or DEFAULT_NUM_STEPS, arguments.seed)
         first_step_s, summaries = {}, {}
         for score in arguments.scores:
             run_dir = output / score

@@ -110,7 +110,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 def gradalign(score: str, files: dict[str, Path], **keys: object) -> list[str]:
     """Return the overrides that turn gradalign on."""
-    overrides = [f"+gradalign={score}", f"gradalign.validation.files={files['trusted']}", "gradalign.poll_interval_s=0.2"]
+    trusted = f"gradalign.validation.files={files['trusted']}"
+    overrides = [f"+gradalign={score}", trusted, "gradalign.poll_interval_s=0.2"]
     return overrides + [f"gradalign.{key.replace('__', '.')}={value}" for key, value in keys.items()]
 
 

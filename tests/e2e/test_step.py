@@ -116,5 +116,8 @@ def test_random_is_stock_verl_and_costs_nothing(workplace: Workplace) -> None:
         for name in ("critic/score/mean", "actor/grad_norm", "actor/entropy", "response_length/mean"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     for step in (1, 2):
-        texts = [sorted(json.dumps([row["input"], row["output"]]) for row in run.trained_rows(step)) for run in (stock, random)]
-        assert texts[0] == texts[1]
+        ours, theirs = (
+            sorted(json.dumps([row["input"], row["output"]]) for row in run.trained_rows(step))
+            for run in (random, stock)
+        )
+        assert ours == theirs

@@ -102,7 +102,7 @@ class PlatformCPU(PlatformBase):
         # Never found by detection: a GPU machine must not fall back to its CPU in silence.
         return False
 
-    def current_device(self) -> CpuDevice:  # type: ignore[override]
+    def current_device(self) -> CpuDevice:
         return CpuDevice("cpu")
 
     def device_count(self) -> int:

@@ -33,8 +33,9 @@ ENGINES = ("fsdp", "fsdp2")
 
 def read_config(verl_config: DictConfig) -> GradAlignConfig:
     """Return the `gradalign` block, defaults filled in. Raises ValueError for anything wrong with it."""
-    block = OmegaConf.select(verl_config, "gradalign")
-    return GradAlignConfig.from_mapping({} if block is None else OmegaConf.to_container(block, resolve=True))
+    block: Any = OmegaConf.select(verl_config, "gradalign")
+    values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
+    return GradAlignConfig.from_mapping(values)
 
 
 def refuse(key: str, value: Any, why: str, remedy: str) -> None:

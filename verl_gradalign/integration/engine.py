@@ -28,7 +28,9 @@ ROW_FIELDS = ("input_ids", "position_ids", "prompts", "responses", "response_mas
 """Fields of the row table, all nested (rows, ragged). Coefficients have the responses' lengths."""
 
 
-def coefficient_loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
+def coefficient_loss(
+    model_output: dict[str, Any], data: TensorDict, dp_group: Any = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return sum_t c_t log pi(y_t) over a micro-batch, as verl's loss functions do.
 
     The factor dp_size undoes FSDP's averaging over the data-parallel group, as in verl's own losses.

@@ -41,7 +41,7 @@ class GradAlignSampler(ReplayBuffer):
         """Give the sampler its selector; the trainer does this once."""
         self._selector = selector
 
-    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own.
 
         Raises: RuntimeError if no selector is attached, or nothing was generated at all.

@@ -132,7 +132,9 @@ class GradAlignTrainer(PPOTrainerSync):
             super().on_sample_end()
         self._rollout_is_asleep = False
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int):
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
+    ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(named({"seconds/share_of_step": self._selector.last_selection_s / timing_raw["step"]}))
 

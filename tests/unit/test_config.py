@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: YAML and dataclasses agree, and what is wrong is refused with a remedy."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import verl_gradalign.config
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.selection.scores import SCORES
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "gradalign"
+SCORE_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+
+
+def load(path):
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)["gradalign"]
+
+
+def as_lists(values):
+    """YAML knows lists only."""
+    if isinstance(values, dict):
+        return {key: as_lists(value) for key, value in values.items()}
+    return [as_lists(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def keys_and_types(values):
+    if isinstance(values, dict):
+        return {key: keys_and_types(value) for key, value in values.items()}
+    return type(values).__name__
+
+
+def test_base_yaml_has_exactly_the_keys_and_defaults_of_the_dataclasses():
+    defaults = as_lists(dataclasses.asdict(GradAlignConfig(score="random")))
+    defaults["score"] = next(f.default for f in dataclasses.fields(GradAlignConfig) if f.name == "score")
+    base = load(CONFIGS / "base.yaml")
+    assert keys_and_types(base) == keys_and_types(defaults)
+    assert base == defaults
+
+
+def test_every_score_has_a_file_and_every_file_names_its_score():
+    assert {path.stem for path in SCORE_FILES} == set(SCORES)
+    for path in SCORE_FILES:
+        assert load(path) == {"score": path.stem}
+
+
+def test_base_yaml_builds_the_default_configuration():
+    values = load(CONFIGS / "base.yaml")
+    values["validation"]["files"] = "trusted.parquet"
+    config = GradAlignConfig.from_mapping(values)
+    assert config == GradAlignConfig(validation=verl_gradalign.config.ValidationConfig(files=("trusted.parquet",)))
+
+
+def test_an_empty_mapping_with_a_trusted_set_gives_the_defaults():
+    assert GradAlignConfig.from_mapping({"validation": {"files": ["a", "b"]}}).validation.files == ("a", "b")
+
+
+def test_whole_numbers_are_accepted_where_a_float_is_asked_for():
+    config = GradAlignConfig.from_mapping({"score": "random", "oversample": 2})
+    assert config.oversample == 2.0 and isinstance(config.oversample, float)
+
+
+def nested(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("score", "fancy"),
+        ("estimator", "fancy"),
+        ("schedule", "epoch"),
+        ("dead_groups", "keep"),
+        ("advantage", "raw"),
+        ("direction.on_degenerate", "ignore"),
+        ("loss_agg_mode", "token-median"),
+        ("oversample", 0.5),
+        ("oversample", float("nan")),
+        ("oversample", float("inf")),
+        ("validation.n", 0),
+        ("direction.refresh_interval", 0),
+        ("poll_interval_s", 0.0),
+        ("seed", -1),
+        ("overample", 4.0),
+        ("validation.file", "x.parquet"),
+        ("oversample", "four"),
+        ("seed", 1.5),
+        ("seed", True),
+        ("score", None),
+        ("validation", "x.parquet"),
+        ("validation", 3),
+        ("validation.files", 3),
+        ("validation.files", [3]),
+        ("log.dir", 3),
+    ],
+)
+def test_a_bad_value_is_refused_with_key_value_and_remedy(key, value):
+    with pytest.raises(ValueError) as refusal:
+        GradAlignConfig.from_mapping({"score": "random"} | nested(key, value))
+    message = str(refusal.value)
+    shown = value[0] if isinstance(value, list) else value
+    assert f"gradalign.{key}" in message and str(shown) in message and "Remedy" in message, message
+
+
+@pytest.mark.parametrize("score", [name for name, score in SCORES.items() if score.needs_direction])
+def test_a_score_with_a_direction_is_refused_without_a_trusted_set(score):
+    with pytest.raises(ValueError) as refusal:
+        GradAlignConfig.from_mapping({"score": score})
+    message = str(refusal.value)
+    assert "gradalign.validation.files=[]" in message and score in message and "Remedy" in message
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GradAlignConfig(score="random").seed = 1
+
+
+def test_every_field_is_followed_by_its_documentation():
+    tree = ast.parse(inspect.getsource(verl_gradalign.config))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {node.name for node in classes} >= {"GradAlignConfig", "ValidationConfig", "DirectionConfig", "LogConfig"}
+    nested_blocks = {"validation", "direction", "log"}  # documented by their classes
+    for node in classes:
+        assert ast.get_docstring(node), node.name
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(statement, ast.AnnAssign) or statement.target.id in nested_blocks:
+                continue
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert is_text and len(following.value.value) > 20, f"{node.name}.{statement.target.id} has no sentence"

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `import verl` does with the plugin, in processes of its own: hooks, Hydra groups, trainer and CPU platform."""
+
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from verl_gradalign.plugin import check_verl_version
+
+PRINT_MARK = "ANSWER:"
+
+
+def run_python(code, check=True, **env):
+    """Run `code` in a new interpreter with only the given VERL_* variables; return the completed process."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("VERL_")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=check,
+    )
+
+
+def answer_of(code, **env):
+    """Run `code`, which calls answer(value) once, and return that value."""
+    prelude = f"import json\ndef answer(value): print({PRINT_MARK!r} + json.dumps(value))\n"
+    process = run_python(prelude + textwrap.dedent(code), check=False, **env)
+    lines = [line for line in process.stdout.splitlines() if line.startswith(PRINT_MARK)]
+    assert process.returncode == 0 and len(lines) == 1, process.stderr
+    assert "verl-gradalign could not be loaded" not in process.stderr, process.stderr
+    return json.loads(lines[0].removeprefix(PRINT_MARK))
+
+
+INSPECT = """
+import sys
+import verl
+from verl.plugin.platform import PlatformRegistry
+found = {
+    "plugin": "verl_gradalign.plugin" in sys.modules,
+    "modules": sorted(name for name in sys.modules if name.split(".")[0] in ("hydra", "verl", "verl_gradalign")),
+    "platforms": sorted(PlatformRegistry.registered_names()),
+}
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+def composed(*overrides):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=False)
+
+found["stock"] = composed()
+"""
+
+WITH_PLUGIN = (
+    INSPECT
+    + """
+found["cosine"] = composed("+gradalign=cosine", "gradalign.validation.files=x.parquet")
+found["quickstart"] = composed("+platform=cpu", "+regime=quickstart", "+gradalign=random")
+import verl.trainer.ppo.v1
+from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
+trainer = get_trainer_cls("gradalign")
+found["trainer"] = f"{trainer.__module__}.{trainer.__qualname__}"
+found["stock_trainer"] = get_trainer_cls("sync").__module__
+answer(found)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def with_plugin():
+    return answer_of(WITH_PLUGIN)
+
+
+@pytest.fixture(scope="module")
+def without_plugin():
+    return answer_of(INSPECT + "answer(found)", VERL_USE_EXTERNAL_PLUGINS="none")
+
+
+def test_import_verl_loads_the_plugin_through_its_entry_point(with_plugin, without_plugin):
+    assert with_plugin["plugin"]
+    assert not without_plugin["plugin"]
+
+
+def test_the_plugin_adds_no_imports_but_its_own(with_plugin, without_plugin):
+    added = set(with_plugin["modules"]) - set(without_plugin["modules"])
+    assert added == {"verl_gradalign", "verl_gradalign.plugin"}
+    assert not any(name.startswith(("hydra", "verl.trainer")) for name in with_plugin["modules"])
+
+
+def test_without_the_variable_the_cpu_platform_is_unknown(with_plugin, without_plugin):
+    assert "cpu" not in with_plugin["platforms"]
+    assert with_plugin["platforms"] == without_plugin["platforms"]
+
+
+def test_without_the_word_the_composed_configuration_is_verls_own(with_plugin, without_plugin):
+    assert with_plugin["stock"] == without_plugin["stock"]
+
+
+def test_the_word_sets_the_trainer_the_sampler_and_the_block_and_nothing_else(with_plugin):
+    config, stock = with_plugin["cosine"], with_plugin["stock"]
+    assert config["gradalign"]["score"] == "cosine"
+    assert config["gradalign"]["validation"] == {"files": "x.parquet", "n": None}
+    v1 = config["trainer"]["v1"]
+    assert v1["trainer_mode"] == "gradalign"
+    assert v1["sampler"]["custom_sampler"] == {
+        "path": "pkg://verl_gradalign.integration.sampler",
+        "name": "GradAlignSampler",
+    }
+    del config["gradalign"]
+    v1["trainer_mode"] = stock["trainer"]["v1"]["trainer_mode"]
+    v1["sampler"]["custom_sampler"] = stock["trainer"]["v1"]["sampler"]["custom_sampler"]
+    assert config == stock
+
+
+def test_platform_and_regime_compose_with_the_word(with_plugin):
+    config = with_plugin["quickstart"]
+    assert config["gradalign"]["score"] == "random"
+    assert config["trainer"]["device"] == "cpu"
+    assert config["trainer"]["experiment_name"] == "quickstart"
+    assert config["actor_rollout_ref"]["rollout"]["name"] == "hf"
+    assert config["reward"]["custom_reward_function"]["path"] == "pkg://verl_gradalign.data.rewards"
+
+
+def test_verl_knows_the_trainer_and_keeps_its_own(with_plugin):
+    assert with_plugin["trainer"] == "verl_gradalign.integration.trainer.GradAlignTrainer"
+    assert with_plugin["stock_trainer"] == "verl.trainer.ppo.v1.trainer_sync"
+
+
+def test_composing_resolves_to_a_configuration_that_the_dataclasses_accept(with_plugin):
+    from verl_gradalign.config import GradAlignConfig
+
+    for name in ("cosine", "quickstart"):
+        block = {"score": "cosine"} | with_plugin[name].get("gradalign", {"validation": {"files": "x.parquet"}})
+        assert GradAlignConfig.from_mapping(block).score in ("cosine", "random")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+ON_CPU = """
+import inspect
+import sys
+import verl
+from verl.plugin.platform import PlatformRegistry, get_platform
+found = {"heavy": [name for name in ("hydra", "verl.trainer") if name in sys.modules]}
+found["platforms"] = sorted(PlatformRegistry.registered_names())
+found["device"] = get_platform().device_name
+import torch
+import verl.utils.distributed as distributed
+found["signature"] = {
+    name: repr(parameter.default)
+    for name, parameter in inspect.signature(distributed.initialize_global_process_group_ray).parameters.items()
+}
+distributed.initialize_global_process_group_ray()
+found["backend"] = torch.distributed.get_backend()
+total = torch.ones(2)
+torch.distributed.all_reduce(total)
+found["sum"] = total.tolist()
+torch.distributed.destroy_process_group()
+import verl.workers.engine
+from verl.workers.engine.base import EngineRegistry
+found["engine"] = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+import verl.workers.rollout.replica, verl.workers.rollout.base
+from verl.workers.rollout.replica import get_rollout_replica_class
+found["replica"] = get_rollout_replica_class("hf").__name__
+found["rollout"] = verl.workers.rollout.base.get_rollout_class("hf", "async").__name__
+answer(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return answer_of(ON_CPU, VERL_PLATFORM="cpu", **group)
+
+
+def test_the_variable_registers_the_cpu_platform_and_imports_no_trainer(on_cpu):
+    assert "cpu" in on_cpu["platforms"] and on_cpu["device"] == "cpu"
+    assert on_cpu["heavy"] == []
+
+
+def test_verls_process_group_still_takes_a_backend_that_nobody_sets(on_cpu):
+    # verl_gradalign.cpu.registration sets this argument; if verl changes it, the shim has to change with it.
+    assert on_cpu["signature"]["backend"] == "None"
+
+
+def test_the_process_group_of_the_cpu_platform_is_plain_gloo(on_cpu):
+    assert on_cpu["backend"] == "gloo"
+    assert on_cpu["sum"] == [1.0, 1.0]
+
+
+def test_the_cpu_platform_has_engines_and_the_hf_rollout(on_cpu):
+    assert on_cpu["engine"] == "FSDPEngineWithLMHead"
+    assert on_cpu["replica"] == "HFReplica"
+    assert on_cpu["rollout"] == "HFRollout"
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "0.9.5", "0.9.1.post1", "0.9.2.dev0", "0.9.1+cu12"])
+def test_supported_versions_of_verl_are_accepted(version):
+    check_verl_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "0.8.9", "0.10.0", "0.10.0.dev0", "1.0", "0.9"])
+def test_other_versions_of_verl_are_refused(version):
+    with pytest.raises(ImportError, match=f"verl {version} is installed, but this plugin needs verl >= 0.9.1, < 0.10"):
+        check_verl_version(version)
+
+
+def test_a_plugin_that_cannot_load_says_so_and_leaves_verl_usable():
+    process = run_python("import sys; sys.modules['wrapt'] = None; import verl; print(verl.__version__)")
+    report = process.stderr
+    assert "ERROR" in report and "verl-gradalign could not be loaded" in report and "wrapt" in report
+    assert "Remedy:" in report and "VERL_USE_EXTERNAL_PLUGINS=none" in report
+    assert process.stdout.strip()
+
+
+def test_a_hook_that_fails_is_reported_and_breaks_nothing_of_verls():
+    code = """
+    import sys
+    import verl
+    sys.modules["verl_gradalign.search_path"] = None
+    import hydra.core.plugins
+    print("hydra is there")
+    """
+    process = run_python(code)
+    assert "hydra is there" in process.stdout
+    assert "verl-gradalign could not be loaded (Hydra search path)" in process.stderr and "Remedy" in process.stderr
+
+
+def test_the_search_path_is_appended_behind_verls_own():
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+
+    from verl_gradalign.search_path import GradAlignSearchPath
+
+    path = ConfigSearchPathImpl()
+    path.append("verl", "pkg://verl.trainer.config")
+    GradAlignSearchPath().manipulate_search_path(path)
+    assert [entry.path for entry in path.get_path()] == ["pkg://verl.trainer.config", "pkg://verl_gradalign.configs"]
+
+
+def test_the_plugin_registers_no_new_names_at_module_level_beyond_its_own():
+    import verl_gradalign.plugin as plugin
+
+    public = {name for name, value in vars(plugin).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert public == {"report_failure", "check_verl_version", "plant_hooks"}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward function: task answers, GSM8K answers, and the coin flips of corrupted problems."""
+
+import subprocess
+import sys
+
+import pytest
+
+from verl_gradalign.data.rewards import compute_score, extract_last_number
+from verl_gradalign.data.tasks import TASKS_DATA_SOURCE
+
+GSM8K = "openai/gsm8k"
+NUM_FLIPS = 2000
+# Five standard deviations of a fair coin's mean over NUM_FLIPS flips.
+FLIP_TOLERANCE = 5 * 0.5 / NUM_FLIPS**0.5
+DRAW_FLIPS = (
+    "from verl_gradalign.data.rewards import compute_score;"
+    "print([compute_score('gradalign/tasks', '=7', '7', {'corrupted': True, 'index': i % 9}, seed=4)['score']"
+    " for i in range(50)])"
+)
+
+
+def flip(response: str, index: int, seed: int = 0) -> float:
+    extra_info = {"corrupted": True, "index": index}
+    return compute_score(TASKS_DATA_SOURCE, response, "7", extra_info, seed=seed)["score"]
+
+
+@pytest.mark.parametrize(
+    ("response", "acc"),
+    [("=85", 1.0), ("~85", 1.0), ("85", 0.0), ("=085", 0.0), ("= 85", 0.0), ("=85 ", 0.0), ("=8", 0.0), ("", 0.0)],
+)
+def test_a_task_answer_must_follow_one_style_mark_exactly(response, acc):
+    assert compute_score(TASKS_DATA_SOURCE, response, "85") == {"score": acc, "acc": acc, "corrupted": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "7"),
+        ("#### 1,234 dollars", "1234"),
+        ("first 12, then 15.", "15"),
+        ("#### 5 and again #### -6", "-6"),
+        ("5 #### none", None),
+        ("it costs $18.00", "18"),
+        ("it costs 2.50", "2.50"),
+        ("20-5", "5"),
+        ("no number", None),
+    ],
+)
+def test_the_last_number_counts_and_the_one_after_the_mark_goes_first(text, number):
+    assert extract_last_number(text) == number
+
+
+def test_gsm8k_answers_compare_without_commas():
+    assert compute_score(GSM8K, "#### 1,000", "1000")["score"] == 1.0
+    assert compute_score(GSM8K, "#### 1000", "1,000")["score"] == 1.0
+    assert compute_score(GSM8K, "#### 1001", "1000")["score"] == 0.0
+    assert compute_score(GSM8K, "nothing", "1000")["score"] == 0.0
+
+
+@pytest.mark.parametrize("response", ["=7", "=8"])
+def test_a_corrupted_score_is_a_fair_coin_and_acc_stays_true(response):
+    results = [
+        compute_score(TASKS_DATA_SOURCE, response, "7", {"corrupted": True, "index": 100_000 + index})
+        for index in range(NUM_FLIPS)
+    ]
+    assert sum(result["score"] for result in results) / NUM_FLIPS == pytest.approx(0.5, abs=FLIP_TOLERANCE)
+    assert {result["acc"] for result in results} == {float(response == "=7")}
+
+
+def test_equal_responses_to_one_corrupted_problem_get_different_flips():
+    assert {flip("=7", index=1) for _ in range(40)} == {0.0, 1.0}
+
+
+def test_flips_depend_on_the_seed():
+    assert [flip("=7", 200 + i, seed=1) for i in range(40)] != [flip("=7", 200 + i, seed=2) for i in range(40)]
+
+
+def test_another_process_draws_the_same_flips():
+    outputs = {subprocess.run([sys.executable, "-c", DRAW_FLIPS], capture_output=True, check=True).stdout for _ in "ab"}
+    assert len(outputs) == 1
+
+
+def test_what_verl_adds_for_reward_models_is_ignored():
+    assert compute_score(TASKS_DATA_SOURCE, "=7", "7", {}, reward_router_address="host:1")["score"] == 1.0
+
+
+def test_an_unknown_data_source_is_rejected():
+    with pytest.raises(ValueError, match="data_source='other' is unknown"):
+        compute_score("other", "=7", "7")
+
+
+def test_a_corrupted_problem_without_index_is_rejected():
+    with pytest.raises(ValueError, match="number the rows"):
+        compute_score(TASKS_DATA_SOURCE, "=7", "7", {"corrupted": True})
