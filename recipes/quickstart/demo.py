@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import psutil
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -85,7 +86,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
     from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
 
-    files = write_task_files(output / "data", num_pool=2400, num_trusted=24, num_test=128, seed=seed)
+    files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
     untrained = build_tiny_model(output / "untrained", seed=seed)
     with progress_bar() as bar:
         task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")
@@ -107,12 +108,12 @@ def prepare_gsm8k(output: Path, folder: Path, num_rows: int, seed: int) -> dict[
 
     data = output / "data"
     build_tiny_model(output / "model", seed=seed)
-    trusted = 8
-    return {
-        "trusted": write_gsm8k(folder / "test.jsonl", data / "trusted.parquet", "trusted", max_rows=trusted),
-        "test": write_gsm8k(folder / "test.jsonl", data / "test.parquet", "test", max_rows=32),
-        "pool": write_gsm8k(folder / "train.jsonl", data / "pool.parquet", "pool", max_rows=num_rows),
-    }
+    pool = write_gsm8k(folder / "train.jsonl", data / "pool.parquet", "pool", max_rows=num_rows)
+    held_out = pq.read_table(write_gsm8k(folder / "test.jsonl", data / "held_out.parquet", "test", max_rows=40))
+    files = {"pool": pool, "trusted": data / "trusted.parquet", "test": data / "test.parquet"}
+    pq.write_table(held_out.slice(0, 8), files["trusted"])
+    pq.write_table(held_out.slice(8), files["test"])
+    return files
 
 
 def train(run_dir: Path, output: Path, score: str, num_steps: int, overrides: list[str], verbose: bool) -> float:

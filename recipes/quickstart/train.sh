@@ -15,13 +15,16 @@ export VERL_FILE_LOGGER_PATH="$run_dir/metrics.jsonl"
 # One training rank per core leaves no core idle; waiting threads must not burn what the others compute on.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + num_ranks - 1) / num_ranks ))}
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+# TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer cores.
+export TQ_NUM_THREADS=1
 
 exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
     +platform=cpu \
     +regime=quickstart \
     +gradalign="$score" \
     gradalign.validation.files="$data_dir/trusted.parquet" \
-    gradalign.poll_interval_s=0.05 \
+    gradalign.poll_interval_s=0.2 \
+    gradalign.oversample=3 \
     data.train_files="$data_dir/pool.parquet" \
     data.val_files="$data_dir/test.parquet" \
     actor_rollout_ref.model.path="$model_dir" \

@@ -40,7 +40,7 @@ __all__ = ["DEFAULT_NUM_STEPS", "Sample", "evaluate", "sample_responses", "warm_
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
-SKILL_SHARE = 0.75
+SKILL_SHARE = 0.3
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 3e-3
 RISE_STEPS = 50

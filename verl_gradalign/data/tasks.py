@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Five families of short problems with verifiable answers, and the parquet files verl trains on.
 
-Prompts are a few characters long (`472+8`, `rev baed`, `max 40 91 77`), so that a tiny model on a CPU can learn them.
+Prompts are a few characters long (`472+8`, `rev baed`, `max 40 91`), so that a tiny model on a CPU can learn them.
 A response is a style mark followed by the answer; the marks are what the warm-up gives the policy to choose between
 (see `verl_gradalign.cpu.warmup`). A fixed third of all prompts is set aside for reinforcement learning and the rest
 for the warm-up, so the two never meet, whatever their seeds. This module only makes problems: `rewards` checks answers.
@@ -92,7 +92,7 @@ def _draw_sorting(rng: random.Random) -> tuple[str, str]:
 
 
 def _draw_maximum(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(10, 99) for _ in range(3)]
+    numbers = [rng.randint(10, 99) for _ in range(2)]
     return f"max {' '.join(map(str, numbers))}", str(max(numbers))
 
 

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused before any worker starts, with key, value and remedy."""
+
+import copy
+import json
+import os
+
+os.environ["VERL_PLATFORM"] = "cpu"  # read when verl is imported
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf, open_dict
+
+import verl  # noqa: F401  (loads the plugin, which makes +gradalign known)
+from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+
+GOOD = (
+    "+gradalign=cosine",
+    "gradalign.validation.files=trusted.parquet",
+    "algorithm.adv_estimator=grpo",
+    "actor_rollout_ref.rollout.n=8",
+    "data.train_batch_size=16",
+    "data.train_files=pool.parquet",
+)
+
+
+@pytest.fixture(scope="module")
+def composed():
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=list(GOOD))
+
+
+@pytest.fixture
+def verl_config(composed):
+    return copy.deepcopy(composed)
+
+
+def change(verl_config, changes):
+    with open_dict(verl_config):
+        for key, value in changes.items():
+            OmegaConf.update(verl_config, key, value, force_add=True)
+
+
+def check(verl_config):
+    check_verl_config(read_config(verl_config), verl_config)
+
+
+def assert_refused(refusal, key, value):
+    message = str(refusal.value)
+    assert f"{key}={value}" in message and "Remedy: " in message, message
+
+
+def test_a_good_configuration_passes(verl_config):
+    check(verl_config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "others"),
+    [
+        ("data.gen_batch_size", 24, {}),
+        ("data.gen_batch_size", None, {"gradalign.oversample": 1.3}),
+        ("trainer.v1.sampler.sync_refill_failed_groups", True, {}),
+        ("algorithm.adv_estimator", "gae", {}),
+        ("algorithm.adv_estimator", "remax", {}),
+        ("algorithm.use_kl_in_reward", True, {}),
+        ("actor_rollout_ref.rollout.n", 1, {}),
+        ("actor_rollout_ref.rollout.n", 1, {"gradalign.validation.n": 8}),
+        ("actor_rollout_ref.rollout.n", 1, {"gradalign.advantage": "centred", "algorithm.adv_estimator": "gae"}),
+        ("gradalign.validation.n", 1, {}),
+        ("algorithm.filter_groups.enable", True, {}),
+        ("reward.reward_model.enable_resource_pool", False, {"reward.reward_model.enable": True}),
+        ("actor_rollout_ref.model.use_fused_kernels", True, {}),
+        ("actor_rollout_ref.actor.strategy", "megatron", {}),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 2, {}),
+        ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 2, {}),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {}),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
+    change(verl_config, {key: value} | others)
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    assert_refused(refusal, key, value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.gen_batch_size": 32},
+        {"gradalign.oversample": 1.5, "data.gen_batch_size": 8},
+        {"algorithm.adv_estimator": "gae", "gradalign.advantage": "centred"},
+        {"algorithm.use_kl_in_reward": True, "gradalign.advantage": "centred"},
+        {"algorithm.adv_estimator": "reinforce_plus_plus", "actor_rollout_ref.rollout.n": 1},
+        {"reward.reward_model.enable": True, "reward.reward_model.enable_resource_pool": True},
+        {"actor_rollout_ref.actor.policy_loss.loss_mode": "gspo", "gradalign.loss_agg_mode": "seq-mean-token-mean"},
+        {"actor_rollout_ref.actor.strategy": "fsdp2"},
+    ],
+)
+def test_the_remedies_pass(verl_config, changes):
+    change(verl_config, changes)
+    check(verl_config)
+
+
+@pytest.mark.parametrize("oversample", [1.25, 1.5, 2.0, 3.3])
+def test_the_batch_size_that_the_remedy_names_passes(verl_config, oversample):
+    change(verl_config, {"gradalign.oversample": oversample, "data.gen_batch_size": 1000})
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    size = str(refusal.value).split("set data.gen_batch_size=")[1].split()[0]
+    change(verl_config, {"data.gen_batch_size": int(size)})
+    check(verl_config)
+
+
+def test_random_needs_no_trusted_set_and_no_estimator(verl_config):
+    change(
+        verl_config,
+        {
+            "gradalign.score": "random",
+            "gradalign.validation.files": [],
+            "algorithm.adv_estimator": "gae",
+            "actor_rollout_ref.actor.strategy": "megatron",
+            "data.train_files": "nowhere.parquet",
+        },
+    )
+    check(verl_config)
+    check_data(read_config(verl_config), verl_config)
+
+
+def test_a_configuration_without_the_block_is_read_as_defaults_and_asks_for_a_trusted_set(verl_config):
+    with open_dict(verl_config):
+        del verl_config["gradalign"]
+    with pytest.raises(ValueError) as refusal:
+        read_config(verl_config)
+    assert_refused(refusal, "gradalign.validation.files", "[]")
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def write_parquet(path, prompts, column="prompt"):
+    prompt_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    pq.write_table(pa.table({column: pa.array([user(p) for p in prompts], type=prompt_type)}), path)
+    return path
+
+
+@pytest.fixture
+def data_config(verl_config, tmp_path, monkeypatch):
+    """The configuration with a train file of two problems, and a trusted file of one other."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    pool = write_parquet(tmp_path / "pool.parquet", ["2 + 2 = ?", "Spell HOUSE backwards."])
+    trusted = write_parquet(tmp_path / "trusted.parquet", ["3 + 4 = ?"])
+    change(verl_config, {"data.train_files": str(pool), "gradalign.validation.files": [str(trusted)]})
+    return verl_config
+
+
+def refusal_of_data(verl_config):
+    with pytest.raises(ValueError) as refusal:
+        check_data(read_config(verl_config), verl_config)
+    return refusal
+
+
+def trust(verl_config, path):
+    change(verl_config, {"gradalign.validation.files": [str(path)]})
+
+
+def test_good_data_pass(data_config):
+    check_data(read_config(data_config), data_config)
+
+
+def test_several_files_and_json_lines_pass(data_config, tmp_path):
+    lines = tmp_path / "more.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": user(p)}) + "\n" for p in ("x", "y")), encoding="utf-8")
+    files = [*data_config.gradalign.validation.files, str(lines)]
+    change(data_config, {"gradalign.validation.files": files, "data.train_files": [data_config.data.train_files]})
+    check_data(read_config(data_config), data_config)
+
+
+@pytest.mark.parametrize("key", ["gradalign.validation.files", "data.train_files"])
+def test_a_missing_file_is_refused(data_config, tmp_path, key):
+    missing = str(tmp_path / "missing.parquet")
+    change(data_config, {key: missing})
+    assert_refused(refusal_of_data(data_config), key, missing)
+
+
+def test_a_file_of_another_kind_is_refused(data_config, tmp_path):
+    path = tmp_path / "trusted.csv"
+    path.write_text("prompt\n1+1=?\n", encoding="utf-8")
+    trust(data_config, path)
+    assert_refused(refusal_of_data(data_config), "gradalign.validation.files", path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_file_that_cannot_be_read_is_refused(data_config, tmp_path, suffix):
+    path = tmp_path / f"garbage.{suffix}"
+    path.write_bytes(b"\x00\x01 this is no data file \xff\xfe" * 20)
+    trust(data_config, path)
+    assert_refused(refusal_of_data(data_config), "gradalign.validation.files", path)
+
+
+def test_a_file_without_rows_is_refused(data_config, tmp_path):
+    path = write_parquet(tmp_path / "empty.parquet", [])
+    trust(data_config, path)
+    refusal = refusal_of_data(data_config)
+    assert_refused(refusal, "gradalign.validation.files", [str(path)])
+    assert "no rows" in str(refusal.value)
+
+
+def test_a_file_without_the_prompt_column_is_refused(data_config, tmp_path):
+    path = write_parquet(tmp_path / "other.parquet", ["3 + 4 = ?"], column="question")
+    trust(data_config, path)
+    refusal = refusal_of_data(data_config)
+    assert_refused(refusal, "gradalign.validation.files", path)
+    assert "data.prompt_key" in str(refusal.value)
+
+
+def test_the_prompt_column_follows_verls_key(data_config, tmp_path):
+    trust(data_config, write_parquet(tmp_path / "t.parquet", ["3 + 4 = ?"], column="question"))
+    pool = write_parquet(tmp_path / "p.parquet", ["2 + 2 = ?"], column="question")
+    change(data_config, {"data.prompt_key": "question", "data.train_files": str(pool)})
+    check_data(read_config(data_config), data_config)
+
+
+@pytest.mark.parametrize(
+    "same", ["Spell HOUSE backwards.", "  spell house\n\tBackwards. ", "\uff33pell HOUSE backwards."]
+)
+def test_a_trusted_problem_in_the_train_files_is_refused_however_it_is_written(data_config, tmp_path, same):
+    path = write_parquet(tmp_path / "overlap.parquet", ["something else", same])
+    trust(data_config, path)
+    refusal = refusal_of_data(data_config)
+    assert_refused(refusal, "gradalign.validation.files", [str(path)])
+    assert "1 of its 2 problems" in str(refusal.value) and "spell house backwards." in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/trusted.parquet", "hdfs://host/trusted.parquet"])
+def test_a_remote_file_is_asked_for_by_the_name_that_was_given(data_config, monkeypatch, name):
+    asked = []
+
+    def load_dataset(kind, data_files, split):
+        asked.append(data_files)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    trust(data_config, name)
+    assert_refused(refusal_of_data(data_config), "gradalign.validation.files", name)
+    assert asked == [name]
