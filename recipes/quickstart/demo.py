@@ -86,7 +86,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
     from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
 
-    files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
+    files = write_task_files(output / "data", num_pool=2400, num_trusted=8, num_test=128, seed=seed)
     untrained = build_tiny_model(output / "untrained", seed=seed)
     with progress_bar() as bar:
         task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")
@@ -182,7 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder for everything")
-    parser.add_argument("--steps", type=int, default=30, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--warm-up-steps", type=int, default=None, help="steps of the supervised warm-up")
     parser.add_argument("--scores", nargs="+", default=list(SCORES), help="runs to make, by gradalign config")
     parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl: use it instead")

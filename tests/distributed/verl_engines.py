@@ -89,6 +89,7 @@ def _wrap(model: PreTrainedModel, engine: FSDPEngineWithLMHead, case: Case) -> t
             model,
             auto_wrap_policy=get_fsdp_wrap_policy(model, config=engine.engine_config.wrap_policy),
             sharding_strategy=get_sharding_strategy(engine.device_mesh, case.reshard_after_forward),
+            device_id=torch.device("cpu"),
             device_mesh=engine.device_mesh,
             use_orig_params=case.use_orig_params,
         )

@@ -26,7 +26,7 @@ def test_kept_groups_are_the_top_scored_ones(cosine_run: Run) -> None:
         rows = [row for row in cosine_run.log if row["step"] == step]
         kept = [row["score"] for row in rows if row["reason"] == "top"]
         beaten = [row["score"] for row in rows if row["reason"] == "low_score"]
-        assert len(kept) == 8 and len(rows) == 32
+        assert len(kept) == 4 and len(rows) == 16
         assert min(kept) >= max(beaten)
 
 
@@ -110,7 +110,7 @@ def test_random_is_stock_verl_and_costs_nothing(workplace: Workplace) -> None:
     random = workplace.run("random", *gradalign("random", workplace.files), "trainer.total_training_steps=2")
     assert not (stock.folder / "gradalign").exists()
     for ours, theirs in zip(random.steps, stock.steps, strict=True):
-        assert ours["gradalign/candidates"] == ours["gradalign/kept"] == 8
+        assert ours["gradalign/candidates"] == ours["gradalign/kept"] == 4
         assert ours["gradalign/seconds/selection"] < 0.05 * ours["timing_s/step"]
         assert not [name for name in theirs if name.startswith("gradalign/")]
         for name in ("critic/score/mean", "actor/grad_norm", "actor/entropy", "response_length/mean"):

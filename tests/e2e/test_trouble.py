@@ -37,7 +37,7 @@ def test_a_trusted_set_without_direction_is_counted_and_training_goes_on(
     for metrics in run.steps:
         assert metrics["gradalign/direction/degenerate"] == 1
         assert metrics["gradalign/validation/live"] == 0
-        assert metrics["gradalign/kept/random"] == metrics["gradalign/kept"] == 8
+        assert metrics["gradalign/kept/random"] == metrics["gradalign/kept"] == 4
         assert "gradalign/score/mean" not in metrics
     assert "gives no direction" in run.output
     assert all(row["score"] is None for row in run.log)
@@ -106,4 +106,4 @@ def test_gsm8k_passes_through_every_stage(workplace: Workplace) -> None:
     )
     assert len(run.steps) == 1
     assert {row["data_source"] for row in run.log} == {"openai/gsm8k"}
-    assert run.steps[0]["gradalign/kept"] == 8
+    assert run.steps[0]["gradalign/kept"] == 4

@@ -123,7 +123,7 @@ def with_coefficients(
 ) -> Problem:
     """Return the problem of these responses, with the coefficients that the package gives them."""
     width = max((response.numel() for response in responses), default=0)
-    length_R1 = torch.tensor([[response.numel()] for response in responses])
+    length_R1 = torch.tensor([response.numel() for response in responses], dtype=torch.int64).unsqueeze(-1)
     mask_RT = (torch.arange(width) < length_R1).double()
     advantage_RT = torch.tensor(advantages, dtype=torch.float64).unsqueeze(-1) * mask_RT
     coefficient_RT = token_coefficients(advantage_RT, mask_RT, loss_agg_mode)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.types import ProblemRows, ProblemScores
 
-RTOL_FLOAT64 = 1e-10  # measured 3e-14 for dot products, 1e-15 for norms
+RTOL_FLOAT64 = 1e-10  # measured 2e-15 for dot products, 5e-16 for norms
 RTOL_IDENTITY = 1e-12  # one code path compared with itself; measured 1e-14
 MEAN_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 TRUSTED_LENGTHS = ([5, 3], [4, 6, 2])
@@ -92,7 +93,7 @@ def assert_same_scores(actual: ProblemScores, expected: ProblemScores) -> None:
     assert_close(actual.norm_P, expected.norm_P)
 
 
-def test_scores_equal_the_oracle(checked_model: nn.Module, record_property: pytest.FixtureRequest) -> None:
+def test_scores_equal_the_oracle(checked_model: nn.Module, record_property: Callable[[str, object], None]) -> None:
     scores = score(checked_model, TRUSTED, CANDIDATES, micro_batch_size=3)
     dot_P, norm_P, direction_norm = expected_scores(checked_model, TRUSTED, CANDIDATES)
     errors = {
@@ -105,7 +106,7 @@ def test_scores_equal_the_oracle(checked_model: nn.Module, record_property: pyte
     assert max(errors.values()) <= RTOL_FLOAT64, errors
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     groups=st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=4), min_size=1, max_size=3),
     micro_batch_size=st.integers(1, 5),

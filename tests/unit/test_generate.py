@@ -192,8 +192,8 @@ def test_stop_token_ids_end_a_completion_and_belong_to_it(generator, prompts):
 
 def begin_with_letters(generator, prompt, params, num_seeds=2000):
     """A completion that begins with four different printable ASCII characters, its seed, and the four."""
-    for seed in range(num_seeds):
-        (free,) = generator.generate([prompt], params, seeds=[seed])
+    many = dataclasses.replace(params, n=num_seeds)
+    for seed, free in enumerate(generator.generate([prompt], many, seeds=range(num_seeds))):
         text = generator.tokenizer.decode(free.token_ids[:4])
         if len(set(text)) == len(text) == 4 and text.isascii() and text.isprintable():
             return free, seed, text

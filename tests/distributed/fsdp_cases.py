@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of tests/distributed/test_fsdp.py run: verl's own engine on gloo, scored and observed.
+
+    python -m tests.distributed.fsdp_cases RANK WORLD_SIZE FOLDER
+
+Every rank runs every case in one order. Rank 0 writes FOLDER/results-WORLD_SIZE.json: {case: what it measured}.
+
+Shape legend: P problems.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from tests.numerics.plain_engine import (
+    TEMPERATURE,
+    Problem,
+    draw_problem,
+    expected_scores,
+    load_float64,
+    make_float64,
+)
+from verl_gradalign.integration import engine as adapter
+from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, coefficient_loss, scoring_mode
+from verl_gradalign.integration.worker import build_shares, deal
+from verl_gradalign.probe.direction import compute_direction
+from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.oracle import OracleResponse
+from verl_gradalign.types import ProblemRows
+
+STRATEGIES = {"fsdp": ("fsdp", False), "fsdp-orig": ("fsdp", True), "fsdp2": ("fsdp2", False)}
+"""Name -> (verl's strategy, use_orig_params)."""
+MODELS = {"qwen2": ("qwen2", True), "qwen3": ("qwen3", False)}
+"""Name -> (architecture, tied embeddings)."""
+BATCHINGS: dict[str, dict[str, Any]] = {
+    "fixed": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
+    "dynamic": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 16},
+}
+INTERRUPTED_LOSS = {"raises-at-once": 0, "raises-between": 1, "raises-late": 7}
+"""Name -> how many calls of the loss succeed before one raises. The direction takes calls 0 to 3 and more, two
+micro-batches of each pass apart, so `raises-between` cuts a pass whose gradients are not synchronised yet."""
+TRUSTED = [draw_problem(lengths, seed) for seed, lengths in enumerate([[5, 3, 4], [4, 6, 2, 3, 8]], 10)]
+CANDIDATES = [
+    draw_problem(lengths, seed) for seed, lengths in enumerate([[7, 1, 4, 3, 3], [3], [6, 6], [1, 5, 2, 4, 8, 2]], 20)
+]
+
+
+class Float64Engine(FSDPEngineWithLMHead):
+    """verl's engine with a float64 model, which its configuration has no name for."""
+
+    def _build_module(self) -> nn.Module:
+        return make_float64(super()._build_module())
+
+
+class InterruptedError(Exception):
+    """Raised by the interrupted loss."""
+
+
+def build_engine(
+    folder: Path, strategy: str, has_checkpointing: bool, batching: str, is_float64: bool = True
+) -> FSDPEngineWithLMHead:
+    """Return a new engine as a worker builds it: float64 throughout, or with verl's default mixed precision."""
+    name, use_orig_params = STRATEGIES[strategy]
+    engine_class = Float64Engine if is_float64 else FSDPEngineWithLMHead
+    engine = engine_class(
+        model_config=HFModelConfig(
+            path=str(folder),
+            load_tokenizer=False,
+            override_config={"attn_implementation": "sdpa"},
+            enable_gradient_checkpointing=has_checkpointing,
+            use_remove_padding=False,
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy=name,
+            use_orig_params=use_orig_params,
+            use_remove_padding=False,
+            use_torch_compile=False,
+            **BATCHINGS[batching],
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
+        checkpoint_config=CheckpointConfig(),
+    )
+    # Only the name of the dtype is replaced; wrapping, sharding and reduction are verl's.
+    names = mock.patch.object(PrecisionType, "to_dtype", return_value=torch.float64) if is_float64 else nullcontext()
+    with names:
+        engine.initialize()
+    if is_float64:
+        engine._autocast_dtype = torch.float32  # verl's sign for "no autocast"
+    return engine
+
+
+def tabulate_dealt(
+    trusted: list[Problem], candidates: list[Problem]
+) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
+    """Return this rank's row table, spare row last, and its shares, dealt as the selector deals them."""
+    responses: dict[str, OracleResponse] = {}
+    tables = []
+    for kind, problems in (("t", trusted), ("c", candidates)):
+        table = []
+        for index, problem in enumerate(problems):
+            keys = [f"{kind}{index}_{k}_0" for k in range(len(problem))]
+            responses.update(zip(keys, problem, strict=True))
+            table.append((f"{kind}{index}", keys, sum(length_of(response) for response in problem)))
+        tables.append(table)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dealt = [deal(table, world_size)[rank] for table in tables]
+    spare = min(responses, key=lambda key: length_of(responses[key]))
+    keys = [key for mine in dealt for keys in mine for key in keys if key != spare] + [spare]
+    positions = {key: position for position, key in enumerate(keys)}
+    trusted_shares, candidate_shares = (build_shares(*pair, positions) for pair in zip(tables, dealt, strict=True))
+    return make_row_table([responses[key] for key in keys]), trusted_shares, candidate_shares
+
+
+def length_of(response: OracleResponse) -> int:
+    return response.prompt.numel() + response.response.numel()
+
+
+def make_row_table(responses: list[OracleResponse]) -> TensorDict:
+    def nest(parts: list[Tensor]) -> Tensor:
+        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+    mask = [torch.ones_like(response.response) for response in responses]
+    fields = {
+        "input_ids": nest([torch.cat([response.prompt, response.response]) for response in responses]),
+        "position_ids": nest([torch.arange(length_of(response)) for response in responses]),
+        "prompts": nest([response.prompt for response in responses]),
+        "responses": nest([response.response for response in responses]),
+        "response_mask": nest(mask),
+        "loss_mask": nest(mask),
+        COEFFICIENTS: nest([response.coefficient for response in responses]),
+    }
+    return TensorDict(fields, batch_size=len(responses))
+
+
+def score(engine: FSDPEngineWithLMHead, candidates: list[Problem]) -> dict[str, Any]:
+    """Return the scores of `candidates` along the direction of TRUSTED, and whether all ranks found the same."""
+    rows, trusted_shares, candidate_shares = tabulate_dealt(TRUSTED, candidates)
+    with scoring_mode(engine):
+        probe = VerlEngine(engine, rows, TEMPERATURE)
+        direction = compute_direction(probe, trusted_shares)
+        scores = ESTIMATORS["backward"]().score(probe, candidate_shares, direction)
+    assert scores.norm_P is not None
+    mine = {
+        "dot": scores.dot_P.tolist(),
+        "norm": scores.norm_P.tolist(),
+        "direction_norm": scores.direction_norm,
+        "num_tokens": scores.num_tokens_P.tolist(),
+    }
+    return {**mine, "ranks_agree": all(other == mine for other in gather(mine))}
+
+
+def measure_exactness(folder: Path, strategy: str, has_checkpointing: bool) -> dict[str, Any]:
+    """Return scores under every batching and with the problems in another order, beside the oracle's."""
+    dot_P, norm_P, direction_norm = expected_scores(load_float64(folder), TRUSTED, CANDIDATES)
+    measured: dict[str, Any] = {
+        "expected": {"dot": dot_P.tolist(), "norm": norm_P.tolist(), "direction_norm": direction_norm}
+    }
+    for batching in BATCHINGS:
+        engine = build_engine(folder, strategy, has_checkpointing, batching)
+        measured[batching] = score(engine, CANDIDATES)
+    turned = score(engine, CANDIDATES[::-1])
+    for key in ("dot", "norm", "num_tokens"):
+        turned[key].reverse()
+    measured["turned"] = turned
+    return measured
+
+
+def train_data(engine: FSDPEngineWithLMHead, seed: int) -> TensorDict:
+    """Return this rank's batch for one training step: four rows that no problem scored has."""
+    lengths = [3, 6, 2, 5]
+    rows = make_row_table(draw_problem(lengths, seed=100 + 10 * seed + dist.get_rank(), advantage_scale=5.0))
+    config = engine.engine_config
+    tu.assign_non_tensor(
+        rows,
+        temperature=1.0,
+        use_remove_padding=False,
+        use_fused_kernels=False,
+        use_dynamic_bsz=config.use_dynamic_bsz,
+        max_token_len_per_gpu=config.max_token_len_per_gpu,
+        micro_batch_size_per_gpu=config.micro_batch_size_per_gpu,
+    )
+    return rows
+
+
+def train(engine: FSDPEngineWithLMHead, seed: int) -> None:
+    with engine.train_mode():
+        engine.train_batch(train_data(engine, seed), coefficient_loss)
+
+
+def accumulate(engine: FSDPEngineWithLMHead, seed: int) -> None:
+    """Run a training pass and keep its gradient."""
+    with engine.train_mode(zero_grad_on_exit=False):
+        engine.forward_backward_batch(train_data(engine, seed), coefficient_loss)
+
+
+def finish_step(engine: FSDPEngineWithLMHead) -> None:
+    with engine.train_mode():
+        engine.optimizer_step()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def observe(engine: FSDPEngineWithLMHead) -> dict[str, Any]:
+    """Return everything that scoring must leave alone, tensors as copies of this rank's shards."""
+    module, seen = engine.module, {}
+    for name, parameter in module.named_parameters():
+        seen[f"parameter {name}"] = local(parameter).clone()
+        seen[f"gradient {name}"] = None if parameter.grad is None else local(parameter.grad).clone()
+        seen[f"gradient object {name}"] = None if parameter.grad is None else id(parameter.grad)
+        seen[f"requires_grad {name}"] = parameter.requires_grad
+        for key, value in engine.optimizer.state[parameter].items():
+            seen[f"optimizer {key} {name}"] = local(value).clone() if isinstance(value, Tensor) else value
+    for name, buffer in module.named_buffers():
+        seen[f"buffer {name}"] = local(buffer).clone()
+    for name, submodule in module.named_modules():
+        seen[f"training {name}"] = submodule.training
+    seen["torch generator"] = torch.get_rng_state()
+    seen["numpy generator"] = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
+    seen["python generator"] = random.getstate()
+    return seen
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return what is not bit-identical."""
+    changed = sorted(before.keys() ^ after.keys())
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            same = old.dtype == new.dtype and old.shape == new.shape and old.numpy().tobytes() == new.numpy().tobytes()
+        else:
+            same = old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new)
+        if not same:
+            changed.append(key)
+    return changed
+
+
+def parameters_only(seen: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in seen.items() if key.startswith(("parameter", "optimizer", "buffer"))}
+
+
+@contextmanager
+def interrupted_loss(num_calls: int) -> Iterator[None]:
+    """Let the scoring loss raise, on every rank, after `num_calls` calls."""
+    calls = 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        random.random(), np.random.rand(), torch.rand(1)
+        if calls > num_calls:
+            raise InterruptedError
+        return coefficient_loss(*args, **kwargs)
+
+    with mock.patch.object(adapter, "coefficient_loss", failing):
+        yield
+
+
+def score_interrupted(engine: FSDPEngineWithLMHead, num_calls: int) -> None:
+    with interrupted_loss(num_calls):
+        try:
+            score(engine, CANDIDATES)
+        except InterruptedError:
+            return
+    raise AssertionError("the loss was not called often enough to be interrupted")
+
+
+def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, is_float64: bool = True) -> dict[str, Any]:
+    """Return, for each way of scoring, what it changed at once and what differs after the next training step."""
+
+    def prepare() -> FSDPEngineWithLMHead:
+        torch.manual_seed(0)
+        engine = build_engine(folder, strategy, has_checkpointing, "fixed", is_float64)
+        train(engine, seed=0)  # fills the optimizer's state
+        engine.module.eval()  # not what scoring runs in
+        return engine
+
+    undisturbed = prepare()
+    train(undisturbed, seed=1)
+    reference = parameters_only(observe(undisturbed))
+    initial_loss_scale = [float(value.double().sum()) for value in reference.values() if isinstance(value, Tensor)]
+    assert all(np.isfinite(initial_loss_scale)), "the reference run diverged"
+
+    scorings: dict[str, Callable[[FSDPEngineWithLMHead], Any]] = {"scored": lambda engine: score(engine, CANDIDATES)}
+    for name, num_calls in INTERRUPTED_LOSS.items():
+        scorings[name] = lambda engine, num_calls=num_calls: score_interrupted(engine, num_calls)
+    measured: dict[str, Any] = {}
+    for name, run_scoring in scorings.items():
+        for has_gradient in (False, True):
+            engine = prepare()
+            if has_gradient:
+                accumulate(engine, seed=1)
+            before = observe(engine)
+            assert has_gradient == any(value is not None for key, value in before.items() if "gradient obj" in key)
+            run_scoring(engine)
+            changed = differences(before, observe(engine))
+            if has_gradient:
+                finish_step(engine)
+            else:
+                train(engine, seed=1)
+            after_step = differences(reference, parameters_only(observe(engine)))
+            measured[f"{name}-{'with' if has_gradient else 'without'}-gradient"] = {
+                "changed": sorted({key for keys in gather(changed) for key in keys}),
+                "differs_after_step": sorted({key for keys in gather(after_step) for key in keys}),
+            }
+    return measured
+
+
+def gather(value: Any) -> list[Any]:
+    """Return `value` of every rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def list_cases(root: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return {name: case}; model folders lie under `root` by the names in MODELS."""
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for strategy in STRATEGIES:
+        for has_checkpointing in (False, True):
+            mode = "checkpointed" if has_checkpointing else "plain"
+            for model in MODELS:
+                cases[f"exact-{strategy}-{mode}-{model}"] = lambda s=strategy, c=has_checkpointing, m=model: (
+                    measure_exactness(root / m, s, c)
+                )
+            cases[f"neutral-{strategy}-{mode}-float64"] = lambda s=strategy, c=has_checkpointing: measure_neutrality(
+                root / "qwen2", s, c
+            )
+        cases[f"neutral-{strategy}-checkpointed-bf16"] = lambda s=strategy: measure_neutrality(
+            root / "qwen2", s, True, is_float64=False
+        )
+    return cases
+
+
+def main(rank: int, world_size: int, root: Path, only: str = "") -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{root}/store-{world_size}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    results: dict[str, Any] = {}
+    for name, case in list_cases(root).items():
+        if only not in name:
+            continue
+        started = time.perf_counter()
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+        results[name]["seconds"] = time.perf_counter() - started
+        if rank == 0:
+            (root / f"results-{world_size}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
