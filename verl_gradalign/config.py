@@ -7,6 +7,7 @@ checked here, once, with messages that name the key, the value and the remedy; `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -123,12 +124,13 @@ class GradAlignConfig:
         if self.loss_agg_mode is not None:
             require_choice("loss_agg_mode", self.loss_agg_mode, LOSS_AGG_MODES)
         require(
-            self.oversample >= 1,
+            1 <= self.oversample < math.inf,
             "oversample",
             self.oversample,
-            "fewer candidates than the batch holds",
+            "must be a number from 1 on; below 1 there are fewer candidates than the batch holds",
             "set 1 or more; 4 keeps a quarter of the candidates",
         )
+        require(self.seed >= 0, "seed", self.seed, "must be 0 or more", "set 0")
         require(self.poll_interval_s > 0, "poll_interval_s", self.poll_interval_s, "must be above 0", "set 0.5")
         require(
             not SCORES[self.score].needs_direction or bool(self.validation.files),
@@ -156,21 +158,23 @@ class GradAlignConfig:
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     """Build dataclass `cls` from a nested mapping, recursing into nested dataclasses."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix}={values!r}: must be a block of keys. Remedy: set {prefix}.<key>=<value> instead.")
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{prefix}.{key}: unknown key. Remedy: use one of {', '.join(sorted(known))}.")
+            raise ValueError(f"{prefix}.{key}={value!r}: unknown key. Remedy: use one of {', '.join(sorted(known))}.")
     return cls(**{key: _convert(hints[key], value, f"{prefix}.{key}") for key, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """Return `value` as the type `hint` asks for, or raise ValueError naming the key."""
     if is_dataclass(hint):
-        return _build(hint, value or {}, key)
+        return _build(hint, {} if value is None else value, key)
     allowed = [t for t in getattr(hint, "__args__", (hint,)) if t is not Ellipsis]
     if getattr(hint, "__origin__", None) is tuple:
-        items = [value] if isinstance(value, str) else list(value or [])
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         return tuple(_convert(allowed[0], item, key) for item in items)
     if value is None and type(None) in allowed:
         return None

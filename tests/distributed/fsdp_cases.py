@@ -58,9 +58,9 @@ BATCHINGS: dict[str, dict[str, Any]] = {
     "fixed": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
     "dynamic": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 16},
 }
-INTERRUPTED_LOSS = {"raises-at-once": 0, "raises-between": 1, "raises-late": 7}
-"""Name -> how many calls of the loss succeed before one raises. The direction takes calls 0 to 3 and more, two
-micro-batches of each pass apart, so `raises-between` cuts a pass whose gradients are not synchronised yet."""
+INTERRUPTIONS = {"raises-at-once": 0, "raises-between": 1, "raises-late": 7}
+"""Name -> calls of the scoring loss that succeed before one raises. The direction's pass has three micro-batches or
+more, so `raises-between` cuts it while its gradients are not synchronised yet; `raises-late` cuts a candidate's."""
 TRUSTED = [draw_problem(lengths, seed) for seed, lengths in enumerate([[5, 3, 4], [4, 6, 2, 3, 8]], 10)]
 CANDIDATES = [
     draw_problem(lengths, seed) for seed, lengths in enumerate([[7, 1, 4, 3, 3], [3], [6, 6], [1, 5, 2, 4, 8, 2]], 20)
@@ -74,8 +74,8 @@ class Float64Engine(FSDPEngineWithLMHead):
         return make_float64(super()._build_module())
 
 
-class InterruptedError(Exception):
-    """Raised by the interrupted loss."""
+class Interruption(Exception):
+    """Raised in the middle of a scoring pass."""
 
 
 def build_engine(
@@ -97,6 +97,9 @@ def build_engine(
             use_orig_params=use_orig_params,
             use_remove_padding=False,
             use_torch_compile=False,
+            mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp64")
+            if is_float64
+            else None,
             **BATCHINGS[batching],
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
@@ -104,7 +107,8 @@ def build_engine(
     )
     # Only the name of the dtype is replaced; wrapping, sharding and reduction are verl's.
     names = mock.patch.object(PrecisionType, "to_dtype", return_value=torch.float64) if is_float64 else nullcontext()
-    with names:
+    # FSDP1 refuses to broadcast the weights of a CPU model, though gloo can.
+    with names, mock.patch("torch.distributed.fsdp._init_utils._check_module_states_for_sync_module_states"):
         engine.initialize()
     if is_float64:
         engine._autocast_dtype = torch.float32  # verl's sign for "no autocast"
@@ -272,20 +276,45 @@ def interrupted_loss(num_calls: int) -> Iterator[None]:
         calls += 1
         random.random(), np.random.rand(), torch.rand(1)
         if calls > num_calls:
-            raise InterruptedError
+            raise Interruption
         return coefficient_loss(*args, **kwargs)
 
     with mock.patch.object(adapter, "coefficient_loss", failing):
         yield
 
 
-def score_interrupted(engine: FSDPEngineWithLMHead, num_calls: int) -> None:
-    with interrupted_loss(num_calls):
+@contextmanager
+def interrupted_backward(module: nn.Module) -> Iterator[None]:
+    """Let the second backward pass raise, on every rank, when it reaches the first decoder layer's output."""
+    calls = 0
+
+    def fail_second_time(_grad: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Interruption
+
+    def watch(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(fail_second_time)
+
+    layer = next(child for name, child in module.named_modules() if name.endswith("layers.0"))
+    handle = layer.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def score_interrupted(engine: FSDPEngineWithLMHead, name: str) -> None:
+    is_backward = name == "raises-in-backward"
+    with interrupted_backward(engine.module) if is_backward else interrupted_loss(INTERRUPTIONS[name]):
         try:
             score(engine, CANDIDATES)
-        except InterruptedError:
+        except Interruption:
             return
-    raise AssertionError("the loss was not called often enough to be interrupted")
+    raise AssertionError("scoring was not interrupted")
 
 
 def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, is_float64: bool = True) -> dict[str, Any]:
@@ -305,8 +334,8 @@ def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, is_
     assert all(np.isfinite(initial_loss_scale)), "the reference run diverged"
 
     scorings: dict[str, Callable[[FSDPEngineWithLMHead], Any]] = {"scored": lambda engine: score(engine, CANDIDATES)}
-    for name, num_calls in INTERRUPTED_LOSS.items():
-        scorings[name] = lambda engine, num_calls=num_calls: score_interrupted(engine, num_calls)
+    for name in [*INTERRUPTIONS, "raises-in-backward"]:
+        scorings[name] = lambda engine, name=name: score_interrupted(engine, name)
     measured: dict[str, Any] = {}
     for name, run_scoring in scorings.items():
         for has_gradient in (False, True):
@@ -350,7 +379,8 @@ def list_cases(root: Path) -> dict[str, Callable[[], dict[str, Any]]]:
                 root / "qwen2", s, c
             )
         cases[f"neutral-{strategy}-checkpointed-bf16"] = lambda s=strategy: measure_neutrality(
-            root / "qwen2", s, True, is_float64=False
+            # Untied: FSDP1 on one rank cannot train tied bf16 weights that keep their original parameters.
+            root / "qwen3", s, True, is_float64=False
         )
     return cases
 

@@ -30,7 +30,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class SamplingParams:
                 f"sampling parameters {sorted(unknown)} are not supported by the hf rollout; "
                 f"it knows {sorted(cls.__dataclass_fields__)}"
             )
-        return cls(max_tokens=max_tokens or default_max_tokens, **known)
+        return cls(max_tokens=default_max_tokens if max_tokens is None else max_tokens, **known)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,19 @@ class _SeededChoice(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, choice_B, 0.0)
 
 
+class _StopStrings(StoppingCriteria):
+    """Ends the rows whose *generated* text contains a stop string; transformers' own also looks at the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], prompt_width: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_width :])
+        return torch.tensor([any(stop in text for stop in self._stop) for text in texts])
+
+
 class SequenceGenerator:
     """Samples completions for batches of token-id prompts."""
 
@@ -152,12 +165,16 @@ class SequenceGenerator:
             eos_token_id=sorted(end_ids) or None,
             pad_token_id=pad,
         )
+        # What `config` leaves unset transformers takes from the model's own settings, which must not change the policy.
+        self.model.generation_config = config
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([*_warpers(params), choice]),
-            stopping_criteria=self._stopping(params),
+            stopping_criteria=StoppingCriteriaList(
+                [_StopStrings(self.tokenizer, params.stop, width)] if params.stop else []
+            ),
         )
         log_probs = torch.stack(choice.log_probs, dim=1).tolist()
         return [
@@ -165,15 +182,11 @@ class SequenceGenerator:
             for tokens, row_log_probs in zip(output[:, width:].tolist(), log_probs, strict=True)
         ]
 
-    def _stopping(self, params: SamplingParams) -> StoppingCriteriaList:
-        criteria = [StopStringCriteria(self.tokenizer, list(params.stop))] if params.stop else []
-        return StoppingCriteriaList(criteria)
-
     def _cut(self, tokens: list[int], log_probs: list[float], end_ids: set[int], params: SamplingParams) -> Completion:
         """Drop what transformers appended to a finished row while the rest of its batch went on."""
         for i, token in enumerate(tokens):
             text = self.tokenizer.decode(tokens[: i + 1]) if params.stop else ""
-            if token in end_ids or any(text.endswith(stop) for stop in params.stop):
+            if token in end_ids or any(stop in text for stop in params.stop):
                 return Completion(tokens[: i + 1], log_probs[: i + 1], "stop")
         return Completion(tokens, log_probs[: len(tokens)], "length")
 

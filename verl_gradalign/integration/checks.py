@@ -132,14 +132,15 @@ def _check_actor(verl_config: DictConfig) -> None:
             "the estimators have not been shown to be exact with fused kernels",
             "set it to False",
         )
-    sequence_parallel = actor.get("ulysses_sequence_parallel_size", 1)
-    if sequence_parallel > 1:
-        refuse(
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
-            sequence_parallel,
-            "the estimators have not been shown to be exact with sequence parallelism",
-            "set it to 1",
-        )
+    for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
+        ranks_per_sequence = OmegaConf.select(actor, key) or 1
+        if ranks_per_sequence > 1:
+            refuse(
+                f"actor_rollout_ref.actor.{key}",
+                ranks_per_sequence,
+                "the estimators have not been shown to be exact with sequence parallelism",
+                "set it to 1",
+            )
 
 
 def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -171,10 +172,11 @@ def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
         kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
         if kind is None:
             refuse(key, name, "neither parquet, json nor jsonl", "convert it to verl's schema in one of these formats")
-        if "://" not in str(name) and not path.is_file():
+        is_remote = "://" in str(name)
+        if not is_remote and not path.is_file():
             refuse(key, name, "no such file", "give the path of an existing file")
         try:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+            rows = datasets.load_dataset(kind, data_files=str(name) if is_remote else str(path), split="train")
         except Exception as error:
             raise ValueError(
                 f"{key}={name}: cannot be read ({type(error).__name__}: {error}). Remedy: write it again as {kind}."

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs were trained on and what came of it, read from their files.
 
-    row = summarise_run("outputs/quickstart/cosine", pool="outputs/quickstart/data/pool.parquet")
+row = summarise_run("outputs/quickstart/cosine", pool="outputs/quickstart/data/pool.parquet")
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class RunSummary:
 
 def read_metrics(path: str | Path) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield (step, metrics) of every complete line that verl's file logger has written so far."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_bytes().splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             return  # the last line of a running or killed run may be cut
         yield entry["step"], entry["data"]
 
