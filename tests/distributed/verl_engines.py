@@ -44,12 +44,13 @@ class Case:
     defers_sync: bool = True
     fsdp_size: int = -1
     param_offload: bool = False
+    dtype: torch.dtype = torch.float64
 
 
 def build_engine(case: Case, model_path: str) -> FSDPEngineWithLMHead:
     """Return an engine with module, AdamW and schedule; `model_path` only supplies a configuration."""
     model = build_float64_model(case.architecture, case.tied)
-    model.train()
+    model.to(case.dtype).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = FSDPEngineWithLMHead(

@@ -111,7 +111,7 @@ def _train_step(
     is_response_BT = targets_BT != IGNORED
     loss = F.cross_entropy(model.lm_head(hidden_BTH[is_response_BT]), targets_BT[is_response_BT])
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     return loss.item()

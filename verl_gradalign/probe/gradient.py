@@ -163,15 +163,16 @@ def _abandon_pass_fsdp1(unit: FSDP, handle: Any) -> None:
         del flat_param._post_backward_hook_state
     flat_param._post_backward_called = False
     flat_param.grad = None
-    if handle.uses_sharded_strategy and flat_param.data_ptr() != flat_param._local_shard.data_ptr():
-        handle.reshard(True)
-        handle.post_reshard()
+    # Before the reshard, which does less in the middle of a forward.
+    handle._training_state = HandleTrainingState.IDLE
+    # Unconditional: with use_orig_params the shard can be in place while the modules still show views of the whole.
+    handle.reshard(handle.uses_sharded_strategy)
+    handle.post_reshard()
     if hasattr(flat_param, "_saved_grad_shard"):
         del flat_param._saved_grad_shard
     handle._ran_pre_backward_hook = handle._needs_pre_backward_unshard = handle._prefetched = False
     handle._post_forward_index = None
-    handle._training_state = HandleTrainingState.IDLE
     unit.training_state = TrainingState.IDLE
     if unit._is_root:
-        unit._post_backward_callback_queued = False
+        unit._post_backward_callback_queued = False  # type: ignore[assignment]
         unit._exec_order_data.next_iter()
