@@ -4,6 +4,9 @@
 # make unit    the quick tests only
 
 PYTHON ?= python3.11
+# Threads that wait must not burn what other processes compute on.
+export OMP_WAIT_POLICY := PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -86,7 +86,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
     from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
 
-    files = write_task_files(output / "data", num_pool=2400, num_trusted=8, num_test=128, seed=seed)
+    files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
     untrained = build_tiny_model(output / "untrained", seed=seed)
     with progress_bar() as bar:
         task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")

@@ -24,6 +24,7 @@ exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
     +gradalign="$score" \
     gradalign.validation.files="$data_dir/trusted.parquet" \
     gradalign.poll_interval_s=0.2 \
+    gradalign.oversample=3 \
     data.train_files="$data_dir/pool.parquet" \
     data.val_files="$data_dir/test.parquet" \
     actor_rollout_ref.model.path="$model_dir" \

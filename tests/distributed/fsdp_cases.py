@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,6 +62,21 @@ BATCHINGS: dict[str, dict[str, Any]] = {
 INTERRUPTIONS = {"raises-at-once": 0, "raises-between": 1, "raises-late": 7}
 """Name -> calls of the scoring loss that succeed before one raises. The direction's pass has three micro-batches or
 more, so `raises-between` cuts it while its gradients are not synchronised yet; `raises-late` cuts a candidate's."""
+SCORINGS = (
+    ("scored", False),
+    ("scored", True),
+    ("raises-at-once", False),
+    ("raises-between", False),
+    ("raises-between", True),
+    ("raises-late", True),
+    ("raises-in-backward", False),
+    ("raises-in-backward", True),
+)
+"""(what happens, whether a gradient lies there before)."""
+NEUTRALITY = (("plain", "fp32", "qwen2"), ("checkpointed", "fp32", "qwen2"), ("checkpointed", "bf16", "qwen3"))
+"""(checkpointing, dtype, model). Not fp64: FSDP1's gradient clipping refuses it. bf16 is run untied, because FSDP1 on
+one rank cannot train tied bf16 weights that keep their original parameters."""
+MODES = {"plain": False, "checkpointed": True}
 TRUSTED = [draw_problem(lengths, seed) for seed, lengths in enumerate([[5, 3, 4], [4, 6, 2, 3, 8]], 10)]
 CANDIDATES = [
     draw_problem(lengths, seed) for seed, lengths in enumerate([[7, 1, 4, 3, 3], [3], [6, 6], [1, 5, 2, 4, 8, 2]], 20)
@@ -79,10 +95,12 @@ class Interruption(Exception):
 
 
 def build_engine(
-    folder: Path, strategy: str, has_checkpointing: bool, batching: str, is_float64: bool = True
+    folder: Path, strategy: str, has_checkpointing: bool, batching: str, dtype: str
 ) -> FSDPEngineWithLMHead:
-    """Return a new engine as a worker builds it: float64 throughout, or with verl's default mixed precision."""
+    """Return a new engine as a worker builds it, computing in `dtype`: fp64, fp32 or bf16 (verl's default)."""
     name, use_orig_params = STRATEGIES[strategy]
+    is_float64 = dtype == "fp64"
+    reduce_dtype = "fp32" if dtype == "bf16" else dtype
     engine_class = Float64Engine if is_float64 else FSDPEngineWithLMHead
     engine = engine_class(
         model_config=HFModelConfig(
@@ -97,9 +115,7 @@ def build_engine(
             use_orig_params=use_orig_params,
             use_remove_padding=False,
             use_torch_compile=False,
-            mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp64")
-            if is_float64
-            else None,
+            mixed_precision={"param_dtype": dtype, "reduce_dtype": reduce_dtype, "buffer_dtype": reduce_dtype},
             **BATCHINGS[batching],
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
@@ -182,7 +198,7 @@ def measure_exactness(folder: Path, strategy: str, has_checkpointing: bool) -> d
         "expected": {"dot": dot_P.tolist(), "norm": norm_P.tolist(), "direction_norm": direction_norm}
     }
     for batching in BATCHINGS:
-        engine = build_engine(folder, strategy, has_checkpointing, batching)
+        engine = build_engine(folder, strategy, has_checkpointing, batching, "fp64")
         measured[batching] = score(engine, CANDIDATES)
     turned = score(engine, CANDIDATES[::-1])
     for key in ("dot", "norm", "num_tokens"):
@@ -317,12 +333,12 @@ def score_interrupted(engine: FSDPEngineWithLMHead, name: str) -> None:
     raise AssertionError("scoring was not interrupted")
 
 
-def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, is_float64: bool = True) -> dict[str, Any]:
+def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, dtype: str) -> dict[str, Any]:
     """Return, for each way of scoring, what it changed at once and what differs after the next training step."""
 
     def prepare() -> FSDPEngineWithLMHead:
         torch.manual_seed(0)
-        engine = build_engine(folder, strategy, has_checkpointing, "fixed", is_float64)
+        engine = build_engine(folder, strategy, has_checkpointing, "fixed", dtype)
         train(engine, seed=0)  # fills the optimizer's state
         engine.module.eval()  # not what scoring runs in
         return engine
@@ -330,31 +346,29 @@ def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, is_
     undisturbed = prepare()
     train(undisturbed, seed=1)
     reference = parameters_only(observe(undisturbed))
-    initial_loss_scale = [float(value.double().sum()) for value in reference.values() if isinstance(value, Tensor)]
-    assert all(np.isfinite(initial_loss_scale)), "the reference run diverged"
-
-    scorings: dict[str, Callable[[FSDPEngineWithLMHead], Any]] = {"scored": lambda engine: score(engine, CANDIDATES)}
-    for name in [*INTERRUPTIONS, "raises-in-backward"]:
-        scorings[name] = lambda engine, name=name: score_interrupted(engine, name)
+    values = [value for value in reference.values() if isinstance(value, Tensor)]
+    assert all(value.isfinite().all() for value in values), "the undisturbed run diverged"
     measured: dict[str, Any] = {}
-    for name, run_scoring in scorings.items():
-        for has_gradient in (False, True):
-            engine = prepare()
-            if has_gradient:
-                accumulate(engine, seed=1)
-            before = observe(engine)
-            assert has_gradient == any(value is not None for key, value in before.items() if "gradient obj" in key)
-            run_scoring(engine)
-            changed = differences(before, observe(engine))
-            if has_gradient:
-                finish_step(engine)
-            else:
-                train(engine, seed=1)
-            after_step = differences(reference, parameters_only(observe(engine)))
-            measured[f"{name}-{'with' if has_gradient else 'without'}-gradient"] = {
-                "changed": sorted({key for keys in gather(changed) for key in keys}),
-                "differs_after_step": sorted({key for keys in gather(after_step) for key in keys}),
-            }
+    for name, has_gradient in SCORINGS:
+        engine = prepare()
+        if has_gradient:
+            accumulate(engine, seed=1)
+        before = observe(engine)
+        assert has_gradient == any(value is not None for key, value in before.items() if key.startswith("gradient"))
+        if name == "scored":
+            score(engine, CANDIDATES)
+        else:
+            score_interrupted(engine, name)
+        changed = differences(before, observe(engine))
+        if has_gradient:
+            finish_step(engine)
+        else:
+            train(engine, seed=1)
+        after_step = differences(reference, parameters_only(observe(engine)))
+        measured[f"{name}-{'with' if has_gradient else 'without'}-gradient"] = {
+            "changed": sorted({key for keys in gather(changed) for key in keys}),
+            "differs_after_step": sorted({key for keys in gather(after_step) for key in keys}),
+        }
     return measured
 
 
@@ -369,19 +383,15 @@ def list_cases(root: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return {name: case}; model folders lie under `root` by the names in MODELS."""
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     for strategy in STRATEGIES:
-        for has_checkpointing in (False, True):
-            mode = "checkpointed" if has_checkpointing else "plain"
+        for mode, has_checkpointing in MODES.items():
             for model in MODELS:
-                cases[f"exact-{strategy}-{mode}-{model}"] = lambda s=strategy, c=has_checkpointing, m=model: (
-                    measure_exactness(root / m, s, c)
+                cases[f"exact-{strategy}-{mode}-{model}"] = partial(
+                    measure_exactness, root / model, strategy, has_checkpointing
                 )
-            cases[f"neutral-{strategy}-{mode}-float64"] = lambda s=strategy, c=has_checkpointing: measure_neutrality(
-                root / "qwen2", s, c
+        for mode, dtype, model in NEUTRALITY:
+            cases[f"neutral-{strategy}-{mode}-{dtype}"] = partial(
+                measure_neutrality, root / model, strategy, MODES[mode], dtype
             )
-        cases[f"neutral-{strategy}-checkpointed-bf16"] = lambda s=strategy: measure_neutrality(
-            # Untied: FSDP1 on one rank cannot train tied bf16 weights that keep their original parameters.
-            root / "qwen3", s, True, is_float64=False
-        )
     return cases
 
 

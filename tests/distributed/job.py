@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the distributed tests: runs every case in one process group and saves what it found.
+"""One rank of test_scores.py and test_neutrality.py: runs every case in one process group and saves what it found.
 
-    python -m tests.distributed.job RANK WORLD_SIZE FOLDER
+python -m tests.distributed.job RANK WORLD_SIZE FOLDER
 """
 
 from __future__ import annotations
@@ -262,9 +262,9 @@ def main(rank: int, world_size: int, folder: Path) -> None:
             results[name] = traceback.format_exc()
         torch.save(results, folder / f"results-{rank}.pt")
 
-    only = sys.argv[4] if len(sys.argv) > 4 else ""
     for name, case in exactness_cases().items():
-        if only: continue
+        if only:
+            continue
         attempt(f"score/{name}", functools.partial(score, case, paths))
     attempt("score/fsdp2/reversed", functools.partial(score, STRATEGIES["fsdp2"], paths, is_reversed=True))
     for name, case in STRATEGIES.items():

@@ -104,7 +104,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
     root = tmp_path_factory.mktemp("e2e")
     files = write_task_files(root / "data", num_pool=600, num_trusted=24, num_test=64, seed=0)
-    warm_up(build_tiny_model(root / "untrained"), root / "model")
+    # Fewer steps than the demonstration's: the habit is there, the skill is not yet complete.
+    warm_up(build_tiny_model(root / "untrained"), root / "model", num_steps=600)
     return Workplace(root, files, root / "model")
 
 
@@ -117,5 +118,5 @@ def gradalign(score: str, files: dict[str, Path], **keys: object) -> list[str]:
 
 @pytest.fixture(scope="session")
 def cosine_run(workplace: Workplace) -> Run:
-    """Four steps on one rank, chosen by cosine."""
-    return workplace.run("cosine", *gradalign("cosine", workplace.files), "trainer.total_training_steps=4")
+    """Six steps on one rank, chosen by cosine."""
+    return workplace.run("cosine", *gradalign("cosine", workplace.files), "trainer.total_training_steps=6")

@@ -166,16 +166,19 @@ class SequenceGenerator:
             pad_token_id=pad,
         )
         # What `config` leaves unset transformers takes from the model's own settings, which must not change the policy.
-        self.model.generation_config = config
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([*_warpers(params), choice]),
-            stopping_criteria=StoppingCriteriaList(
-                [_StopStrings(self.tokenizer, params.stop, width)] if params.stop else []
-            ),
-        )
+        own, self.model.generation_config = self.model.generation_config, config
+        try:
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([*_warpers(params), choice]),
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopStrings(self.tokenizer, params.stop, width)] if params.stop else []
+                ),
+            )
+        finally:
+            self.model.generation_config = own
         log_probs = torch.stack(choice.log_probs, dim=1).tolist()
         return [
             self._cut(tokens, row_log_probs, end_ids, params)

@@ -179,7 +179,8 @@ def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
             rows = datasets.load_dataset(kind, data_files=str(name) if is_remote else str(path), split="train")
         except Exception as error:
             raise ValueError(
-                f"{key}={name}: cannot be read ({type(error).__name__}: {error}). Remedy: write it again as {kind}."
+                f"{key}={name}: cannot be read ({type(error).__name__}: {error}). "
+                f"Remedy: write it again as {kind}, with at least one row."
             ) from error
         if prompt_key not in rows.column_names:
             refuse(

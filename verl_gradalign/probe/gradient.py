@@ -64,7 +64,7 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
     Restored, also after an exception: every `.grad` (the same tensor object), `requires_grad` and `training` flag, the
     states of Python's, NumPy's and torch's generators (CPU and the current CUDA device). After an exception the
     sharding machinery is put back between two passes, and gradients that it accumulated unsharded are dropped, so that
-    the next training step is bit-identical (tests/distributed/test_neutrality.py).
+    the next training step is bit-identical (tests/distributed/test_fsdp.py).
 
     Not restored: parameters and buffers, which a backward pass does not change.
     """
