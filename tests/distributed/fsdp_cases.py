@@ -33,7 +33,6 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from tests.numerics.plain_engine import (
     TEMPERATURE,
@@ -43,6 +42,7 @@ from tests.numerics.plain_engine import (
     load_float64,
     make_float64,
 )
+from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration import engine as adapter
 from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, coefficient_loss, scoring_mode
 from verl_gradalign.integration.worker import build_shares, deal
@@ -83,7 +83,7 @@ CANDIDATES = [
 ]
 
 
-class Float64Engine(FSDPEngineWithLMHead):
+class Float64Engine(CpuFSDPEngineWithLMHead):
     """verl's engine with a float64 model, which its configuration has no name for."""
 
     def _build_module(self) -> nn.Module:
@@ -96,12 +96,12 @@ class Interruption(Exception):
 
 def build_engine(
     folder: Path, strategy: str, has_checkpointing: bool, batching: str, dtype: str
-) -> FSDPEngineWithLMHead:
+) -> CpuFSDPEngineWithLMHead:
     """Return a new engine as a worker builds it, computing in `dtype`: fp64, fp32 or bf16 (verl's default)."""
     name, use_orig_params = STRATEGIES[strategy]
     is_float64 = dtype == "fp64"
     reduce_dtype = "fp32" if dtype == "bf16" else dtype
-    engine_class = Float64Engine if is_float64 else FSDPEngineWithLMHead
+    engine_class = Float64Engine if is_float64 else CpuFSDPEngineWithLMHead
     engine = engine_class(
         model_config=HFModelConfig(
             path=str(folder),
@@ -123,8 +123,7 @@ def build_engine(
     )
     # Only the name of the dtype is replaced; wrapping, sharding and reduction are verl's.
     names = mock.patch.object(PrecisionType, "to_dtype", return_value=torch.float64) if is_float64 else nullcontext()
-    # FSDP1 refuses to broadcast the weights of a CPU model, though gloo can.
-    with names, mock.patch("torch.distributed.fsdp._init_utils._check_module_states_for_sync_module_states"):
+    with names:
         engine.initialize()
     if is_float64:
         engine._autocast_dtype = torch.float32  # verl's sign for "no autocast"
@@ -174,7 +173,7 @@ def make_row_table(responses: list[OracleResponse]) -> TensorDict:
     return TensorDict(fields, batch_size=len(responses))
 
 
-def score(engine: FSDPEngineWithLMHead, candidates: list[Problem]) -> dict[str, Any]:
+def score(engine: CpuFSDPEngineWithLMHead, candidates: list[Problem]) -> dict[str, Any]:
     """Return the scores of `candidates` along the direction of TRUSTED, and whether all ranks found the same."""
     rows, trusted_shares, candidate_shares = tabulate_dealt(TRUSTED, candidates)
     with scoring_mode(engine):
@@ -207,7 +206,7 @@ def measure_exactness(folder: Path, strategy: str, has_checkpointing: bool) -> d
     return measured
 
 
-def train_data(engine: FSDPEngineWithLMHead, seed: int) -> TensorDict:
+def train_data(engine: CpuFSDPEngineWithLMHead, seed: int) -> TensorDict:
     """Return this rank's batch for one training step: four rows that no problem scored has."""
     lengths = [3, 6, 2, 5]
     rows = make_row_table(draw_problem(lengths, seed=100 + 10 * seed + dist.get_rank(), advantage_scale=5.0))
@@ -224,18 +223,18 @@ def train_data(engine: FSDPEngineWithLMHead, seed: int) -> TensorDict:
     return rows
 
 
-def train(engine: FSDPEngineWithLMHead, seed: int) -> None:
+def train(engine: CpuFSDPEngineWithLMHead, seed: int) -> None:
     with engine.train_mode():
         engine.train_batch(train_data(engine, seed), coefficient_loss)
 
 
-def accumulate(engine: FSDPEngineWithLMHead, seed: int) -> None:
+def accumulate(engine: CpuFSDPEngineWithLMHead, seed: int) -> None:
     """Run a training pass and keep its gradient."""
     with engine.train_mode(zero_grad_on_exit=False):
         engine.forward_backward_batch(train_data(engine, seed), coefficient_loss)
 
 
-def finish_step(engine: FSDPEngineWithLMHead) -> None:
+def finish_step(engine: CpuFSDPEngineWithLMHead) -> None:
     with engine.train_mode():
         engine.optimizer_step()
 
@@ -244,7 +243,7 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def observe(engine: FSDPEngineWithLMHead) -> dict[str, Any]:
+def observe(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
     """Return everything that scoring must leave alone, tensors as copies of this rank's shards."""
     module, seen = engine.module, {}
     for name, parameter in module.named_parameters():
@@ -323,7 +322,7 @@ def interrupted_backward(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def score_interrupted(engine: FSDPEngineWithLMHead, name: str) -> None:
+def score_interrupted(engine: CpuFSDPEngineWithLMHead, name: str) -> None:
     is_backward = name == "raises-in-backward"
     with interrupted_backward(engine.module) if is_backward else interrupted_loss(INTERRUPTIONS[name]):
         try:
@@ -336,7 +335,7 @@ def score_interrupted(engine: FSDPEngineWithLMHead, name: str) -> None:
 def measure_neutrality(folder: Path, strategy: str, has_checkpointing: bool, dtype: str) -> dict[str, Any]:
     """Return, for each way of scoring, what it changed at once and what differs after the next training step."""
 
-    def prepare() -> FSDPEngineWithLMHead:
+    def prepare() -> CpuFSDPEngineWithLMHead:
         torch.manual_seed(0)
         engine = build_engine(folder, strategy, has_checkpointing, "fixed", dtype)
         train(engine, seed=0)  # fills the optimizer's state

@@ -245,3 +245,13 @@ def test_the_search_path_is_appended_behind_verls_own():
     path.append("verl", "pkg://verl.trainer.config")
     GradAlignSearchPath().manipulate_search_path(path)
     assert [entry.path for entry in path.get_path()] == ["pkg://verl.trainer.config", "pkg://verl_gradalign.configs"]
+
+
+def test_the_check_that_keeps_fsdp1_off_the_cpu_is_still_where_the_shim_expects_it():
+    import torch
+    from torch.distributed.fsdp import _init_utils
+
+    # verl_gradalign/cpu/engines.py steps around it; that module imports verl's engines, hence the name spelled out.
+    check = _init_utils._check_module_states_for_sync_module_states
+    with pytest.raises(ValueError, match="sync_module_states"):
+        check([torch.zeros(1)])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that makes verl run without a GPU, planted when `VERL_PLATFORM=cpu`.
 
-Five registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module
-that owns the registry.
+Registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module that owns
+the registry. The engines bring a second shim, for FSDP1 (`engines.cpu_weights_may_be_synced`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ Loudly = Callable[[str, Callable[[], None]], Callable[[ModuleType], None]]
 
 def _register_engines() -> None:
     from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-    for model_type, engine in (("language_model", FSDPEngineWithLMHead), ("value_model", FSDPEngineWithValueHead)):
+    from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead, CpuFSDPEngineWithValueHead
+
+    for model_type, engine in (
+        ("language_model", CpuFSDPEngineWithLMHead),
+        ("value_model", CpuFSDPEngineWithValueHead),
+    ):
         EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
 
 
