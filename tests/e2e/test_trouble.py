@@ -65,7 +65,7 @@ def test_failed_groups_are_left_out_and_counted(workplace: Workplace) -> None:
     )
     run = workplace.run(
         "failing",
-        *gradalign("dot", workplace.files, oversample=2),
+        *gradalign("dot", workplace.files, oversample=2, validation__n=4),
         f"reward.custom_reward_function.path={reward}",
         "trainer.total_training_steps=2",
     )
@@ -92,7 +92,7 @@ def test_gsm8k_passes_through_every_stage(workplace: Workplace) -> None:
     """Real prompts and answers. The tiny model solves none of them, so no group is live and nothing is learned."""
     from verl_gradalign.data.gsm8k import write_gsm8k
 
-    data = workplace.root / "gsm8k"
+    data = workplace.root / "gsm8k_data"
     pool = write_gsm8k(GSM8K / "train.jsonl", data / "pool.parquet", "pool", max_rows=64)
     trusted = write_gsm8k(GSM8K / "test.jsonl", data / "trusted.parquet", "trusted", max_rows=4)
     run = workplace.run(

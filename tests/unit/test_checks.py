@@ -153,6 +153,7 @@ def data_config(verl_config, tmp_path, monkeypatch):
     pool = write_parquet(tmp_path / "pool.parquet", ["2 + 2 = ?", "Spell HOUSE backwards."])
     trusted = write_parquet(tmp_path / "trusted.parquet", ["3 + 4 = ?"])
     change(verl_config, {"data.train_files": str(pool), "gradalign.validation.files": [str(trusted)]})
+    change(verl_config, {"data.train_batch_size": 1, "gradalign.oversample": 1.0})
     return verl_config
 
 
@@ -164,6 +165,13 @@ def refusal_of_data(verl_config):
 
 def trust(verl_config, path):
     change(verl_config, {"gradalign.validation.files": [str(path)]})
+
+
+def test_fewer_problems_than_candidates_are_refused(data_config):
+    change(data_config, {"gradalign.oversample": 3.0})
+    refusal = refusal_of_data(data_config)
+    assert_refused(refusal, "data.train_files", data_config.data.train_files)
+    assert "2 problems, fewer than the 3 candidates" in str(refusal.value)
 
 
 def test_good_data_pass(data_config):

@@ -153,6 +153,14 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse("gradalign.validation.files", list(config.validation.files), "no rows", "name a file with problems")
     files = verl_config.data.train_files
     train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
+    num_candidates = math.ceil(config.oversample * verl_config.data.train_batch_size)
+    if len(train) < num_candidates:
+        refuse(
+            "data.train_files",
+            files,
+            f"holds {len(train)} problems, fewer than the {num_candidates} candidates of a step",
+            "lower gradalign.oversample or data.train_batch_size, or add problems",
+        )
     shared = set(trusted) & set(train)
     if shared:
         refuse(
