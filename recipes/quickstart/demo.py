@@ -27,12 +27,14 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
 
 HERE = Path(__file__).parent
 SCORES = ("random", "cosine")
-console = Console()
+# Without a terminal rich assumes 80 columns, too few for the table.
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 @dataclass
@@ -86,6 +88,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
     from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
 
+    disable_progress_bar()
     files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
     untrained = build_tiny_model(output / "untrained", seed=seed)
     with progress_bar() as bar:
@@ -160,8 +163,8 @@ def _note(step: dict[str, float], lines: list[dict[str, float]]) -> str:
 def show(summaries: dict[str, RunSummary], first_step_s: dict[str, float]) -> None:
     """Print the final table."""
     table = Table(title="What was trained on, and what came of it")
-    columns = ("run", "steps", "held-out accuracy", "corrupted: candidates", "corrupted: trained on")
-    for column in (*columns, "launch to first step", "s/step", "selection"):
+    columns = ("run", "steps", "held-out accuracy", "corrupted candidates", "corrupted trained on")
+    for column in (*columns, "first step after", "s/step", "selection"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, s in summaries.items():
         before, after = (("-" if a is None else f"{a:.1%}") for a in (s.accuracy_before, s.accuracy_after))
