@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's decisions, with the actor replaced by a function that returns scores."""
 
-import os
-
-os.environ["VERL_PLATFORM"] = "cpu"
-
 import math
 
 import pytest

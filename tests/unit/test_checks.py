@@ -3,9 +3,6 @@
 
 import copy
 import json
-import os
-
-os.environ["VERL_PLATFORM"] = "cpu"  # read when verl is imported
 
 import pyarrow as pa
 import pyarrow.parquet as pq

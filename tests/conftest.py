@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl asks for its platform when it is first imported, so all tests that import it in this process share one."""
+
+import os
+
+os.environ["VERL_PLATFORM"] = "cpu"
