@@ -199,7 +199,7 @@ def test_the_process_group_of_the_cpu_platform_is_plain_gloo(on_cpu):
 
 
 def test_the_cpu_platform_has_engines_and_the_hf_rollout(on_cpu):
-    assert on_cpu["engine"] == "FSDPEngineWithLMHead"
+    assert on_cpu["engine"] == "CpuFSDPEngineWithLMHead"
     assert on_cpu["replica"] == "HFReplica"
     assert on_cpu["rollout"] == "HFRollout"
 
