@@ -65,6 +65,14 @@ def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
                 f"data.train_batch_size={data.train_batch_size})",
                 f"set data.gen_batch_size={math.gcd(num_candidates, data.train_batch_size)} or a whole oversample",
             )
+    reward_model = verl_config.reward.reward_model
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        refuse(
+            "reward.reward_model.enable_resource_pool",
+            False,
+            "a colocated reward model gives its rewards only after groups are selected",
+            "set it to True, or use a rule-based reward",
+        )
     if verl_config.trainer.v1.sampler.get("sync_refill_failed_groups"):
         refuse(
             "trainer.v1.sampler.sync_refill_failed_groups",
@@ -97,14 +105,6 @@ def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
             True,
             "is not combined with gradalign yet",
             "set it to False; gradalign.dead_groups=drop already leaves groups without advantage out",
-        )
-    reward_model = verl_config.reward.reward_model
-    if reward_model.enable and not reward_model.enable_resource_pool:
-        refuse(
-            "reward.reward_model.enable_resource_pool",
-            False,
-            "a colocated reward model gives its rewards only after groups are selected",
-            "set it to True, or use a rule-based reward",
         )
     loss_mode = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
     if loss_mode != "vanilla" and config.loss_agg_mode is None:

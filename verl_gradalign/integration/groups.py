@@ -23,6 +23,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.probe.objective import token_coefficients
+from verl_gradalign.selection.scores import SCORES
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
 ZERO_ADVANTAGE = 1e-6
@@ -73,7 +74,7 @@ def read_groups(
     """Return the group of every problem, in the order of `problems`, and store token coefficients beside the rollouts.
 
     Rewards are read from TransferQueue, advantages computed as training will compute them (`advantage: trainer`) or
-    centred, and the coefficients of every live group written back under `gradalign_coefficients`.
+    centred, and the coefficients written back under `gradalign_coefficients`; a score that ranks nothing needs neither.
     """
     by_uid = keys_by_uid(batch.keys)
     tags = dict(zip(batch.keys, batch.tags, strict=True))
@@ -84,25 +85,15 @@ def read_groups(
     if keys:
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask"])
         padded = data.to_padded_tensor()
-        advantage_RT = _advantages(padded, keys, config, verl_config)
-        coefficient_RT = torch.zeros_like(advantage_RT)
-        start = 0
-        for uid, members in usable.items():
-            rows = slice(start, start + len(members))
-            start += len(members)
-            rewards[uid] = _response_rewards(members, padded["rm_scores"][rows].sum(dim=1).tolist())
-            mask_RT = padded["response_mask"][rows]
-            if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
-                live.add(uid)
-                coefficient_RT[rows] = token_coefficients(
-                    advantage_RT[rows],
-                    mask_RT,
-                    config.loss_agg_mode or verl_config.actor_rollout_ref.actor.loss_agg_mode,
-                    verl_config.actor_rollout_ref.actor.get("loss_scale_factor")
-                    or verl_config.data.max_response_length,
-                )
-        fields = TensorDict({COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}, len(keys))
-        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+        row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
+        rewards = {uid: _response_rewards(members, row_rewards) for uid, members in usable.items()}
+        if SCORES[config.score].rank is None:
+            # Nothing will be scored: no advantages (they may need a critic's values), and nothing to store.
+            live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
+        else:
+            coefficient_RT, live = _coefficients(padded, usable, config, verl_config)
+            fields = TensorDict({COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}, len(keys))
+            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
     return [
         Group(
             problem=p,
@@ -116,10 +107,36 @@ def read_groups(
     ]
 
 
-def _response_rewards(keys: Sequence[str], row_rewards: Sequence[float]) -> tuple[float, ...]:
+def _coefficients(
+    padded: TensorDict, usable: dict[str, list[str]], config: GradAlignConfig, verl_config: DictConfig
+) -> tuple[torch.Tensor, set[str]]:
+    """Return the token coefficients of all rows (rows, tokens), and the uids of the live groups.
+
+    `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero.
+    """
+    actor = verl_config.actor_rollout_ref.actor
+    advantage_RT = _advantages(padded, [key for members in usable.values() for key in members], config, verl_config)
+    coefficient_RT = torch.zeros_like(advantage_RT)
+    live: set[str] = set()
+    start = 0
+    for uid, members in usable.items():
+        rows = slice(start, start + len(members))
+        start += len(members)
+        mask_RT = padded["response_mask"][rows]
+        if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
+            live.add(uid)
+            coefficient_RT[rows] = token_coefficients(
+                advantage_RT[rows],
+                mask_RT,
+                config.loss_agg_mode or actor.loss_agg_mode,
+                actor.get("loss_scale_factor") or verl_config.data.max_response_length,
+            )
+    return coefficient_RT, live
+
+
+def _response_rewards(keys: Sequence[str], row_rewards: dict[str, float]) -> tuple[float, ...]:
     """Return one reward per session: that of its last output."""
-    last = {key.rsplit("_", 1)[0]: reward for key, reward in zip(keys, row_rewards, strict=True)}
-    return tuple(last.values())
+    return tuple({key.rsplit("_", 1)[0]: row_rewards[key] for key in keys}.values())
 
 
 def _advantages(

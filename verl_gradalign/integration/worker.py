@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
@@ -110,6 +109,3 @@ def build_shares(
         ProblemRows(uid=uid, rows=tuple(positions[key] for key in mine), num_rows=len(keys), num_tokens=num_tokens)
         for (uid, keys, num_tokens), mine in zip(problems, dealt, strict=True)
     )
-
-
-__all__: list[Any] = ["GradAlignWorker", "ScoringReply", "ScoringRequest", "build_shares", "deal"]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is read from finished rollouts, with TransferQueue replaced by one table."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration import groups
+from verl_gradalign.integration.groups import Problem, read_groups
+
+PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
+KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
+BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5}] * 4, partition_id="train")
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """Group a has rewards 1 and 0, group b 1 and 1; returns what is put back."""
+    table = {
+        "rm_scores": nested([[0.0, 1.0], [0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]),
+        "response_mask": nested([[1, 1], [1, 1, 1], [1], [1, 1]]),
+    }
+    put = []
+    monkeypatch.setattr(groups.tq, "kv_batch_get", lambda **_: TensorDict(table, batch_size=4))
+    monkeypatch.setattr(groups.tq, "kv_batch_put", lambda **call: put.append(call))
+    return put
+
+
+def verl_config(adv_estimator):
+    return OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": adv_estimator, "gamma": 1.0, "lam": 1.0},
+            "actor_rollout_ref": {"rollout": {"n": 2}, "actor": {"loss_agg_mode": "token-mean"}},
+            "data": {"max_response_length": 8},
+        }
+    )
+
+
+def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    assert a.is_live and not b.is_live
+    assert a.rewards == (1.0, 0.0) and b.rewards == (1.0, 1.0)
+    assert (a.num_tokens, a.success_rate(0.0), b.success_rate(0.0)) == (10, 0.5, 1.0)
+    rows = list(stored[0]["fields"][groups.COEFFICIENTS].unbind())
+    assert [len(row) for row in rows] == [2, 3, 1, 2]
+    assert (rows[0] < 0).all() and (rows[1] > 0).all()
+    assert not rows[2].any() and not rows[3].any()
+
+
+def test_a_failed_group_is_neither_live_nor_read(stored):
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+    table = BATCH.select_keys(KEYS)
+    a, b = read_groups([*PROBLEMS], table, {"a", "b"}, config, verl_config("grpo"))
+    assert a.is_failed and b.is_failed and not a.rewards and not stored
+    assert a.keys == ("a_0_0", "a_1_0")
+
+
+def test_random_stores_nothing_and_needs_no_advantages(stored):
+    """GAE needs a critic's values, which do not exist yet when groups are selected."""
+    config = GradAlignConfig.from_mapping({"score": "random"})
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"))
+    assert (a.is_live, b.is_live) == (True, False)
+    assert a.rewards == (1.0, 0.0) and not stored
