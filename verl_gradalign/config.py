@@ -16,6 +16,8 @@ SCHEDULES = ("step",)
 DEAD_GROUPS = ("drop", "rank")
 ADVANTAGES = ("trainer", "centred")
 ON_DEGENERATE = ("previous", "random", "stop")
+METRICS_OF_DIRECTION = ("none", "adam")
+OVERSIZED = ("backward", "stop")
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
@@ -57,6 +59,11 @@ class DirectionConfig:
     """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or a gradient
     that is not finite): `previous` uses the last good one (`random` while there is none), `random` selects at random,
     `stop` ends the run. Every such step is counted and logged."""
+    metric: str = "none"
+    """`adam` divides v elementwise by the square root of the actor's (bias-corrected) second moments, as its optimizer
+    does to a gradient; without effect until the first update. `none`: v as it is, the published method."""
+    offload: bool = False
+    """Whether v lies in CPU memory between its uses: saves 4 bytes per parameter and rank count, costs transfers."""
 
     def __post_init__(self) -> None:
         require(
@@ -67,6 +74,48 @@ class DirectionConfig:
             "set 1 to refresh the direction every step",
         )
         require_choice("direction.on_degenerate", self.on_degenerate, ON_DEGENERATE)
+        require_choice("direction.metric", self.metric, METRICS_OF_DIRECTION)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How the estimators work, and how they are watched."""
+
+    max_tokens_per_rank: int | None = None
+    """Positions of one micro-batch of one rank, padding included. None: the actor's own budget
+    (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
+    oversized: str = "backward"
+    """Problems larger than that: `backward` scores them one at a time on all ranks, exactly, with one warning and a
+    count; `stop` ends the run."""
+    rank: int = 16
+    """low_rank: singular directions kept of each matrix of the direction, at least 1."""
+    relative_step: float = 1e-3
+    """finite_difference: the step as a share of |theta|, above 0. In bf16 good from 0.6e-3 to 2.3e-3 (one toy); much
+    smaller drowns in rounding, much larger bends."""
+    fidelity_problems: int = 8
+    """Estimators that are not exact: problems scored with `backward` too in every selection, at least 3, to report
+    the rank correlation with the exact scores."""
+    canary_interval: int = 10
+    """Exact estimators: every so many selections, the first included, a few problems are rescored with `backward`.
+    0: never."""
+    canary_problems: int = 2
+    """How many, at least 1, drawn at random."""
+    canary_threshold: float = 0.05
+    """Largest error, as a share of the gradient's norm, that does not stop the run. Half precision differs by about
+    1e-2, a layer that was missed by far more."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("rank", 1), ("fidelity_problems", 3), ("canary_interval", 0), ("canary_problems", 1)):
+            value = getattr(self, key)
+            require(value >= least, f"probe.{key}", value, f"must be at least {least}", f"set {least} or more")
+        for key, default in (("relative_step", 1e-3), ("canary_threshold", 0.05)):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"probe.{key}", value, "must be above 0", f"set {default}")
+        limit = self.max_tokens_per_rank
+        require(
+            limit is None or limit >= 1, "probe.max_tokens_per_rank", limit, "must be at least 1", "leave it out, or 16384"
+        )
+        require_choice("probe.oversized", self.oversized, OVERSIZED)
 
 
 @dataclass(frozen=True)
@@ -99,8 +148,10 @@ class GradAlignConfig:
     `centred`: reward minus the group's mean, for estimators whose advantages do not exist before the selection."""
     loss_agg_mode: str | None = None
     """Token weights within a problem. None: actor_rollout_ref.actor.loss_agg_mode."""
-    estimator: str = "backward"
-    """How gradients are measured: a name of `probe.estimators.ESTIMATORS`. `backward` is exact."""
+    estimator: str = "ghost"
+    """How gradients are measured: a name of `probe.estimators.ESTIMATORS`. Exact: `ghost`, about the cost of an update
+    over the same tokens, and `backward`, one problem at a time, for models that ghost has no rules for. Cheaper and
+    approximate: `finite_difference`, `low_rank`, `output_layer`; they report their fidelity."""
     success_threshold: float = 0.0
     """A response counts as a success when its reward is above this. Used for success rates in metrics and the log."""
     seed: int = 0
@@ -109,6 +160,7 @@ class GradAlignConfig:
     """Seconds between two looks at the rollouts still running, above 0. verl's own replay buffer waits 2.0 s."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     direction: DirectionConfig = field(default_factory=DirectionConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -144,7 +196,7 @@ class GradAlignConfig:
             "estimator",
             self.estimator,
             f"score {self.score} needs gradient norms, which it does not give",
-            "set gradalign.estimator=backward or gradalign.score=dot",
+            "set gradalign.estimator=ghost or gradalign.score=dot",
         )
 
     @classmethod

@@ -6,9 +6,27 @@ Shape legend: P problems, R responses of a problem, T response tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One response with its prompt, unpadded, on the CPU."""
+
+    prompt: Tensor
+    """Token ids, int64, at least one."""
+    response: Tensor
+    """Token ids, int64, possibly none."""
+    coefficient: Tensor
+    """c_t of each response token (`objective.token_coefficients`); zero where it does not count."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt.numel() + self.response.numel()
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,8 @@ class ProblemRows:
     """Rows of the whole problem, over all ranks."""
     num_tokens: int
     """Tokens of the whole problem over all ranks, prompts included."""
+    longest_row: int
+    """Tokens of the problem's longest row, over all ranks, prompt included."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +61,23 @@ class ProblemScores:
     num_tokens_P: Tensor
     """Tokens scored, prompts included, int64."""
     response_derivative_PR: Tensor | None
-    """d_ij = v / |v| . grad log pi(y_ij), free of any advantage; None if the estimator cannot give it."""
+    """d_ij = v / |v| . grad log pi(y_ij), free of any advantage, float64, one column per row of the problem, nan beyond
+    its last row and where the estimator could not measure it; None if the estimator cannot give it at all."""
     direction_norm: float
     """|v| before it was normalised."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What the estimator reports about itself, by metric name."""
+
+    @property
+    def cosine_P(self) -> Tensor:
+        """<g_i, v> / (|g_i| |v|), float64; 0 where the gradient is exactly zero.
+
+        Raises: ValueError if the estimator gave no norms.
+        """
+        if self.norm_P is None:
+            raise ValueError("these scores have no norms, so no cosine; use an estimator that gives norms, e.g. ghost")
+        is_zero_P = self.norm_P == 0
+        return torch.where(is_zero_P, torch.zeros_like(self.dot_P), self.dot_P / self.norm_P.masked_fill(is_zero_P, 1))
 
 
 @dataclass(frozen=True)

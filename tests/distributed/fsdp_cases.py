@@ -34,7 +34,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-from tests.numerics.plain_engine import (
+from tests.numerics.problems import (
     TEMPERATURE,
     Problem,
     draw_problem,

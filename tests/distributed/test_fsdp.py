@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.plain_engine import build_model
+from tests.numerics.problems import build_model
 
 pytestmark = pytest.mark.dist
 

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.numerics.plain_engine import (
+from tests.numerics.problems import (
     TEMPERATURE,
-    PlainEngine,
     Problem,
     build_model,
     draw_problem,
@@ -30,6 +29,7 @@ from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.oracle import problem_gradients_float64
+from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 RTOL_FLOAT64 = 1e-10  # measured 2e-15 for dot products, 5e-16 for norms
@@ -74,7 +74,8 @@ def score(
 ) -> ProblemScores:
     """Return the scores of `candidates` along the direction of `trusted`, on the plain engine."""
     rows, shares = tabulate([*trusted, *candidates])
-    engine = PlainEngine(model, rows, TEMPERATURE, micro_batch_size)
+    longest = max(row.num_tokens for row in rows)
+    engine = PlainEngine(model, rows, TEMPERATURE, max_tokens=micro_batch_size * longest)
     with leave_no_trace(model):
         direction = compute_direction(engine, shares[: len(trusted)])
         return ESTIMATORS["backward"]().score(engine, shares[len(trusted) :], direction)

@@ -20,7 +20,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_gradalign.probe.gradient import leave_no_trace
+from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.types import ProblemRows
 
 COEFFICIENTS = "gradalign_coefficients"
@@ -122,21 +122,3 @@ def scoring_mode(engine: BaseEngine) -> Iterator[None]:
     finally:
         if offloads:
             engine.to("cpu", model=True, optimizer=False, grad=True)
-
-
-def require_no_dropout(module: torch.nn.Module) -> None:
-    """Raise ValueError, naming the modules, if any dropout probability of the model is above 0."""
-    active = [
-        f"{name or type(submodule).__name__} (p={p})"
-        for name, submodule in module.named_modules()
-        for p in (
-            getattr(submodule, "p", 0) if "Dropout" in type(submodule).__name__ else 0,
-            getattr(submodule, "attention_dropout", 0),
-        )
-        if isinstance(p, float) and p > 0
-    ]
-    if active:
-        raise ValueError(
-            f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. Remedy: set it to 0, "
-            "e.g. +actor_rollout_ref.model.override_config.attention_dropout=0"
-        )

@@ -11,9 +11,10 @@ from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_gradalign.integration.engine import VerlEngine, require_no_dropout, scoring_mode
+from verl_gradalign.integration.engine import VerlEngine, scoring_mode
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.gradient import require_no_dropout
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 

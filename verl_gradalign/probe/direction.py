@@ -108,14 +108,3 @@ def _total(terms: list[Tensor], engine: GradientEngine) -> Tensor:
     # A rank may hold no shard at all; it still takes part in the reduction.
     device = next(engine.module.parameters()).device
     return torch.zeros((), dtype=torch.float64, device=device)
-
-
-def _count_mismatch(names: list[str], num_shards: int) -> str:
-    if len(names) > num_shards:
-        culprit = f"{names[num_shards]} is trainable now but has no shard in the direction"
-    else:
-        culprit = f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
-    return (
-        f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
-        "recompute the direction (compute_direction) after changing what is trained"
-    )

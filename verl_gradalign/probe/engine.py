@@ -2,7 +2,9 @@
 """What the probe asks of a training engine, whoever built it.
 
 The estimators and the direction are written against this protocol only, so the same code runs on verl's FSDP
-actor (`integration/engine.py`) and on a plain transformers model in a test.
+actor (`integration/engine.py`) and on a plain or FSDP-wrapped transformers model (`probe/plain_engine.py`).
+
+Shape legend: R rows, T response tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from verl_gradalign.probe.layout import Layout
+from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows
 
 
 class GradientEngine(Protocol):
-    """A model, sharded or not, that can run one backward pass over the rows of some problems."""
+    """A model, sharded or not, with this rank's table of rows (one response with its prompt each)."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -30,8 +35,41 @@ class GradientEngine(Protocol):
         ...
 
     @property
+    def data_group(self) -> ProcessGroup | None:
+        """Ranks that hold different rows, where sums over rows are reduced. None: this rank holds all rows."""
+        ...
+
+    @property
     def gradient_scale(self) -> float:
         """Factor by which `.grad` must be multiplied to be the gradient (1.0 unless an fp16 scaler is in use)."""
+        ...
+
+    @property
+    def budget(self) -> TokenBudget:
+        """What one micro-batch of one rank may hold."""
+        ...
+
+    @property
+    def spare_row(self) -> int:
+        """A short row, run without effect where a rank has fewer micro-batches than others."""
+        ...
+
+    def row_length(self, row: int) -> int:
+        """Return the tokens of a row, prompt included."""
+        ...
+
+    def coefficients(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return (c_t, mask_t) of the row's response tokens, (T,) each, on the CPU."""
+        ...
+
+    def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
+        """Return log pi(y_t) of the rows' response tokens, differentiable, and the layout of the pass. Collective.
+
+        One forward pass; every rank of the job must call it equally often, with whatever rows it has. Gradients are
+        recorded if the ambient grad mode says so.
+
+        Shapes: (rows, longest response), zero beyond a row's response.
+        """
         ...
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:

@@ -23,7 +23,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 from torch.distributed.tensor import DTensor
 
-__all__ = ["clear_gradients", "leave_no_trace", "local_grad", "require_no_gradients", "trainable_parameters"]
+__all__ = [
+    "all_parameters",
+    "clear_gradients",
+    "leave_no_trace",
+    "local_grad",
+    "require_no_dropout",
+    "require_no_gradients",
+    "reshard",
+    "trainable_parameters",
+]
 
 
 def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -43,7 +52,7 @@ def local_grad(parameter: nn.Parameter) -> Tensor | None:
 
 def clear_gradients(module: nn.Module) -> None:
     """Set the gradient of every parameter to None."""
-    for parameter in _all_parameters(module):
+    for parameter in all_parameters(module):
         parameter.grad = None
 
 
@@ -57,6 +66,24 @@ def require_no_gradients(module: nn.Module) -> None:
             )
 
 
+def require_no_dropout(module: nn.Module) -> None:
+    """Raise ValueError, naming the modules, if any dropout probability of the model is above 0."""
+    active = [
+        f"{name or type(submodule).__name__} (p={p})"
+        for name, submodule in module.named_modules()
+        for p in (
+            getattr(submodule, "p", 0) if "Dropout" in type(submodule).__name__ else 0,
+            getattr(submodule, "attention_dropout", 0),
+        )
+        if isinstance(p, float) and p > 0
+    ]
+    if active:
+        raise ValueError(
+            f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. Remedy: set it to 0, "
+            "e.g. +actor_rollout_ref.model.override_config.attention_dropout=0"
+        )
+
+
 @contextmanager
 def leave_no_trace(module: nn.Module) -> Iterator[None]:
     """Set the module's gradients aside, and restore them and everything else that a pass touches. Collective-free.
@@ -68,8 +95,8 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
 
     Not restored: parameters and buffers, which a backward pass does not change.
     """
-    _reshard(module)
-    gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in _all_parameters(module)]
+    reshard(module)
+    gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in all_parameters(module)]
     training_flags = [(submodule, submodule.training) for submodule in module.modules()]
     restore_generators = _save_generators()
     clear_gradients(module)
@@ -88,7 +115,8 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
         restore_generators()
 
 
-def _all_parameters(module: nn.Module) -> list[nn.Parameter]:
+def all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return every parameter of the module, FSDP1's flat ones included."""
     # Under FSDP1 with use_orig_params=True the flat parameter, whose .grad the originals' .grad are views of, is not
     # among module.parameters().
     flat = [handle.flat_param for _, handle in _fsdp1_handles(module)]
@@ -117,13 +145,17 @@ def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
     return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
-def _reshard(module: nn.Module) -> None:
-    """Reshard every FSDP2 unit: a forward pass leaves the root unsharded, and `reshard` is not recursive.
+def reshard(module: nn.Module) -> None:
+    """Reshard every FSDP unit between two passes, so that modules show their shards and the next pass reads them.
 
-    FSDP1 needs nothing: after a forward its modules show the shards, though the root keeps its unsharded copy.
+    A forward pass leaves the root unsharded: FSDP2 then shows the unsharded parameters, FSDP1 the shards, but computes
+    with the copy it has. FSDP2's `reshard` is not recursive.
     """
     for unit in _fsdp2_units(module):
         unit.reshard()
+    for _, handle in _fsdp1_handles(module):
+        handle.reshard(handle.uses_sharded_strategy)
+        handle.post_reshard()
 
 
 def _abandon_pass(module: nn.Module) -> None:

@@ -4,7 +4,7 @@
 One response at a time, unpadded, unpacked, unsharded, with the log-softmax written out: slow, and with nothing in
 common with the code it checks but the model.
 
-    grads = problem_gradients_float64(model, [[OracleResponse(prompt, response, coefficient)]], temperature=1.0)
+    grads = problem_gradients_float64(model, [[TokenRow(prompt, response, coefficient)]], temperature=1.0)
 
 Shape legend: S tokens of prompt and response, T response tokens, V vocabulary, G all trainable numbers.
 """
@@ -12,26 +12,15 @@ Shape legend: S tokens of prompt and response, T response tokens, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class OracleResponse:
-    """One response with its prompt, unpadded."""
-
-    prompt: Tensor
-    """Token ids of the prompt, at least one."""
-    response: Tensor
-    """Token ids of the response, possibly none."""
-    coefficient: Tensor
-    """c_t of each response token (`objective.token_coefficients`)."""
+from verl_gradalign.types import TokenRow
 
 
 def problem_gradients_float64(
-    model: nn.Module, problems: Sequence[Sequence[OracleResponse]], temperature: float
+    model: nn.Module, problems: Sequence[Sequence[TokenRow]], temperature: float
 ) -> list[Tensor]:
     """Return, for each problem, the gradient of sum_t c_t log pi(y_t), flattened in the order of the parameters.
 
@@ -63,7 +52,7 @@ def _flat(grad: Tensor | None, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf).flatten() if grad is None else grad.flatten()
 
 
-def _log_probs(model: nn.Module, response: OracleResponse, temperature: float) -> Tensor:
+def _log_probs(model: nn.Module, response: TokenRow, temperature: float) -> Tensor:
     ids_S = torch.cat([response.prompt, response.response]).to(next(model.parameters()).device)
     logits_SV = model(input_ids=ids_S.unsqueeze(0), use_cache=False).logits[0] / temperature
     # The logits at position s predict the token at s + 1.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from verl_gradalign.types import ProblemScores
@@ -33,11 +32,7 @@ def cosine(scores: ProblemScores) -> Tensor:
 
     Source: GradAlign (arXiv 2602.21492), its default score.
     """
-    assert scores.norm_P is not None, "config.GradAlignConfig admits cosine only with an estimator that gives norms"
-    is_zero_P = scores.norm_P == 0
-    return torch.where(
-        is_zero_P, torch.zeros_like(scores.dot_P), scores.dot_P / scores.norm_P.masked_fill(is_zero_P, 1.0)
-    )
+    return scores.cosine_P
 
 
 def dot(scores: ProblemScores) -> Tensor:

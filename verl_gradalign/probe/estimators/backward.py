@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
+from torch import nn
 
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, dot_with_gradient, squared_gradient_norm
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients
@@ -28,6 +30,13 @@ class BackwardEstimator:
     is_exact = True
     gives_norm = True
     gives_response_derivative = False
+    needs_whole_problems = False
+
+    def __init__(self, config: ProbeConfig | None = None) -> None:
+        pass
+
+    def check(self, module: nn.Module) -> None:
+        """Whatever the engine can train, this can score."""
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `GradientEngine` over a plain Hugging Face model, and the problems that the exactness tests are run on.
+"""Tiny float64 models, and the problems that the exactness tests are run on.
 
     model = load_float64(folder)
     rows, shares = tabulate(problems)
-    engine = PlainEngine(model, rows, temperature=0.75)
+    engine = PlainEngine(model, rows, TEMPERATURE)
 
-Shape legend: R rows of a pass, S tokens of prompt and response (padded), T response tokens.
+Shape legend: R responses, T response tokens.
 """
 
 from __future__ import annotations
@@ -20,48 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from verl_gradalign.cpu.tiny_model import build_tiny_model
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.probe.oracle import OracleResponse, problem_gradients_float64
-from verl_gradalign.types import ProblemRows
+from verl_gradalign.probe.oracle import problem_gradients_float64
+from verl_gradalign.types import ProblemRows, TokenRow
 
 TEMPERATURE = 0.75  # not 1, and exact in float32, to which verl rounds temperatures
 VOCABULARY = 261
-Problem = list[OracleResponse]
-
-
-class PlainEngine:
-    """Padded forward passes of at most `micro_batch_size` rows, log-softmax, coefficients, backward."""
-
-    shard_group = None
-    gradient_scale = 1.0
-
-    def __init__(
-        self, module: nn.Module, rows: Sequence[OracleResponse], temperature: float, micro_batch_size: int = 64
-    ) -> None:
-        self.module = module
-        self._rows = rows
-        self._temperature = temperature
-        self._micro_batch_size = micro_batch_size
-
-    def backward(self, problems: Sequence[ProblemRows]) -> None:
-        """Add the gradient of the problems' loss to `.grad`."""
-        rows = [self._rows[row] for problem in problems for row in problem.rows]
-        for start in range(0, len(rows), self._micro_batch_size):
-            self._loss(rows[start : start + self._micro_batch_size]).backward()
-
-    def _loss(self, rows: Sequence[OracleResponse]) -> Tensor:
-        lengths = [row.prompt.numel() + row.response.numel() for row in rows]
-        ids_RS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-        mask_RS = torch.zeros_like(ids_RS)
-        coefficient_RS = torch.zeros(len(rows), max(lengths), dtype=torch.float64)
-        for r, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            ids_RS[r, :length] = torch.cat([row.prompt, row.response])
-            mask_RS[r, :length] = 1
-            coefficient_RS[r, row.prompt.numel() : length] = row.coefficient
-        logits_RSV = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
-        log_probs_RSV = torch.log_softmax(logits_RSV / self._temperature, dim=-1)
-        # The token at position s is predicted at s - 1.
-        chosen_RS = log_probs_RSV[:, :-1].gather(-1, ids_RS[:, 1:].unsqueeze(-1)).squeeze(-1)
-        return (coefficient_RS[:, 1:] * chosen_RS).sum()
+Problem = list[TokenRow]
 
 
 def build_model(folder: Path, architecture: str, tie_word_embeddings: bool, hidden_size: int = 32) -> Path:
@@ -128,19 +92,19 @@ def with_coefficients(
     advantage_RT = torch.tensor(advantages, dtype=torch.float64).unsqueeze(-1) * mask_RT
     coefficient_RT = token_coefficients(advantage_RT, mask_RT, loss_agg_mode)
     return [
-        OracleResponse(prompt, response, coefficient_RT[r, : response.numel()]) for r, response in enumerate(responses)
+        TokenRow(prompt, response, coefficient_RT[r, : response.numel()]) for r, response in enumerate(responses)
     ]
 
 
-def tabulate(problems: Sequence[Problem]) -> tuple[list[OracleResponse], list[ProblemRows]]:
+def tabulate(problems: Sequence[Problem]) -> tuple[list[TokenRow], list[ProblemRows]]:
     """Return the rows of all problems, and each problem's share of them on the only rank."""
-    rows: list[OracleResponse] = []
+    rows: list[TokenRow] = []
     shares = []
     for index, problem in enumerate(problems):
         numbers = tuple(range(len(rows), len(rows) + len(problem)))
         rows += problem
-        num_tokens = sum(row.prompt.numel() + row.response.numel() for row in problem)
-        shares.append(ProblemRows(uid=f"p{index}", rows=numbers, num_rows=len(problem), num_tokens=num_tokens))
+        lengths = [row.num_tokens for row in problem]
+        shares.append(ProblemRows(f"p{index}", numbers, len(problem), sum(lengths), max(lengths, default=0)))
     return rows, shares
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directional derivatives by two forward passes, at theta + eps v and theta - eps v: any engine, no gradients, no norm.
+
+d_t = (log pi_{theta + eps v}(y_t) - log pi_{theta - eps v}(y_t)) / (2 eps), with an error of order eps^2 and a noise
+of the log-probs' rounding over eps. Both passes run the same micro-batches in the same order, because half-precision
+log-probs depend on the shape of the batch.
+
+    scores = FiniteDifferenceEstimator(ProbeConfig(relative_step=1e-3)).score(engine, candidates, direction)
+
+Shape legend: P problems, R rows, T response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.gradient import trainable_parameters
+from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
+from verl_gradalign.probe.perturbation import perturbation
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+
+class FiniteDifferenceEstimator:
+    """Central differences with a step of `relative_step` times |theta|, over the trainable parameters."""
+
+    is_exact = False
+    gives_norm = False
+    gives_response_derivative = True
+    needs_whole_problems = True
+
+    def __init__(self, config: ProbeConfig | None = None) -> None:
+        self._relative_step = (config or ProbeConfig()).relative_step
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError if a trainable parameter is stored in half precision."""
+        for name, parameter in trainable_parameters(module):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
+                    "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
+                )
+
+    def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
+        """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
+
+        Gives every response's derivative, whatever its advantage. The parameters are restored bit for bit.
+
+        Units: dot products are of the gradient of sum_t c_t log pi(y_t).
+        Raises: RuntimeError if the direction does not fit the module; ValueError for half-precision parameters, or
+            if a problem exceeds the budget.
+        """
+        step = self._relative_step * _parameter_norm(engine)
+        batches = micro_batches(engine, problems)
+        with torch.no_grad(), perturbation(engine.module, direction) as move:
+            move(step)
+            above = [_row_sums(engine, batch) for batch in batches]
+            move(-step)
+            below = [_row_sums(engine, batch) for batch in batches]
+        sums = ProblemSums(problems)
+        for batch, above_2R, below_2R in zip(batches, above, below, strict=True):
+            dot_R, derivative_R = (above_2R - below_2R) / (2 * step)
+            sums.add(batch, dot_R, derivative_R, squared_norm_P=None)
+        dot_P, _, derivative_PR = sums.reduce(engine)
+        return ProblemScores(
+            uid=tuple(problem.uid for problem in problems),
+            dot_P=dot_P,
+            norm_P=None,
+            num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
+            response_derivative_PR=derivative_PR,
+            direction_norm=direction.norm,
+            diagnostics={"step": step},
+        )
+
+
+def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
+    """Return each row's sum of coefficient times log-prob, and of log-probs: (2, rows), float64, on the CPU."""
+    log_prob_RT = engine.forward(batch.rows, batch.rows_per_problem)[0].double().cpu()
+    coefficient_RT, mask_RT = torch.zeros_like(log_prob_RT), torch.zeros_like(log_prob_RT)
+    for index, row in enumerate(batch.rows):
+        coefficient_T, mask_T = engine.coefficients(row)
+        coefficient_RT[index, : len(mask_T)], mask_RT[index, : len(mask_T)] = coefficient_T, mask_T
+    return torch.stack([(coefficient_RT * log_prob_RT).sum(dim=1), (mask_RT * log_prob_RT).sum(dim=1)])
+
+
+def _parameter_norm(engine: GradientEngine) -> float:
+    """Return |theta| of the trainable parameters over all shards. Collective."""
+    squares = [
+        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().double().square().sum()
+        for _, parameter in trainable_parameters(engine.module)
+    ]
+    total = torch.stack(squares).sum()
+    if engine.shard_group is not None:
+        torch.distributed.all_reduce(total, group=engine.shard_group)
+    return math.sqrt(total.item())

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact scores of many problems from ordinary passes over all of them: taps cut the gradient at problem boundaries.
+
+One forward and one activation-gradient backward for each micro-batch of whole problems. Each layer's gradient is
+formed problem by problem where its backward passes, reduced to numbers, and dropped: no weight gradient is kept, none
+is communicated. Costs about as much as an update over the same tokens.
+
+    scores = GhostEstimator().score(engine, candidates, direction)
+
+Shape legend: P problems, R rows, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.passes import ProblemSums, micro_batches, row_weights
+from verl_gradalign.probe.sharding import DirectionGather, Placement
+from verl_gradalign.probe.taps import TapPoint, tap_points, tapped
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+
+class GhostEstimator:
+    """Taps on every layer with trainable parameters. See the module's docstring."""
+
+    is_exact = True
+    gives_norm = True
+    gives_response_derivative = True
+    needs_whole_problems = True
+
+    def __init__(self, config: ProbeConfig | None = None) -> None:
+        pass
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError, naming the layers and the remedy, if the scores of this model would not be exact."""
+        tap_points(module)
+
+    def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
+        """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
+
+        See `tapped_scores`. A degenerate direction gives dot products of zero and the true norms.
+        """
+        points = tap_points(engine.module)
+        return tapped_scores(engine, problems, direction, points, direction_gather(engine, direction))
+
+
+def direction_gather(engine: GradientEngine, direction: Direction) -> DirectionGather:
+    """Return the gather of the whole direction onto the engine's device."""
+    return DirectionGather(engine.module, direction, next(engine.module.parameters()).device)
+
+
+def tapped_scores(
+    engine: GradientEngine,
+    problems: Sequence[ProblemRows],
+    direction: Direction,
+    points: Sequence[TapPoint],
+    gather: Callable[[Placement], Tensor],
+    gives_norm: bool = True,
+) -> ProblemScores:
+    """Return the scores of `problems` over the parameters of the tapped layers. Collective.
+
+    Each problem's rows lie on one rank. A row whose tokens have different coefficients gets nan for its response
+    derivative.
+
+    Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
+    Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
+        if a problem exceeds the budget.
+    """
+    require_no_gradients(engine.module)
+    device = next(engine.module.parameters()).device
+    sums = ProblemSums(problems)
+    with tapped(engine.module, points, gather) as taps:
+        for batch in micro_batches(engine, problems):
+            log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
+            weights = row_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
+            taps.begin(layout, weights.scale_R.to(device))
+            (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
+            scores = taps.end()
+            derivative_R = scores.derivative_R.cpu()
+            sums.add(
+                batch,
+                dot_R=derivative_R * weights.scale_R,
+                derivative_R=derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan),
+                squared_norm_P=scores.squared_norm_P,
+            )
+    dot_P, squared_norm_P, derivative_PR = sums.reduce(engine)
+    return ProblemScores(
+        uid=tuple(problem.uid for problem in problems),
+        dot_P=dot_P,
+        norm_P=squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
+        num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
+        response_derivative_PR=derivative_PR,
+        direction_norm=direction.norm,
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dot products with a direction cut to a few singular directions per matrix: one backward without weight gradients.
+
+Each matrix of the direction becomes L R^T of rank r; vectors stay whole. The products cost r instead of a whole
+matrix, and no gradient is formed, so there are no norms. |dot - dot_r| <= |g| |V - V_r|, and the energy kept,
+|V_r|^2 / |V|^2, is known and reported.
+
+    scores = LowRankEstimator(ProbeConfig(rank=16)).score(engine, candidates, direction)
+
+Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank, N positions, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, vector_scores, without_padding_index
+from verl_gradalign.probe.layout import row_sums
+from verl_gradalign.probe.sharding import DirectionGather, Placement
+from verl_gradalign.probe.taps import TapPoint, tap_points
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+OVERSAMPLING = 8
+"""Further directions that the randomised decomposition works with (Halko et al. 2011, arXiv 0909.4061, suggest 5-10)."""
+POWER_ITERATIONS = 4
+
+
+class LowRankEstimator:
+    """Taps as in `ghost`, with a truncated direction and rules that never form a gradient."""
+
+    is_exact = False
+    gives_norm = False
+    gives_response_derivative = True
+    needs_whole_problems = True
+
+    def __init__(self, config: ProbeConfig | None = None) -> None:
+        self._rank = (config or ProbeConfig()).rank
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError, naming the layers and the remedy, if a layer has no rule."""
+        low_rank_points(module)
+
+    def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
+        """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
+        points = low_rank_points(engine.module)
+        gather = LowRankGather(direction_gather(engine, direction), points, self._rank)
+        scores = tapped_scores(engine, problems, direction, points, gather, gives_norm=False)
+        return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
+
+
+class LowRankGather:
+    """The direction's truncated matrices, as [L, R] stacked in one tensor, and its whole vectors; on every rank."""
+
+    def __init__(self, gather: DirectionGather, points: Sequence[TapPoint], rank: int) -> None:
+        self._parts: dict[tuple[int, int], Tensor] = {}
+        kept, total = 0.0, 0.0
+        for placement in (p for point in points for p in point.placements):
+            if placement.identity in self._parts:
+                continue
+            whole = gather(placement)
+            total += whole.double().square().sum().item()
+            part, energy = truncated(whole, rank) if whole.dim() == 2 else (whole, whole.double().square().sum().item())
+            kept += energy
+            self._parts[placement.identity] = part
+        self.energy_kept = kept / total if total else 1.0
+
+    def __call__(self, placement: Placement) -> Tensor:
+        return self._parts[placement.identity]
+
+
+def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank), and the squared norm kept.
+
+    The randomised decomposition is seeded, so every rank that does it finds the same.
+    """
+    rank = min(rank, *matrix_OI.shape)
+    width = min(rank + OVERSAMPLING, *matrix_OI.shape)
+    with torch.random.fork_rng(devices=[matrix_OI.device] if matrix_OI.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        left_OK, value_K, right_IK = torch.svd_lowrank(matrix_OI, q=width, niter=POWER_ITERATIONS)
+    left_OK, value_K, right_IK = left_OK[:, :rank], value_K[:rank], right_IK[:, :rank]
+    return torch.cat([left_OK * value_K, right_IK]), value_K.double().square().sum().item()
+
+
+def low_rank_points(root: nn.Module) -> list[TapPoint]:
+    """Return the taps of `ghost` with the rules of matrices replaced. Raises ValueError as `tap_points`."""
+    rules: dict[type[nn.Module], LayerRule] = {nn.Linear: linear, nn.Embedding: embedding}
+    points = []
+    for point in tap_points(root):
+        rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), None)
+        if rule is None and any(len(placement.shape) > 1 for placement in point.placements):
+            raise ValueError(
+                f"{point.name} ({type(point.module).__name__}) has a matrix but no low-rank rule. Remedy: set "
+                "gradalign.estimator=ghost (exact) or finite_difference."
+            )
+        points.append(replace(point, rule=rule or point.rule))
+    return points
+
+
+def linear(call: LayerCall) -> LayerScores:
+    """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms."""
+    scores = _nothing(call)
+    if "weight" in call.direction:
+        left_OK, right_IK = call.direction["weight"].to(call.delta.dtype).split(
+            [call.delta.shape[-1], call.input.shape[-1]]
+        )
+        product_N = ((call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)).sum(-1, dtype=call.dtype)
+        scores = add(scores, _rows(product_N, call))
+    if "bias" in call.direction:
+        scores = add(scores, vector_scores(call.delta, call.direction["bias"], call))
+    return scores
+
+
+def embedding(call: LayerCall) -> LayerScores:
+    """Return the products sum_t (delta_t R) . L[token_t], and zeros for norms."""
+    num_tokens: int = call.module.num_embeddings  # type: ignore[assignment]
+    left_OK, right_IK = call.direction["weight"].to(call.dtype).split([num_tokens, call.delta.shape[-1]])
+    delta_NI = without_padding_index(call.delta, call.input, call.module.padding_idx)  # type: ignore[arg-type]
+    return _rows(((delta_NI.to(call.dtype) @ right_IK) * left_OK[call.input]).sum(-1), call)
+
+
+def _rows(product_N: Tensor, call: LayerCall) -> LayerScores:
+    derivative_R = row_sums(product_N.unsqueeze(-1), call.layout, call.dtype).squeeze(-1)
+    return LayerScores(derivative_R, call.scale_R.new_zeros(call.layout.num_problems))
+
+
+def _nothing(call: LayerCall) -> LayerScores:
+    return LayerScores(torch.zeros_like(call.scale_R), call.scale_R.new_zeros(call.layout.num_problems))

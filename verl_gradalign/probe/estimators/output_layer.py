@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores from the output layer's gradient alone: exact for that layer, one forward pass, blind to all others.
+
+The graph opens at the output layer, so nothing behind it is kept or differentiated. Of a tied weight only its use as
+output layer is seen.
+
+    scores = OutputLayerEstimator().score(engine, candidates, direction)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.layer_rules import rule_of
+from verl_gradalign.probe.sharding import trainable_placements
+from verl_gradalign.probe.taps import TapPoint
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+
+class OutputLayerEstimator:
+    """A tap on the output layer only. The norm is that of the output layer's gradient."""
+
+    is_exact = False
+    gives_norm = True
+    gives_response_derivative = True
+    needs_whole_problems = True
+
+    def __init__(self, config: ProbeConfig | None = None) -> None:
+        pass
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError if the model has no output layer, or a frozen one."""
+        output_layer(module)
+
+    def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
+        """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
+        points = [output_layer(engine.module)]
+        return tapped_scores(engine, problems, direction, points, direction_gather(engine, direction))
+
+
+def output_layer(root: nn.Module) -> TapPoint:
+    """Return the tap of the model's output layer.
+
+    Raises: ValueError if the model does not name one, or if it is frozen, as under LoRA.
+    """
+    # FSDP wrappers pass attributes on to the model; transformers and PEFT models answer this call.
+    get: Any = getattr(root, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    remedy = "Remedy: set gradalign.estimator=ghost (exact) or finite_difference."
+    if head is None:
+        raise ValueError(f"{type(root).__name__} does not name an output layer (get_output_embeddings). {remedy}")
+    placements = tuple(p for p in trainable_placements(root) if p.module is head)
+    rule = rule_of(head)
+    if not placements or rule is None:
+        name = next((name for name, module in root.named_modules() if module is head), "the output layer")
+        raise ValueError(
+            f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only). {remedy}"
+            if rule is not None
+            else f"{name} ({type(head).__name__}) has no layer rule. {remedy}"
+        )
+    return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)

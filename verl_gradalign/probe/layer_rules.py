@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each kind of layer turns its input and its output gradient into per-problem gradient products.
+
+A rule sees one layer in one micro-batch. It returns, for this layer's parameters, each row's product of its gradient
+with the direction, and each problem's squared gradient norm; the gradient itself is formed at most one problem at a
+time and dropped. Support another layer by writing such a function and registering it:
+
+    @register_layer_rule(MyLayer)
+    def my_layer(call: LayerCall) -> LayerScores: ...
+
+Shape legend: N flattened positions, I input features, O output features, D normalised features, H hidden features,
+R rows, P problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl_gradalign.probe.layout import Layout, row_sums
+from verl_gradalign.probe.matrix_scores import matrix_scores
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One backward pass of one layer. Tensors are flattened over positions; heads and the like count as positions."""
+
+    module: nn.Module
+    input: Tensor
+    """What the layer was given: (positions, features), or token ids (positions,)."""
+    delta: Tensor
+    """Gradient of sum_t weight_t log pi(y_t) by the layer's output, (positions, features)."""
+    direction: Mapping[str, Tensor]
+    """v of each *trainable* parameter of the layer, by attribute name, in the parameter's shape."""
+    layout: Layout
+    scale_R: Tensor
+    """Factor of each row's gradient in its problem's gradient, in the accumulation dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulation dtype: float32, or float64 if the model computes in it."""
+        return self.scale_R.dtype
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """A layer's part of the scores, in the accumulation dtype."""
+
+    derivative_R: Tensor
+    """Each row's (unscaled) gradient times the direction."""
+    squared_norm_P: Tensor
+    """Squared norm of each problem's (scaled, summed) gradient."""
+
+
+LayerRule = Callable[[LayerCall], LayerScores]
+
+LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
+"""Rules by module type; subclasses are covered too. RMSNorm classes are found by name (`rule_of`)."""
+
+
+def register_layer_rule(*types: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
+    """Return a decorator that makes a function the rule of module types (and of their subclasses)."""
+
+    def register(rule: LayerRule) -> LayerRule:
+        LAYER_RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+def rule_of(module: nn.Module) -> LayerRule | None:
+    """Return the rule for a module: that of its nearest registered base class, else RMSNorm's by name, else None.
+
+    Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon.
+    """
+    for base in type(module).__mro__:
+        if base in LAYER_RULES:
+            return LAYER_RULES[base]
+    return rms_norm if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None else None
+
+
+def add(first: LayerScores, second: LayerScores) -> LayerScores:
+    """Return the scores of two disjoint sets of parameters together."""
+    return LayerScores(
+        first.derivative_R + second.derivative_R,
+        first.squared_norm_P + second.squared_norm_P,
+    )
+
+
+@register_layer_rule(nn.Linear)
+def linear(call: LayerCall) -> LayerScores:
+    """Linear layers, with and without bias, LoRA's A and B among them: gradient delta^T input, and sum of delta."""
+    parts = []
+    if "weight" in call.direction:
+        scores = matrix_scores(call.delta, call.input, call.direction["weight"], call.layout, call.scale_R)
+        parts.append(LayerScores(*scores))
+    if "bias" in call.direction:
+        parts.append(vector_scores(call.delta, call.direction["bias"], call))
+    return _summed(parts)
+
+
+@register_layer_rule(nn.Embedding)
+def embedding(call: LayerCall) -> LayerScores:
+    """Embeddings: the rows of delta, added up by token id. The padding index gets no gradient, as in torch."""
+    module: Any = call.module
+    _require_plain_embedding(module)
+    delta_NH = without_padding_index(call.delta, call.input, module.padding_idx).to(call.dtype)
+    direction_VH = call.direction["weight"]
+    product_N1 = (delta_NH * direction_VH[call.input].to(call.dtype)).sum(dim=-1, keepdim=True)
+    derivative_R = row_sums(product_N1, call.layout, call.dtype).squeeze(-1)
+
+    row_N = call.layout.row_of_position(delta_NH.device)
+    problem_N = call.layout.problem_of_row(delta_NH.device)[row_N]
+    key_N = problem_N * module.num_embeddings + call.input
+    key_U, place_N = key_N.unique(return_inverse=True)
+    grad_UH = delta_NH.new_zeros(len(key_U), delta_NH.shape[-1])
+    grad_UH.index_add_(0, place_N, delta_NH * call.scale_R[row_N].unsqueeze(-1))
+    squared_norm_P = delta_NH.new_zeros(call.layout.num_problems)
+    squared_norm_P.index_add_(0, key_U // module.num_embeddings, grad_UH.square().sum(dim=-1))
+    return LayerScores(derivative_R, squared_norm_P)
+
+
+@register_layer_rule(nn.RMSNorm)
+def rms_norm(call: LayerCall) -> LayerScores:
+    """RMSNorm, also where the weight is an offset from one: gradient sum of delta times the normalised input."""
+    input_ND = call.input.to(call.dtype)
+    epsilon = _epsilon(call.module)
+    epsilon = torch.finfo(call.input.dtype).eps if epsilon is None else epsilon
+    normalised_ND = input_ND * torch.rsqrt(input_ND.square().mean(dim=-1, keepdim=True) + epsilon)
+    return vector_scores(call.delta * normalised_ND, call.direction["weight"], call)
+
+
+@register_layer_rule(nn.LayerNorm)
+def layer_norm(call: LayerCall) -> LayerScores:
+    """LayerNorm over the last axis: as RMSNorm with the mean taken off, and a bias."""
+    module: Any = call.module
+    input_ND = call.input.to(call.dtype)
+    normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=module.eps)
+    parts = []
+    if "weight" in call.direction:
+        parts.append(vector_scores(call.delta * normalised_ND, call.direction["weight"], call))
+    if "bias" in call.direction:
+        parts.append(vector_scores(call.delta, call.direction["bias"], call))
+    return _summed(parts)
+
+
+def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall) -> LayerScores:
+    """Return the scores of a vector parameter whose gradient is the sum of `grad_NF` over positions."""
+    grad_RF = row_sums(grad_NF, call.layout, call.dtype)
+    problem_R = call.layout.problem_of_row(grad_RF.device)
+    grad_PF = grad_RF.new_zeros(call.layout.num_problems, grad_RF.shape[-1])
+    grad_PF.index_add_(0, problem_R, grad_RF * call.scale_R.unsqueeze(-1))
+    return LayerScores(grad_RF @ direction_F.to(call.dtype), grad_PF.square().sum(dim=-1))
+
+
+def without_padding_index(delta_NH: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:
+    """Return delta with zeros where the token is the embedding's padding index."""
+    return delta_NH if padding_idx is None else delta_NH.masked_fill((ids_N == padding_idx).unsqueeze(-1), 0.0)
+
+
+def _summed(parts: list[LayerScores]) -> LayerScores:
+    total = parts[0]
+    for part in parts[1:]:
+        total = add(total, part)
+    return total
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """Return a norm's epsilon, by torch's or transformers' name."""
+    epsilon = getattr(module, "eps", None)
+    return epsilon if epsilon is not None else getattr(module, "variance_epsilon", None)
+
+
+def _require_plain_embedding(module: Any) -> None:
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option, None):
+            raise ValueError(
+                f"an embedding with {option}={getattr(module, option)} has no layer rule; use the estimator backward"
+            )

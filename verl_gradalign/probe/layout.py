@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the rows and the problems of a micro-batch lie in its activations.
+
+Activations have leading axes (lines, width): one row per line (padded), or all rows one after another in one line
+(packed). Flattened, each row is a contiguous run of positions, padding included, and each problem a contiguous run of
+rows, because a problem's gradient is cut out of the micro-batch at these boundaries.
+
+    layout = padded_layout(num_rows=4, width=100, rows_per_problem=(3, 1))
+    packed = packed_layout(row_lengths=(5, 9, 7), num_positions=24, rows_per_problem=(3,))
+
+Shape legend: N flattened positions, F features, R rows, P problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows and problems of one micro-batch. Build it with `padded_layout` or `packed_layout`."""
+
+    shape: tuple[int, int]
+    """Leading axes of the activations: (lines, width)."""
+    row_bounds: tuple[int, ...]
+    """Flattened position at which each row begins, and the end of the last: num_rows + 1 numbers from 0 on."""
+    problem_bounds: tuple[int, ...]
+    """Row at which each problem begins, and the end of the last: num_problems + 1 numbers from 0 on."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_bounds) - 1
+
+    @property
+    def num_problems(self) -> int:
+        return len(self.problem_bounds) - 1
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether all rows take the same number of positions."""
+        return self.row_bounds == tuple(range(0, self.shape[0] * self.shape[1] + 1, self.shape[1]))
+
+    def rows(self) -> list[slice]:
+        """Return the flattened positions of each row."""
+        return [slice(start, end) for start, end in pairwise(self.row_bounds)]
+
+    def problems(self) -> list[slice]:
+        """Return the rows of each problem."""
+        return [slice(start, end) for start, end in pairwise(self.problem_bounds)]
+
+    def positions_of(self, rows: slice) -> slice:
+        """Return the flattened positions of consecutive rows."""
+        return slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
+
+    def problem(self, rows: slice) -> Layout:
+        """Return the layout of one problem's positions alone, given its rows."""
+        bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
+        num_rows = rows.stop - rows.start
+        shape = (num_rows, bounds[-1] // max(num_rows, 1)) if self.is_padded else (1, bounds[-1])
+        return Layout(shape, bounds, (0, num_rows))
+
+    def row_of_position(self, device: torch.device) -> Tensor:
+        """Return the row of each flattened position, int64 (positions,)."""
+        lengths = torch.tensor([end - start for start, end in pairwise(self.row_bounds)], device=device)
+        return torch.arange(self.num_rows, device=device).repeat_interleave(lengths)
+
+    def problem_of_row(self, device: torch.device) -> Tensor:
+        """Return the problem of each row, int64 (rows,)."""
+        counts = torch.tensor([end - start for start, end in pairwise(self.problem_bounds)], device=device)
+        return torch.arange(self.num_problems, device=device).repeat_interleave(counts)
+
+    def widened(self, factor: int) -> Layout:
+        """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
+        if factor == 1:
+            return self
+        lines, width = self.shape
+        return Layout((lines, width * factor), tuple(b * factor for b in self.row_bounds), self.problem_bounds)
+
+
+def padded_layout(num_rows: int, width: int, rows_per_problem: Sequence[int]) -> Layout:
+    """Return the layout of `num_rows` rows padded to `width` positions each."""
+    return _checked((num_rows, width), tuple(range(0, num_rows * width + 1, width)), rows_per_problem)
+
+
+def packed_layout(row_lengths: Sequence[int], num_positions: int, rows_per_problem: Sequence[int]) -> Layout:
+    """Return the layout of rows packed into one line of `num_positions`; a padding suffix counts to the last row."""
+    bounds = (*accumulate(row_lengths[:-1], initial=0), num_positions)
+    return _checked((1, num_positions), bounds, rows_per_problem)
+
+
+def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_problem: Sequence[int]) -> Layout:
+    num_rows = len(row_bounds) - 1
+    if sum(rows_per_problem) != num_rows:
+        raise ValueError(f"problems have {sum(rows_per_problem)} rows, but the micro-batch has {num_rows}")
+    return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
+
+
+def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Return the sum of `values_NF` over the positions of each row, (rows, features), accumulated in `dtype`."""
+    if layout.is_padded:
+        return values_NF.view(layout.num_rows, -1, values_NF.shape[-1]).sum(dim=1, dtype=dtype)
+    return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])

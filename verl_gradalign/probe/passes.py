@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes over whole problems: which rows run together on this rank, and sums over ranks of what they gave.
+
+    for batch in micro_batches(engine, problems):
+        log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
+        ...
+
+Shape legend: P problems, R rows of a problem or of a micro-batch, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.planning import ProblemSize, pack
+from verl_gradalign.types import ProblemRows
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole problems that one rank runs together; none where it only keeps other ranks company."""
+
+    problems: tuple[int, ...]
+    """Positions in the scoring call's sequence of problems."""
+    rows: tuple[int, ...]
+    rows_per_problem: tuple[int, ...]
+
+
+def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> list[MicroBatch]:
+    """Return this rank's micro-batches, equally many on every rank. Collective.
+
+    Raises: ValueError if a problem is larger than the engine's budget, or if its rows are spread over ranks.
+    """
+    mine = [index for index, problem in enumerate(problems) if problem.rows]
+    for index in mine:
+        if len(problems[index].rows) != problems[index].num_rows:
+            raise ValueError(
+                f"problem {problems[index].uid} has {len(problems[index].rows)} of its {problems[index].num_rows} rows "
+                "on this rank; this estimator needs whole problems (planning.assign)"
+            )
+    packed = pack([size_of(problems[index]) for index in mine], engine.budget)
+    batches = []
+    for members in packed:
+        chosen = tuple(mine[member] for member in members)
+        rows = tuple(row for index in chosen for row in problems[index].rows)
+        batches.append(MicroBatch(chosen, rows, tuple(len(problems[index].rows) for index in chosen)))
+    company = MicroBatch((), (engine.spare_row,), (1,))
+    return batches + [company] * (_largest(engine, len(batches)) - len(batches))
+
+
+def size_of(problem: ProblemRows) -> ProblemSize:
+    """Return the room that a problem takes."""
+    return ProblemSize(problem.num_rows, problem.num_tokens, problem.longest_row)
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """How the rows of a micro-batch enter a pass and its sums."""
+
+    weight_RT: Tensor
+    """Weight of each token's log-probability in the summed objective."""
+    scale_R: Tensor
+    """Factor by which a row's gradient enters its problem's."""
+    gives_derivative_R: Tensor
+    """Whether the row's gradient is that of its plain log-probability."""
+
+
+def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
+    """Return weights such that weight * scale is the coefficient, with weight 1 on every token where that is possible.
+
+    It is where all tokens of a row have one coefficient, as under group-relative advantages; then the row's gradient
+    is that of log pi(y), whatever its advantage, zero included. Rows that keep company have scale and weight 0.
+
+    Shapes: (rows, width), (rows,), (rows,); on the CPU.
+    """
+    weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
+    scale_R = torch.zeros(len(batch.rows), dtype=dtype)
+    gives_R = torch.zeros(len(batch.rows), dtype=torch.bool)
+    for index, row in enumerate(batch.rows if batch.problems else ()):
+        coefficient_T, mask_T = (t.to(dtype) for t in engine.coefficients(row))
+        chosen = coefficient_T[mask_T.bool()]
+        gives_R[index] = bool((chosen == chosen[:1]).all())
+        scale_R[index] = chosen[0] if gives_R[index] and len(chosen) else 1.0
+        weight_RT[index, : len(mask_T)] = mask_T if gives_R[index] else coefficient_T
+    return RowWeights(weight_RT, scale_R, gives_R)
+
+
+class ProblemSums:
+    """Adds up what micro-batches give for rows and problems, on this rank and then over all ranks."""
+
+    def __init__(self, problems: Sequence[ProblemRows]) -> None:
+        num_rows = max((problem.num_rows for problem in problems), default=0)
+        self._problems = problems
+        # One tensor, so that one reduction brings all of it together.
+        self._sums = torch.zeros(len(problems), 2 + num_rows, dtype=torch.float64)
+
+    def add(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor, squared_norm_P: Tensor | None) -> None:
+        """Note a micro-batch: each row's part of its problem's dot product, its derivative, each squared norm."""
+        start = 0
+        dot_R, derivative_R = dot_R.double().cpu(), derivative_R.double().cpu()
+        for place, index in enumerate(batch.problems):
+            rows = slice(start, start + batch.rows_per_problem[place])
+            start = rows.stop
+            self._sums[index, 0] += dot_R[rows].sum()
+            if squared_norm_P is not None:
+                self._sums[index, 1] += squared_norm_P[place].double().cpu()
+            self._sums[index, 2 : 2 + rows.stop - rows.start] = derivative_R[rows]
+
+    def reduce(self, engine: GradientEngine) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dot_P, squared_norm_P, derivative_PR) over all ranks, on the CPU. Collective.
+
+        Derivatives are nan beyond a problem's rows.
+        """
+        sums = self._sums
+        if engine.data_group is not None:
+            sums = sums.to(next(engine.module.parameters()).device)
+            torch.distributed.all_reduce(sums, group=engine.data_group)
+            sums = sums.cpu()
+        derivative_PR = sums[:, 2:]
+        for index, problem in enumerate(self._problems):
+            derivative_PR[index, problem.num_rows :] = torch.nan
+        return sums[:, 0], sums[:, 1], derivative_PR
+
+
+def _largest(engine: GradientEngine, value: int) -> int:
+    """Return the largest `value` of all ranks. Collective."""
+    if engine.data_group is None:
+        return value
+    largest = torch.tensor(value, device=next(engine.module.parameters()).device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=engine.data_group)
+    return int(largest.item())
