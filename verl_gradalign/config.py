@@ -113,7 +113,11 @@ class ProbeConfig:
             require(0 < value < math.inf, f"probe.{key}", value, "must be above 0", f"set {default}")
         limit = self.max_tokens_per_rank
         require(
-            limit is None or limit >= 1, "probe.max_tokens_per_rank", limit, "must be at least 1", "leave it out, or 16384"
+            limit is None or limit >= 1,
+            "probe.max_tokens_per_rank",
+            limit,
+            "must be at least 1",
+            "leave it out, or 16384",
         )
         require_choice("probe.oversized", self.oversized, OVERSIZED)
 

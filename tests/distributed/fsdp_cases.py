@@ -44,12 +44,12 @@ from tests.numerics.problems import (
 )
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration import engine as adapter
+from verl_gradalign.integration.dealing import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, coefficient_loss, scoring_mode
-from verl_gradalign.integration.worker import build_shares, deal
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.oracle import OracleResponse
-from verl_gradalign.types import ProblemRows
+from verl_gradalign.probe.planning import TokenBudget
+from verl_gradalign.types import ProblemRows, TokenRow
 
 STRATEGIES = {"fsdp": ("fsdp", False), "fsdp-orig": ("fsdp", True), "fsdp2": ("fsdp2", False)}
 """Name -> (verl's strategy, use_orig_params)."""
@@ -131,39 +131,36 @@ def build_engine(
 
 
 def tabulate_dealt(
-    trusted: list[Problem], candidates: list[Problem]
+    trusted: list[Problem], candidates: list[Problem], estimator: str, budget: TokenBudget
 ) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
     """Return this rank's row table, spare row last, and its shares, dealt as the selector deals them."""
-    responses: dict[str, OracleResponse] = {}
+    responses: dict[str, TokenRow] = {}
     tables = []
     for kind, problems in (("t", trusted), ("c", candidates)):
         table = []
         for index, problem in enumerate(problems):
             keys = [f"{kind}{index}_{k}_0" for k in range(len(problem))]
             responses.update(zip(keys, problem, strict=True))
-            table.append((f"{kind}{index}", keys, sum(length_of(response) for response in problem)))
+            table.append(ProblemKeys(f"{kind}{index}", tuple(keys), tuple(row.num_tokens for row in problem)))
         tables.append(table)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dealt = [deal(table, world_size)[rank] for table in tables]
-    spare = min(responses, key=lambda key: length_of(responses[key]))
+    owners = [[None] * len(tables[0]), owners_of(tables[1], estimator, budget, world_size)]
+    dealt = [deal(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]
+    spare = min(responses, key=lambda key: responses[key].num_tokens)
     keys = [key for mine in dealt for keys in mine for key in keys if key != spare] + [spare]
     positions = {key: position for position, key in enumerate(keys)}
     trusted_shares, candidate_shares = (build_shares(*pair, positions) for pair in zip(tables, dealt, strict=True))
     return make_row_table([responses[key] for key in keys]), trusted_shares, candidate_shares
 
 
-def length_of(response: OracleResponse) -> int:
-    return response.prompt.numel() + response.response.numel()
-
-
-def make_row_table(responses: list[OracleResponse]) -> TensorDict:
+def make_row_table(responses: list[TokenRow]) -> TensorDict:
     def nest(parts: list[Tensor]) -> Tensor:
         return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
 
     mask = [torch.ones_like(response.response) for response in responses]
     fields = {
         "input_ids": nest([torch.cat([response.prompt, response.response]) for response in responses]),
-        "position_ids": nest([torch.arange(length_of(response)) for response in responses]),
+        "position_ids": nest([torch.arange(response.num_tokens) for response in responses]),
         "prompts": nest([response.prompt for response in responses]),
         "responses": nest([response.response for response in responses]),
         "response_mask": nest(mask),
@@ -173,17 +170,20 @@ def make_row_table(responses: list[OracleResponse]) -> TensorDict:
     return TensorDict(fields, batch_size=len(responses))
 
 
-def score(engine: CpuFSDPEngineWithLMHead, candidates: list[Problem]) -> dict[str, Any]:
+def score(
+    engine: CpuFSDPEngineWithLMHead, candidates: list[Problem], estimator: str = "backward", max_tokens: int = 200
+) -> dict[str, Any]:
     """Return the scores of `candidates` along the direction of TRUSTED, and whether all ranks found the same."""
-    rows, trusted_shares, candidate_shares = tabulate_dealt(TRUSTED, candidates)
+    budget = TokenBudget(max_tokens, is_padded=not engine.engine_config.use_remove_padding)
+    rows, trusted_shares, candidate_shares = tabulate_dealt(TRUSTED, candidates, estimator, budget)
     with scoring_mode(engine):
-        probe = VerlEngine(engine, rows, TEMPERATURE)
+        probe = VerlEngine(engine, rows, TEMPERATURE, budget)
         direction = compute_direction(probe, trusted_shares)
-        scores = ESTIMATORS["backward"]().score(probe, candidate_shares, direction)
-    assert scores.norm_P is not None
+        scores = ESTIMATORS[estimator]().score(probe, candidate_shares, direction)
+    norm_P = scores.dot_P if scores.norm_P is None else scores.norm_P
     mine = {
         "dot": scores.dot_P.tolist(),
-        "norm": scores.norm_P.tolist(),
+        "norm": norm_P.tolist(),
         "direction_norm": scores.direction_norm,
         "num_tokens": scores.num_tokens_P.tolist(),
     }
@@ -199,6 +199,14 @@ def measure_exactness(folder: Path, strategy: str, has_checkpointing: bool) -> d
     for batching in BATCHINGS:
         engine = build_engine(folder, strategy, has_checkpointing, batching, "fp64")
         measured[batching] = score(engine, CANDIDATES)
+        for name in ESTIMATORS:
+            for mt in (80,):
+                r = score(engine, CANDIDATES, name, mt)
+                e = (
+                    (torch.tensor(r["dot"], dtype=torch.float64) / dot_P - 1).abs().max().item(),
+                    (torch.tensor(r["norm"], dtype=torch.float64) / norm_P - 1).abs().max().item(),
+                )
+                print("ERR", strategy, has_checkpointing, batching, name, mt, e, r["ranks_agree"], flush=True)
     turned = score(engine, CANDIDATES[::-1])
     for key in ("dot", "norm", "num_tokens"):
         turned[key].reverse()

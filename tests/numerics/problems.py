@@ -91,9 +91,7 @@ def with_coefficients(
     mask_RT = (torch.arange(width) < length_R1).double()
     advantage_RT = torch.tensor(advantages, dtype=torch.float64).unsqueeze(-1) * mask_RT
     coefficient_RT = token_coefficients(advantage_RT, mask_RT, loss_agg_mode)
-    return [
-        TokenRow(prompt, response, coefficient_RT[r, : response.numel()]) for r, response in enumerate(responses)
-    ]
+    return [TokenRow(prompt, response, coefficient_RT[r, : response.numel()]) for r, response in enumerate(responses)]
 
 
 def tabulate(problems: Sequence[Problem]) -> tuple[list[TokenRow], list[ProblemRows]]:

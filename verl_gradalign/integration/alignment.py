@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.engine import ROW_FIELDS
+from verl_gradalign.integration.dealing import audited_problems, build_requests, token_budget
 from verl_gradalign.integration.groups import Group, Problem, read_groups
-from verl_gradalign.integration.worker import ScoringReply, ScoringRequest, build_shares, deal
+from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
 from verl_gradalign.metrics import named
 from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.scores import SCORES
@@ -63,6 +63,8 @@ class AlignmentSelector:
         self._candidates: list[Problem] = []
         self._trusted: list[Problem] = []
         self._direction_step: int | None = None
+        self._num_scorings = 0
+        self._has_warned = False
         self.last_selection_s = 0.0
 
     def attach_workers(self, score_remotely: ScoreRemotely, dp_rank_of: list[int]) -> None:
@@ -100,7 +102,7 @@ class AlignmentSelector:
                 reasons={g.problem.uid: RANDOM if g.keys else FAILED for g in groups},
             )
         else:
-            reply = self._score(batch, trusted, groups)
+            reply = self._score(batch, trusted, groups, global_steps)
             selection = self._choose(groups, reply, num_kept, global_steps)
         kept = self._keep(batch, groups, trusted, selection)
         self._write_log(global_steps, groups, selection, reply)
@@ -110,7 +112,9 @@ class AlignmentSelector:
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
         return read_groups(problems, batch, failed, self._config, self._verl_config)
 
-    def _score(self, batch: KVBatchMeta, trusted: Sequence[Group], groups: Sequence[Group]) -> ScoringReply | None:
+    def _score(
+        self, batch: KVBatchMeta, trusted: Sequence[Group], groups: Sequence[Group], step: int
+    ) -> ScoringReply | None:
         """Measure the live candidates in the actor. None if there is nothing to measure or no direction to be had."""
         live, live_trusted = [g for g in groups if g.is_live], [g for g in trusted if g.is_live]
         policy = self._config.direction.on_degenerate
@@ -120,38 +124,40 @@ class AlignmentSelector:
             return None
         self._free_rollout()
         assert self._score_remotely is not None, "the trainer attaches the workers before the first step"
-        metas, requests = self._requests(batch, live_trusted, live, keeps_previous=policy == "previous")
-        return self._score_remotely(metas, requests)[0]
+        request = ScoringRequest(
+            estimator=self._config.estimator,
+            probe=self._config.probe,
+            direction=self._config.direction,
+            budget=token_budget(self._config.probe, self._verl_config),
+            temperature=float(self._verl_config.actor_rollout_ref.rollout.temperature),
+            audited=audited_problems(self._config, len(live), step, self._num_scorings),
+        )
+        metas, requests = build_requests(batch, live_trusted, live, self._dp_rank_of, request)
+        self._num_scorings += 1
+        reply = self._score_remotely(metas, requests)[0]
+        self._heed(reply)
+        return reply
 
-    def _requests(
-        self, batch: KVBatchMeta, trusted: Sequence[Group], candidates: Sequence[Group], keeps_previous: bool
-    ) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
-        """Return what each worker receives: the keys of its rows, and which rows belong to which problem."""
-        tables = [[(g.problem.uid, g.keys, g.num_tokens) for g in groups] for groups in (trusted, candidates)]
-        dp_size = max(self._dp_rank_of) + 1
-        dealt_trusted, dealt_candidates = (deal(table, dp_size) for table in tables)
-        length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
-        spare = min((key for table in tables for _, keys, _ in table for key in keys), key=lambda key: length[key])
-        metas, requests = [], []
-        for dp_rank in self._dp_rank_of:
-            mine = [*dealt_trusted[dp_rank], *dealt_candidates[dp_rank]]
-            keys = [key for keys in mine for key in keys if key != spare] + [spare]
-            positions = {key: i for i, key in enumerate(keys)}
-            metas.append(
-                KVBatchMeta(
-                    keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS)
-                )
+    def _heed(self, reply: ScoringReply) -> None:
+        """Warn of problems too large for the estimator, once; stop if the canary disagrees."""
+        diagnostics = reply.scores.diagnostics if reply.scores is not None else {}
+        if diagnostics.get("oversized") and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%d problems are larger than a micro-batch of %d tokens and were scored one at a time (exactly, but "
+                "slowly); further ones are only counted (gradalign/probe/oversized). Raise "
+                "gradalign.probe.max_tokens_per_rank if memory allows",
+                diagnostics["oversized"],
+                token_budget(self._config.probe, self._verl_config).max_tokens,
             )
-            requests.append(
-                ScoringRequest(
-                    trusted=build_shares(tables[0], dealt_trusted[dp_rank], positions),
-                    candidates=build_shares(tables[1], dealt_candidates[dp_rank], positions),
-                    estimator=self._config.estimator,
-                    temperature=float(self._verl_config.actor_rollout_ref.rollout.temperature),
-                    keeps_previous=keeps_previous,
-                )
+        error = diagnostics.get("canary/relative_error", 0.0)
+        if not error <= self._config.probe.canary_threshold:
+            raise RuntimeError(
+                f"scores of estimator {self._config.estimator} differ from exact backward passes by {error:.2g} of the "
+                f"gradient's norm, more than gradalign.probe.canary_threshold={self._config.probe.canary_threshold}. "
+                "Remedy: set gradalign.estimator=backward and report the model; in half precision raise the threshold "
+                "if errors are small and steady."
             )
-        return metas, requests
 
     def _choose(
         self, groups: Sequence[Group], reply: ScoringReply | None, num_kept: int, global_steps: int
@@ -283,6 +289,7 @@ class AlignmentSelector:
             values |= {"seconds/direction": reply.direction_s, "seconds/scores": reply.scores_s}
             if reply.scores is not None:
                 values["direction/norm"] = reply.scores.direction_norm
+                values |= {f"probe/{name}": value for name, value in reply.scores.diagnostics.items()}
         if self._direction_step is not None:
             values["direction/age"] = step - self._direction_step
         return named(values)

@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP engine as the probe's `GradientEngine`.
 
-verl's own micro-batching, forward, gradient synchronisation and parameter handling run; this module only chooses
-the rows and replaces the loss by a sum of token coefficients times log-probs.
+verl's own inputs, model, micro-batching, gradient synchronisation and parameter handling run; this module only
+chooses the rows, and replaces the loss by a sum of token coefficients times log-probs.
+
+Shape legend: R rows, T response tokens, N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed
 from tensordict import TensorDict
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_name
+from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
+from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
+from verl_gradalign.probe.plain_engine import response_log_probs
+from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows
 
 COEFFICIENTS = "gradalign_coefficients"
@@ -48,13 +57,15 @@ class VerlEngine:
         rows: the rank's rows; the last one is the spare row, run with zero coefficients where a rank has fewer rows
             than others, because every rank must run the same number of micro-batches.
         temperature: the sampling temperature, at which log-probs are taken.
+        budget: what a micro-batch of a forward pass may hold.
     """
 
-    def __init__(self, engine: BaseEngine, rows: TensorDict, temperature: float) -> None:
+    def __init__(self, engine: BaseEngine, rows: TensorDict, temperature: float, budget: TokenBudget) -> None:
+        self.budget = budget
         self._engine = engine
-        self._rows = rows
-        self._spare_row = len(rows) - 1
         self._temperature = temperature
+        # Taken apart once: selecting rows of a nested tensor takes all of it apart.
+        self._rows: dict[str, list[Tensor]] = {name: list(rows[name].unbind()) for name in ROW_FIELDS}
 
     @property
     def module(self) -> torch.nn.Module:
@@ -65,17 +76,65 @@ class VerlEngine:
         return self._engine.device_mesh["fsdp"].get_group()
 
     @property
+    def data_group(self) -> ProcessGroup | None:
+        return self._engine.get_data_parallel_group()
+
+    @property
     def gradient_scale(self) -> float:
         scaler = self._engine.scaler
         return 1.0 if scaler is None else 1.0 / scaler.get_scale()
 
+    @property
+    def spare_row(self) -> int:
+        return len(self._rows["input_ids"]) - 1
+
+    def row_length(self, row: int) -> int:
+        return len(self._rows["input_ids"][row])
+
+    def coefficients(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return (c_t, mask_t) of the row's response tokens; see `GradientEngine.coefficients`."""
+        return self._on_cpu[COEFFICIENTS][row], self._on_cpu["response_mask"][row]
+
+    @cached_property
+    def _on_cpu(self) -> dict[str, list[Tensor]]:
+        return {name: [part.cpu() for part in self._rows[name]] for name in (COEFFICIENTS, "response_mask")}
+
+    def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
+        """Return the log-probs of the rows' responses (rows, longest) and the layout; see `GradientEngine.forward`.
+
+        verl prepares the inputs. The log-probs are taken from the logits here: verl takes them of prompt tokens too,
+        and one token at a time where there is no flash attention.
+        """
+        config = self._engine.engine_config
+        data = self._select(("input_ids", "position_ids"), list(rows)).to(get_device_id())
+        tu.assign_non_tensor(
+            data,
+            temperature=self._temperature,
+            use_remove_padding=config.use_remove_padding,
+            use_fused_kernels=config.use_fused_kernels,
+        )
+        inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
+        with self._autocast():
+            logits = self.module(**inputs, use_cache=False).logits
+        lengths = [self.row_length(row) for row in rows]
+        prompts = [len(self._rows["prompts"][row]) for row in rows]
+        responses = [len(self._rows["responses"][row]) for row in rows]
+        lines, width = logits.shape[:2]
+        if config.use_remove_padding:
+            starts = list(accumulate(lengths[:-1], initial=0))
+            layout = packed_layout(lengths, width, rows_per_problem)
+        else:
+            starts = [index * width for index in range(lines)]
+            layout = padded_layout(lines, width, rows_per_problem)
+        spans = [(start + prompt, length) for start, prompt, length in zip(starts, prompts, responses, strict=True)]
+        ids_N = inputs["input_ids"].flatten()
+        return response_log_probs(logits.flatten(0, 1), ids_N, spans, self._temperature), layout
+
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
-        dp_size = self._engine.get_data_parallel_size()
         rows = [row for problem in problems for row in problem.rows]
-        num_rows = max(1, sum(math.ceil(problem.num_rows / dp_size) for problem in problems))
-        num_rows, micro_batch_size = self._micro_batching(max(num_rows, len(rows)))
-        data = self._select(rows, num_padding=num_rows - len(rows))
+        num_rows, micro_batch_size = self._micro_batching(self._most_rows(len(rows)))
+        data = self._select(ROW_FIELDS, rows, num_padding=num_rows - len(rows))
         config = self._engine.engine_config
         tu.assign_non_tensor(
             data,
@@ -88,6 +147,17 @@ class VerlEngine:
         )
         self._engine.forward_backward_batch(data, coefficient_loss)
 
+    def _autocast(self) -> Any:
+        """Return the autocast context that verl's own forward pass runs in; float32 is its sign for none."""
+        dtype = self._engine._autocast_dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
+
+    def _most_rows(self, num_rows: int) -> int:
+        """Return the largest number of rows of all ranks, at least 1: all ranks run equally many. Collective."""
+        most = torch.tensor(max(1, num_rows), device=get_device_id())
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.data_group)
+        return int(most.item())
+
     def _micro_batching(self, num_rows: int) -> tuple[int, int | None]:
         """Return (rows to run, rows per micro-batch): verl wants fixed-size micro-batches to divide the batch."""
         limit = self._engine.engine_config.micro_batch_size_per_gpu
@@ -97,13 +167,16 @@ class VerlEngine:
         micro_batch_size = math.ceil(num_rows / num_micro_batches)
         return num_micro_batches * micro_batch_size, micro_batch_size
 
-    def _select(self, rows: list[int], num_padding: int) -> TensorDict:
+    def _select(self, fields: Sequence[str], rows: list[int], num_padding: int = 0) -> TensorDict:
         """Return the chosen rows followed by `num_padding` copies of the spare row without coefficients."""
-        data = tu.index_select_tensor_dict(self._rows, rows + [self._spare_row] * num_padding)
-        parts = list(data[COEFFICIENTS].unbind())
-        parts = parts[: len(rows)] + [torch.zeros_like(part) for part in parts[len(rows) :]]
-        data[COEFFICIENTS] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
-        return data
+        padded_rows = rows + [self.spare_row] * num_padding
+        columns = {}
+        for name in fields:
+            parts = [self._rows[name][row] for row in padded_rows]
+            if name == COEFFICIENTS:
+                parts = parts[: len(rows)] + [torch.zeros_like(part) for part in parts[len(rows) :]]
+            columns[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+        return TensorDict(columns, batch_size=len(padded_rows))
 
 
 @contextmanager

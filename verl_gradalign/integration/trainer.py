@@ -97,6 +97,8 @@ class GradAlignTrainer(PPOTrainerSync):
         """Connect the selector to the actor, now that there is one."""
         super().on_init_end()
         workers = self.actor_rollout_wg
+        if SCORES[self.gradalign.score].needs_direction:
+            workers.gradalign_check(self.gradalign.estimator, self.gradalign.probe)
         self._selector.attach_workers(workers.gradalign_score, list(workers._query_dispatch_info("actor")))
 
     def prepare_step(self) -> dict[str, Any]:

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FSDP worker with one more remote call: score problems against the trusted set."""
+"""The FSDP worker with two more remote calls: check that a model can be scored, and score problems."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
-from verl_gradalign.probe.direction import Direction, compute_direction
+from verl_gradalign.probe.audit import audited_scores
+from verl_gradalign.probe.direction import Direction, compute_direction, on_cpu, with_adam_metric
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
+from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -22,13 +24,20 @@ from verl_gradalign.types import ProblemRows, ProblemScores
 class ScoringRequest:
     """One rank's share of a scoring call. Problems are the same, in the same order, on all ranks."""
 
-    trusted: tuple[ProblemRows, ...]
-    """Live trusted problems. Empty: score with the stored direction."""
-    candidates: tuple[ProblemRows, ...]
     estimator: str
+    probe: ProbeConfig
+    direction: DirectionConfig
+    budget: TokenBudget
     temperature: float
-    keeps_previous: bool
-    """Whether a degenerate fresh direction may be replaced by the stored one."""
+    audited: tuple[int, ...] = ()
+    """Candidates to score exactly too."""
+    trusted: tuple[ProblemRows, ...] = ()
+    """Live trusted problems. Empty: score with the stored direction."""
+    candidates: tuple[ProblemRows, ...] = ()
+
+    def with_shares(self, trusted: tuple[ProblemRows, ...], candidates: tuple[ProblemRows, ...]) -> ScoringRequest:
+        """Return the request of the rank that holds these shares."""
+        return replace(self, trusted=trusted, candidates=candidates)
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,10 @@ class GradAlignWorker(ActorRolloutRefWorker):
     _direction: Direction | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def init_model(self) -> None:
-        """Build the models, and refuse an actor with dropout before anything is rolled out."""
-        super().init_model()
+    def gradalign_check(self, estimator: str, probe: ProbeConfig) -> None:
+        """Raise ValueError, before anything is rolled out, if this actor cannot be scored by the estimator."""
         require_no_dropout(self.actor.engine.module)
+        ESTIMATORS[estimator](probe).check(self.actor.engine.module)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def gradalign_score(self, rows: TensorDict, request: ScoringRequest) -> ScoringReply:
@@ -63,16 +72,19 @@ class GradAlignWorker(ActorRolloutRefWorker):
         `rows` is this rank's row table (the driver sends keys, verl's bridge fetches the rows); its last row is the
         spare row.
         """
-        engine = self.actor.engine
         started = time.perf_counter()
-        with scoring_mode(engine):
-            probe = VerlEngine(engine, rows, request.temperature)
-            fresh = compute_direction(probe, request.trusted) if request.trusted else None
+        with scoring_mode(self.actor.engine):
+            engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget)
+            fresh = self._fresh_direction(engine, request) if request.trusted else None
             direction_s = time.perf_counter() - started
-            direction = self._usable(fresh, request.keeps_previous or not request.trusted)
+            may_use_stored = request.direction.on_degenerate == "previous" or not request.trusted
+            direction = self._usable(fresh, may_use_stored)
             scores = None
             if direction is not None:
-                scores = ESTIMATORS[request.estimator]().score(probe, request.candidates, direction)
+                estimator = ESTIMATORS[request.estimator](request.probe)
+                scores = audited_scores(
+                    engine, request.candidates, direction, estimator, request.audited, request.probe.oversized
+                )
         if fresh is not None and not fresh.is_degenerate:
             self._direction = fresh
         return ScoringReply(
@@ -83,30 +95,14 @@ class GradAlignWorker(ActorRolloutRefWorker):
             scores_s=time.perf_counter() - started - direction_s,
         )
 
+    def _fresh_direction(self, engine: VerlEngine, request: ScoringRequest) -> Direction:
+        direction = compute_direction(engine, request.trusted)
+        if request.direction.metric == "adam":
+            direction = with_adam_metric(direction, engine, self.actor.engine.optimizer)
+        return on_cpu(direction) if request.direction.offload else direction
+
     def _usable(self, fresh: Direction | None, may_use_stored: bool) -> Direction | None:
         """Return the fresh direction, else the stored one where that is allowed, else None."""
         if fresh is not None and not fresh.is_degenerate:
             return fresh
         return self._direction if may_use_stored else None
-
-
-def deal(problems: Sequence[tuple[str, Sequence[str], int]], dp_size: int) -> list[list[list[str]]]:
-    """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
-
-    `problems` are (uid, keys, num_tokens). Rows are dealt in turn, and each problem starts one rank further on, so no
-    rank is always the one with the most.
-    """
-    return [
-        [[key for k, key in enumerate(keys) if (k + i) % dp_size == rank] for i, (_, keys, _) in enumerate(problems)]
-        for rank in range(dp_size)
-    ]
-
-
-def build_shares(
-    problems: Sequence[tuple[str, Sequence[str], int]], dealt: Sequence[Sequence[str]], positions: dict[str, int]
-) -> tuple[ProblemRows, ...]:
-    """Return one rank's `ProblemRows`, given its dealt keys and the position of each key in its row table."""
-    return tuple(
-        ProblemRows(uid=uid, rows=tuple(positions[key] for key in mine), num_rows=len(keys), num_tokens=num_tokens)
-        for (uid, keys, num_tokens), mine in zip(problems, dealt, strict=True)
-    )

@@ -154,8 +154,10 @@ def reshard(module: nn.Module) -> None:
     for unit in _fsdp2_units(module):
         unit.reshard()
     for _, handle in _fsdp1_handles(module):
-        handle.reshard(handle.uses_sharded_strategy)
-        handle.post_reshard()
+        # Before its first pass a handle has not yet set its shard apart.
+        if hasattr(handle.flat_param, "_local_shard"):
+            handle.reshard(handle.uses_sharded_strategy)
+            handle.post_reshard()
 
 
 def _abandon_pass(module: nn.Module) -> None:

@@ -127,11 +127,11 @@ def embedding(call: LayerCall) -> LayerScores:
 @register_layer_rule(nn.RMSNorm)
 def rms_norm(call: LayerCall) -> LayerScores:
     """RMSNorm, also where the weight is an offset from one: gradient sum of delta times the normalised input."""
-    input_ND = call.input.to(call.dtype)
     epsilon = _epsilon(call.module)
     epsilon = torch.finfo(call.input.dtype).eps if epsilon is None else epsilon
-    normalised_ND = input_ND * torch.rsqrt(input_ND.square().mean(dim=-1, keepdim=True) + epsilon)
-    return vector_scores(call.delta * normalised_ND, call.direction["weight"], call)
+    input_ND = call.input.to(call.dtype)
+    factor_N = torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
+    return vector_scores(input_ND * call.delta, call.direction["weight"], call, factor_N)
 
 
 @register_layer_rule(nn.LayerNorm)
@@ -148,9 +148,9 @@ def layer_norm(call: LayerCall) -> LayerScores:
     return _summed(parts)
 
 
-def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall) -> LayerScores:
-    """Return the scores of a vector parameter whose gradient is the sum of `grad_NF` over positions."""
-    grad_RF = row_sums(grad_NF, call.layout, call.dtype)
+def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall, factor_N: Tensor | None = None) -> LayerScores:
+    """Return the scores of a vector parameter whose gradient is the sum of `factor_N * grad_NF` over positions."""
+    grad_RF = row_sums(grad_NF, call.layout, call.dtype, factor_N)
     problem_R = call.layout.problem_of_row(grad_RF.device)
     grad_PF = grad_RF.new_zeros(call.layout.num_problems, grad_RF.shape[-1])
     grad_PF.index_add_(0, problem_R, grad_RF * call.scale_R.unsqueeze(-1))

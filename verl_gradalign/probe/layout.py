@@ -13,8 +13,9 @@ Shape legend: N flattened positions, F features, R rows, P problems.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -40,7 +41,7 @@ class Layout:
     def num_problems(self) -> int:
         return len(self.problem_bounds) - 1
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         """Whether all rows take the same number of positions."""
         return self.row_bounds == tuple(range(0, self.shape[0] * self.shape[1] + 1, self.shape[1]))
@@ -57,12 +58,29 @@ class Layout:
         """Return the flattened positions of consecutive rows."""
         return slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
 
-    def problem(self, rows: slice) -> Layout:
-        """Return the layout of one problem's positions alone, given its rows."""
-        bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
-        num_rows = rows.stop - rows.start
-        shape = (num_rows, bounds[-1] // max(num_rows, 1)) if self.is_padded else (1, bounds[-1])
-        return Layout(shape, bounds, (0, num_rows))
+    def alike(self, max_rows: int) -> Iterator[slice]:
+        """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""
+        start = 0
+        while start < self.num_problems:
+            num_rows = self.problem_bounds[start + 1] - self.problem_bounds[start]
+            stop = start + 1
+            while (
+                self.is_padded
+                and stop < self.num_problems
+                and self.problem_bounds[stop + 1] - self.problem_bounds[stop] == num_rows
+                and (stop + 1 - start) * num_rows <= max_rows
+            ):
+                stop += 1
+            yield slice(start, stop)
+            start = stop
+
+    def part(self, problems: slice) -> Layout:
+        """Return the layout of some consecutive problems' positions alone."""
+        rows = slice(self.problem_bounds[problems.start], self.problem_bounds[problems.stop])
+        row_bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
+        problem_bounds = tuple(b - rows.start for b in self.problem_bounds[problems.start : problems.stop + 1])
+        shape = (rows.stop - rows.start, self.shape[1]) if self.is_padded else (1, row_bounds[-1])
+        return Layout(shape, row_bounds, problem_bounds)
 
     def row_of_position(self, device: torch.device) -> Tensor:
         """Return the row of each flattened position, int64 (positions,)."""
@@ -100,8 +118,17 @@ def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_probl
     return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
 
 
-def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Return the sum of `values_NF` over the positions of each row, (rows, features), accumulated in `dtype`."""
+def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Tensor | None = None) -> Tensor:
+    """Return the sum of `factor_N * values_NF` over the positions of each row, (rows, features), in `dtype`."""
+    if factor_N is not None:
+        factor_1N = factor_N.unsqueeze(0)
+        if layout.is_padded:
+            return (factor_1N.view(layout.num_rows, 1, -1) @ _by_row(values_NF, layout)).squeeze(1)
+        return torch.cat([factor_1N[:, row] @ values_NF[row] for row in layout.rows()])
     if layout.is_padded:
-        return values_NF.view(layout.num_rows, -1, values_NF.shape[-1]).sum(dim=1, dtype=dtype)
+        return _by_row(values_NF, layout).sum(dim=1, dtype=dtype)
     return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
+
+
+def _by_row(values_NF: Tensor, layout: Layout) -> Tensor:
+    return values_NF.view(layout.num_rows, -1, values_NF.shape[-1])

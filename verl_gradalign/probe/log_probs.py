@@ -43,7 +43,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, position_M: Tensor, token_M: Tensor, temperature: float) -> Tensor:
         dtype, size = _compute_dtype(logits_NV), _chunk_size(logits_NV)
         log_probs, log_totals = [logits_NV.new_zeros(0, dtype=dtype)], [logits_NV.new_zeros(0, dtype=dtype)]
-        for position_C, token_C in zip(position_M.split(size), token_M.split(size), strict=True):
+        for position_C, token_C in zip(torch.split(position_M, size), torch.split(token_M, size), strict=True):
             scaled_CV = logits_NV[position_C].to(dtype).div_(temperature)
             log_total_C = scaled_CV.logsumexp(dim=-1)
             log_probs.append(scaled_CV.gather(-1, token_C.unsqueeze(-1)).squeeze(-1) - log_total_C)
@@ -57,7 +57,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logits_NV, position_M, token_M, log_total_M = ctx.saved_tensors
         dtype, size = log_total_M.dtype, _chunk_size(logits_NV)
         delta_NV = torch.zeros_like(logits_NV)
-        chunks = zip(*(t.split(size) for t in (position_M, token_M, log_total_M, grads[0])), strict=True)
+        chunks = zip(*(torch.split(t, size) for t in (position_M, token_M, log_total_M, grads[0])), strict=True)
         for position_C, token_C, log_total_C, grad_C in chunks:
             scaled_CV = logits_NV[position_C].to(dtype).div_(ctx.temperature)
             minus_prob_CV = scaled_CV.sub_(log_total_C.unsqueeze(-1)).exp_().neg_()

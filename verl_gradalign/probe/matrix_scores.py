@@ -11,8 +11,10 @@ for each problem.
 * `gram`: the same products, and the norm as the sum of (delta delta^T) * (input input^T). Nothing of the size of the
   weight is formed: for short problems.
 
-Shape legend: T positions of a problem, I input features, O output features, B a block of output features, R rows of
-the problem (in `matrix_scores`: of the micro-batch), P problems, N positions of the micro-batch.
+Problems of equally many equally long rows are taken together, as many as fit the limit on formed gradients.
+
+Shape legend: N positions of the micro-batch, T positions of a problem, S of a row, I input features, O output features,
+B a block of output features, F = B * I, R rows, P problems.
 """
 
 from __future__ import annotations
@@ -25,28 +27,35 @@ from torch import Tensor
 
 from verl_gradalign.probe.layout import Layout, row_sums
 
-MAX_GRADIENT_ELEMENTS = 2**26
-"""A gradient is formed in blocks of at most this many elements (256 MiB in float32)."""
-BALANCE_POSITIONS = {"cpu": 24, "cuda": 1024}
+MAX_GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Elements of all gradients formed at a time: on a CPU what its cache holds, on a GPU 256 MiB in float32."""
+BALANCE_POSITIONS = {"cpu": 20, "cuda": 1024}
 """Positions whose multiplications take as long as the reads and writes that each formed gradient costs besides. On
-the CPU measured (tests/benchmarks/forms.py); on a GPU computed for an H200 (16 bytes an element at 4.8 TB/s against
-600 TFLOP/s), not measured."""
+two CPU cores measured; on a GPU computed for an H200 (16 bytes an element at 4.8 TB/s against 600 TFLOP/s), not
+measured."""
+PRODUCT_COST = 1.5
+"""Time of a position's product with the direction, and of the Gram form's, over that of its part in a gradient:
+their elementwise halves cost extra. Measured on two CPU cores."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One problem's share of a layer call."""
+    """Some consecutive problems' share of a layer call: one problem, or several of equal, equally padded rows."""
 
-    delta_TO: Tensor
-    input_TI: Tensor
+    delta_NO: Tensor
+    input_NI: Tensor
     direction_OI: Tensor
     layout: Layout
-    """Of this problem alone."""
+    """Of these problems alone."""
     scale_R: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
         return self.scale_R.dtype
+
+    @property
+    def num_problems(self) -> int:
+        return self.layout.num_problems
 
 
 Form = Callable[[Segment], tuple[Tensor, Tensor]]
@@ -65,97 +74,111 @@ def matrix_scores(
     """
     if delta_NO.device.type == "cpu":
         # A CPU has no product of half-precision matrices that accumulates in float32.
-        delta_NO, input_NI = delta_NO.to(scale_R.dtype), input_NI.to(scale_R.dtype)
+        delta_NO = delta_NO.to(scale_R.dtype)
     input_NI = input_NI.to(delta_NO.dtype)  # under autocast a layer may be given more than it computes in
     direction_OI = direction_OI.to(scale_R.dtype)
     derivatives, squared_norms = [scale_R[:0]], [scale_R[:0]]
-    for rows in layout.problems():
+    for problems in layout.alike(max_rows=max(1, _limit(delta_NO) // direction_OI.numel())):
+        rows = slice(layout.problem_bounds[problems.start], layout.problem_bounds[problems.stop])
         positions = layout.positions_of(rows)
-        segment = Segment(
-            delta_NO[positions], input_NI[positions], direction_OI, layout.problem(rows), scale_R[rows]
-        )
-        derivative_R, squared_norm = cheapest_form(segment)(segment)
+        segment = Segment(delta_NO[positions], input_NI[positions], direction_OI, layout.part(problems), scale_R[rows])
+        derivative_R, squared_norm_P = cheapest_form(segment)(segment)
         derivatives.append(derivative_R)
-        squared_norms.append(squared_norm.reshape(1))
+        squared_norms.append(squared_norm_P)
     return torch.cat(derivatives), torch.cat(squared_norms)
 
 
 def cheapest_form(segment: Segment) -> Form:
     """Return the form with the least estimated time, counted in positions that are multiplied by the whole weight."""
     num_outputs, num_inputs = segment.direction_OI.shape
-    num_positions, num_rows = len(segment.delta_TO), segment.layout.num_rows
-    balance = BALANCE_POSITIONS.get(segment.delta_TO.device.type, BALANCE_POSITIONS["cuda"])
+    num_positions = len(segment.delta_NO) / segment.num_problems
+    num_rows = segment.layout.num_rows / segment.num_problems
+    balance = BALANCE_POSITIONS.get(segment.delta_NO.device.type, BALANCE_POSITIONS["cuda"])
     costs: dict[Form, float] = {
         per_row: num_positions + num_rows * balance,
-        per_problem: 2 * num_positions + balance,
-        gram: num_positions + num_positions**2 * (num_outputs + num_inputs) / (num_outputs * num_inputs),
+        per_problem: (1 + PRODUCT_COST) * num_positions + balance,
+        gram: PRODUCT_COST * num_positions * (1 + num_positions * (1 / num_outputs + 1 / num_inputs)),
     }
     return min(costs, key=costs.__getitem__)
 
 
 def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return (derivative_R, squared norm) by forming every row's gradient."""
-    delta_TO, input_TI, layout = segment.delta_TO, segment.input_TI, segment.layout
+    """Return (derivative_R, squared_norm_P) by forming every row's gradient."""
+    layout, is_padded = segment.layout, segment.layout.is_padded
     derivative_R = torch.zeros_like(segment.scale_R)
-    squared_norm = segment.scale_R.new_zeros(())
-    for block in _blocks(segment, num_gradients=layout.num_rows + 1 if layout.is_padded else 2):
-        direction_BI = segment.direction_OI[block]
-        if layout.is_padded:
-            delta_RSB = delta_TO[:, block].reshape(layout.num_rows, -1, direction_BI.shape[0])
-            input_RSI = input_TI.view(layout.num_rows, -1, input_TI.shape[-1])
+    squared_norm_P = segment.scale_R.new_zeros(segment.num_problems)
+    for block in _blocks(segment, num_gradients=layout.num_rows if is_padded else 2):
+        direction_F = segment.direction_OI[block].flatten()
+        if is_padded:
+            delta_RSB = segment.delta_NO.view(layout.num_rows, -1, segment.delta_NO.shape[1])[:, :, block]
+            input_RSI = segment.input_NI.view(layout.num_rows, -1, segment.input_NI.shape[1])
             grad_RF = _multiply(delta_RSB.transpose(1, 2), input_RSI, segment.dtype).flatten(1)
-            derivative_R += grad_RF @ direction_BI.flatten()
-            total_F = segment.scale_R @ grad_RF
+            derivative_R += grad_RF @ direction_F
+            scale_P1R = segment.scale_R.view(segment.num_problems, 1, -1)
+            total_PF = (scale_P1R @ grad_RF.view(segment.num_problems, -1, len(direction_F))).squeeze(1)
         else:
-            total_F = torch.zeros_like(direction_BI).flatten()
+            total_PF = torch.zeros_like(direction_F).unsqueeze(0)
             for index, row in enumerate(layout.rows()):
-                grad_F = _multiply(delta_TO[row, block].T, input_TI[row], segment.dtype).flatten()
-                derivative_R[index] += grad_F.dot(direction_BI.flatten())
-                total_F.addcmul_(grad_F, segment.scale_R[index])
-        squared_norm += total_F.dot(total_F)
-    return derivative_R, squared_norm
+                grad_F = _multiply(segment.delta_NO[row, block].T, segment.input_NI[row], segment.dtype).flatten()
+                derivative_R[index] += grad_F.dot(direction_F)
+                total_PF[0].addcmul_(grad_F, segment.scale_R[index])
+        squared_norm_P += _squared_norms(total_PF)
+    return derivative_R, squared_norm_P
 
 
 def per_problem(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return (derivative_R, squared norm) by forming the problem's gradient, and products position by position."""
-    delta_TO, input_TI = _scaled(segment)
-    squared_norm = segment.scale_R.new_zeros(())
-    for block in _blocks(segment, num_gradients=1):
-        total_F = _multiply(delta_TO[:, block].T, input_TI, segment.dtype).flatten()
-        squared_norm += total_F.dot(total_F)
-    return _products(segment), squared_norm
+    """Return (derivative_R, squared_norm_P) by forming problems' gradients, and products position by position."""
+    delta_PTO, input_PTI = _scaled(segment)
+    squared_norm_P = segment.scale_R.new_zeros(segment.num_problems)
+    for block in _blocks(segment, num_gradients=segment.num_problems):
+        total_PF = _multiply(delta_PTO[:, :, block].transpose(1, 2), input_PTI, segment.dtype).flatten(1)
+        squared_norm_P += _squared_norms(total_PF)
+    return _products(segment), squared_norm_P
 
 
 def gram(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return (derivative_R, squared norm) without forming anything of the size of the weight."""
-    delta_TO, input_TI = _scaled(segment)
-    delta_TT = _multiply(delta_TO, delta_TO.T, segment.dtype)
-    input_TT = _multiply(input_TI, input_TI.T, segment.dtype)
-    return _products(segment), delta_TT.flatten().dot(input_TT.flatten())
+    """Return (derivative_R, squared_norm_P) without forming anything of the size of the weight."""
+    delta_PTO, input_PTI = _scaled(segment)
+    delta_PTT = _multiply(delta_PTO, delta_PTO.transpose(1, 2), segment.dtype)
+    input_PTT = _multiply(input_PTI, input_PTI.transpose(1, 2), segment.dtype)
+    return _products(segment), torch.linalg.vecdot(delta_PTT.flatten(1), input_PTT.flatten(1))
 
 
 def _products(segment: Segment) -> Tensor:
     """Return each row's gradient product with the direction, as sum_t (delta_t V) . input_t."""
-    delta_direction_TI = _multiply(segment.delta_TO, segment.direction_OI.to(segment.delta_TO.dtype), segment.dtype)
-    product_T1 = (delta_direction_TI * segment.input_TI).sum(dim=-1, keepdim=True)
-    return row_sums(product_T1, segment.layout, segment.dtype).squeeze(-1)
+    direction_OI = segment.direction_OI.to(segment.delta_NO.dtype)
+    delta_direction_NI = _multiply(segment.delta_NO, direction_OI, segment.dtype)
+    product_N1 = torch.linalg.vecdot(delta_direction_NI, segment.input_NI.to(segment.dtype)).unsqueeze(-1)
+    return row_sums(product_N1, segment.layout, segment.dtype).squeeze(-1)
 
 
 def _scaled(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return (delta, input), the narrower of them multiplied by each row's scale."""
-    row_T = segment.layout.row_of_position(segment.scale_R.device)
-    scale_T1 = segment.scale_R[row_T].unsqueeze(-1)
-    if segment.delta_TO.shape[1] < segment.input_TI.shape[1]:
-        return segment.delta_TO * scale_T1.to(segment.delta_TO.dtype), segment.input_TI
-    return segment.delta_TO, segment.input_TI * scale_T1.to(segment.input_TI.dtype)
+    """Return (delta_PTO, input_PTI), the narrower of them multiplied by each row's scale."""
+    row_N = segment.layout.row_of_position(segment.scale_R.device)
+    scale_N1 = segment.scale_R[row_N].unsqueeze(-1).to(segment.delta_NO.dtype)
+    delta_NO, input_NI = segment.delta_NO, segment.input_NI
+    if delta_NO.shape[1] < input_NI.shape[1]:
+        delta_NO = delta_NO * scale_N1
+    else:
+        input_NI = input_NI * scale_N1
+    num_problems = segment.num_problems
+    return delta_NO.view(num_problems, -1, delta_NO.shape[1]), input_NI.view(num_problems, -1, input_NI.shape[1])
 
 
 def _blocks(segment: Segment, num_gradients: int) -> Iterator[slice]:
     """Yield blocks of output features of which `num_gradients` gradients fit the limit together."""
     num_outputs, num_inputs = segment.direction_OI.shape
-    size = max(1, MAX_GRADIENT_ELEMENTS // (num_gradients * num_inputs))
+    size = max(1, _limit(segment.delta_NO) // (num_gradients * num_inputs))
     for start in range(0, num_outputs, size):
         yield slice(start, min(start + size, num_outputs))
+
+
+def _limit(tensor: Tensor) -> int:
+    return MAX_GRADIENT_ELEMENTS.get(tensor.device.type, MAX_GRADIENT_ELEMENTS["cuda"])
+
+
+def _squared_norms(values_PF: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values_PF, dim=-1).square()
 
 
 def _multiply(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:

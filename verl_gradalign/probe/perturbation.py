@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.gradient import reshard, trainable_parameters
-from verl_gradalign.probe.sharding import require_same_shards
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -136,13 +136,12 @@ def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
     if isinstance(module, FSDP):
         if module.sharding_strategy.name.startswith(("HYBRID", "_HYBRID")):
             raise ValueError("PlainEngine shards over one group of ranks; use FULL_SHARD instead of hybrid sharding")
-        group: ProcessGroup = module.process_group
-        return group
+        return module.process_group
     if isinstance(module, FSDPModule):
         mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
         if mesh.ndim != 1:
             raise ValueError(f"PlainEngine shards over one group of ranks; the device mesh has {mesh.ndim} axes")
-        return mesh.get_group()
+        return cast(ProcessGroup, mesh.get_group())
     return None
 
 

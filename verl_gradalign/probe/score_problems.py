@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores without verl: a transformers model, some trusted problems, some candidates.
 
-    from verl_gradalign import Response, score_problems
+from verl_gradalign import Response, score_problems
 
-    trusted = [[Response(prompt_ids, response_ids, advantage=0.5), ...], ...]     # problems, each with its responses
-    scores = score_problems(model, trusted, candidates, temperature=1.0)
-    best = scores.cosine_P.argsort(descending=True)
+trusted = [[Response(prompt_ids, response_ids, advantage=0.5), ...], ...]     # problems, each with its responses
+scores = score_problems(model, trusted, candidates, temperature=1.0)
+best = scores.cosine_P.argsort(descending=True)
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def score_problems(
         return method.score(engine, shares[len(trusted) :], direction)
 
 
-def _tabulate(
-    problems: Sequence[Sequence[Response]], loss_agg_mode: str
-) -> tuple[list[TokenRow], list[ProblemRows]]:
+def _tabulate(problems: Sequence[Sequence[Response]], loss_agg_mode: str) -> tuple[list[TokenRow], list[ProblemRows]]:
     """Return the rows of all problems, coefficients filled in, and each problem's share, as if on one rank."""
     rows: list[TokenRow] = []
     shares = []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.gradient import trainable_parameters
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -155,32 +155,6 @@ class DirectionGather:
                 continue
             flat[where.offset_in_shard : where.offset_in_shard + where.numel_in_shard] = shard.flatten()
         return flat
-
-
-def require_same_shards(root: nn.Module, direction: Direction) -> None:
-    """Raise RuntimeError if the direction was made for other parameters, or for other shards of them."""
-    parameters = trainable_parameters(root)
-    if len(parameters) != len(direction.shards):
-        raise RuntimeError(_count_mismatch([name for name, _ in parameters], len(direction.shards)))
-    for (name, parameter), shard in zip(parameters, direction.shards, strict=True):
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if shard is not None and shard.shape != local.shape:
-            raise RuntimeError(
-                f"{name}: this rank's shard has shape {tuple(local.shape)} but the direction's has "
-                f"{tuple(shard.shape)}; it was made for another model or another sharding: recompute the direction "
-                "(compute_direction)"
-            )
-
-
-def _count_mismatch(names: list[str], num_shards: int) -> str:
-    if len(names) > num_shards:
-        culprit = f"{names[num_shards]} is trainable now but has no shard in the direction"
-    else:
-        culprit = f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
-    return (
-        f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
-        "recompute the direction (compute_direction) after changing what is trained"
-    )
 
 
 def _handles(root: nn.Module) -> list[Any]:

@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from verl_gradalign.probe.gradient import all_parameters
 from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, rule_of
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.sharding import DirectionGather, Placement, trainable_placements
+from verl_gradalign.probe.sharding import Placement, trainable_placements
 from verl_gradalign.probe.tied import TiedWeight
+
+Gather = Callable[[Placement], Tensor]
+"""Gives the direction of a parameter as its layer's rule wants it: whole (`sharding.DirectionGather`) or truncated."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
 
 
 @contextmanager
-def tapped(root: nn.Module, points: Sequence[TapPoint], gather: DirectionGather) -> Iterator[Taps]:
+def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather) -> Iterator[Taps]:
     """Tap the layers and freeze all weights; undo both, also after an exception. Use it inside `leave_no_trace`."""
     parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad]
     taps = Taps(points, gather)
@@ -89,7 +92,7 @@ def tapped(root: nn.Module, points: Sequence[TapPoint], gather: DirectionGather)
 class Taps:
     """Collects the scores of one micro-batch at a time."""
 
-    def __init__(self, points: Sequence[TapPoint], gather: DirectionGather) -> None:
+    def __init__(self, points: Sequence[TapPoint], gather: Gather) -> None:
         self._points = points
         self._gather = gather
         self._tied = TiedWeight.find(points)

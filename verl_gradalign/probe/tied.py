@@ -80,7 +80,7 @@ class TiedWeight:
         parts = []
         for rows in call.layout.problems():
             positions = call.layout.positions_of(rows)
-            ids_U, place_T = self._ids_N[positions].unique(return_inverse=True)
+            ids_U, place_T = torch.unique(self._ids_N[positions], return_inverse=True)
             grad_UH = call.delta[positions][:, ids_U].to(call.dtype).T @ input_NH[positions]
             parts.append(grad_UH[place_T])
         return torch.cat(parts)

@@ -12,18 +12,18 @@ Shape legend: P problems, R rows, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.gradient import require_no_gradients, reshard
 from verl_gradalign.probe.passes import ProblemSums, micro_batches, row_weights
-from verl_gradalign.probe.sharding import DirectionGather, Placement
-from verl_gradalign.probe.taps import TapPoint, tap_points, tapped
+from verl_gradalign.probe.sharding import DirectionGather
+from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -61,7 +61,7 @@ def tapped_scores(
     problems: Sequence[ProblemRows],
     direction: Direction,
     points: Sequence[TapPoint],
-    gather: Callable[[Placement], Tensor],
+    gather: Gather,
     gives_norm: bool = True,
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
@@ -83,6 +83,8 @@ def tapped_scores(
             taps.begin(layout, weights.scale_R.to(device))
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             scores = taps.end()
+            # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
+            reshard(engine.module)
             derivative_R = scores.derivative_R.cpu()
             sums.add(
                 batch,

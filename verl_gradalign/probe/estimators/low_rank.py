@@ -22,14 +22,21 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, vector_scores, without_padding_index
+from verl_gradalign.probe.layer_rules import (
+    LayerCall,
+    LayerRule,
+    LayerScores,
+    add,
+    vector_scores,
+    without_padding_index,
+)
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.sharding import DirectionGather, Placement
 from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 OVERSAMPLING = 8
-"""Further directions that the randomised decomposition works with (Halko et al. 2011, arXiv 0909.4061, suggest 5-10)."""
+"""Directions beyond the rank that the randomised decomposition works with (Halko et al., arXiv 0909.4061: 5 to 10)."""
 POWER_ITERATIONS = 4
 
 
@@ -109,8 +116,8 @@ def linear(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms."""
     scores = _nothing(call)
     if "weight" in call.direction:
-        left_OK, right_IK = call.direction["weight"].to(call.delta.dtype).split(
-            [call.delta.shape[-1], call.input.shape[-1]]
+        left_OK, right_IK = torch.split(
+            call.direction["weight"].to(call.delta.dtype), [call.delta.shape[-1], call.input.shape[-1]]
         )
         product_N = ((call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)).sum(-1, dtype=call.dtype)
         scores = add(scores, _rows(product_N, call))
@@ -122,7 +129,7 @@ def linear(call: LayerCall) -> LayerScores:
 def embedding(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t R) . L[token_t], and zeros for norms."""
     num_tokens: int = call.module.num_embeddings  # type: ignore[assignment]
-    left_OK, right_IK = call.direction["weight"].to(call.dtype).split([num_tokens, call.delta.shape[-1]])
+    left_OK, right_IK = torch.split(call.direction["weight"].to(call.dtype), [num_tokens, call.delta.shape[-1]])
     delta_NI = without_padding_index(call.delta, call.input, call.module.padding_idx)  # type: ignore[arg-type]
     return _rows(((delta_NI.to(call.dtype) @ right_IK) * left_OK[call.input]).sum(-1), call)
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows go to which rank in a scoring call. Runs on the driver, on keys and lengths only.
+
+Trusted problems, and candidates for an estimator that works on all ranks together, are spread row by row. Other
+candidates stay whole on one rank, unless they are larger than a micro-batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+
+from verl_gradalign.config import GradAlignConfig, ProbeConfig
+from verl_gradalign.integration.engine import ROW_FIELDS
+from verl_gradalign.integration.groups import Group
+from verl_gradalign.integration.worker import ScoringRequest
+from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.planning import ProblemSize, TokenBudget, assign
+from verl_gradalign.types import ProblemRows
+
+
+@dataclass(frozen=True)
+class ProblemKeys:
+    """A problem as the driver knows it."""
+
+    uid: str
+    keys: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each key's row, prompt included."""
+
+    @property
+    def size(self) -> ProblemSize:
+        return ProblemSize(len(self.keys), sum(self.lengths), max(self.lengths, default=0))
+
+
+def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
+    """Return what a micro-batch of the actor may hold: as configured, else as for its update."""
+    actor = verl_config.actor_rollout_ref.actor
+    max_tokens = probe.max_tokens_per_rank
+    if max_tokens is None and actor.use_dynamic_bsz:
+        max_tokens = actor.ppo_max_token_len_per_gpu
+    if max_tokens is None:
+        longest = verl_config.data.max_prompt_length + verl_config.data.max_response_length
+        max_tokens = (actor.ppo_micro_batch_size_per_gpu or 1) * longest
+    return TokenBudget(int(max_tokens), is_padded=not verl_config.actor_rollout_ref.model.use_remove_padding)
+
+
+def owners_of(problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int) -> list[int | None]:
+    """Return the rank that scores each candidate whole, None where its rows are spread over all ranks."""
+    if not ESTIMATORS[estimator].needs_whole_problems:
+        return [None] * len(problems)
+    fits = [index for index, problem in enumerate(problems) if budget.holds([problem.size])]
+    owners: list[int | None] = [None] * len(problems)
+    for index, rank in zip(fits, assign([problems[i].size.num_tokens for i in fits], dp_size), strict=True):
+        owners[index] = rank
+    return owners
+
+
+def deal(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
+    """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
+
+    Spread rows are dealt in turn, each problem starting one rank further on, so no rank is always the one with most.
+    """
+    return [
+        [
+            [key for k, key in enumerate(problem.keys) if (owner if owner is not None else (k + i) % dp_size) == rank]
+            for i, (problem, owner) in enumerate(zip(problems, owners, strict=True))
+        ]
+        for rank in range(dp_size)
+    ]
+
+
+def build_shares(
+    problems: Sequence[ProblemKeys], dealt: Sequence[Sequence[str]], positions: Mapping[str, int]
+) -> tuple[ProblemRows, ...]:
+    """Return one rank's `ProblemRows`, given its dealt keys and the position of each key in its row table."""
+    return tuple(
+        ProblemRows(
+            uid=problem.uid,
+            rows=tuple(positions[key] for key in mine),
+            num_rows=problem.size.num_rows,
+            num_tokens=problem.size.num_tokens,
+            longest_row=problem.size.longest_row,
+        )
+        for problem, mine in zip(problems, dealt, strict=True)
+    )
+
+
+def audited_problems(config: GradAlignConfig, num_problems: int, step: int, num_scorings: int) -> tuple[int, ...]:
+    """Return which candidates are scored exactly too, drawn at random: the canary's, or the fidelity meter's.
+
+    `num_scorings` counts the scoring calls before this one.
+    """
+    probe = config.probe
+    if config.estimator == "backward":
+        return ()
+    if ESTIMATORS[config.estimator].is_exact:
+        due = probe.canary_interval > 0 and num_scorings % probe.canary_interval == 0
+        wanted = probe.canary_problems if due else 0
+    else:
+        wanted = probe.fidelity_problems
+    generator = random.Random(f"{config.seed} {step} audit")
+    return tuple(sorted(generator.sample(range(num_problems), min(wanted, num_problems))))
+
+
+def build_requests(
+    batch: KVBatchMeta,
+    trusted: Sequence[Group],
+    candidates: Sequence[Group],
+    dp_rank_of: Sequence[int],
+    request: ScoringRequest,
+) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
+    """Return what each worker receives: the keys of its rows, and `request` with its share of the problems."""
+    length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    tables = [
+        [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys)) for g in groups]
+        for groups in (trusted, candidates)
+    ]
+    dp_size = max(dp_rank_of) + 1
+    owners: list[list[int | None]] = [
+        [None] * len(tables[0]),
+        owners_of(tables[1], request.estimator, request.budget, dp_size),
+    ]
+    dealt_trusted, dealt_candidates = (deal(*pair, dp_size) for pair in zip(tables, owners, strict=True))
+    spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
+    metas, requests = [], []
+    for dp_rank in dp_rank_of:
+        mine = [*dealt_trusted[dp_rank], *dealt_candidates[dp_rank]]
+        keys = [key for keys in mine for key in keys if key != spare] + [spare]
+        positions = {key: i for i, key in enumerate(keys)}
+        metas.append(
+            KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
+        )
+        requests.append(
+            request.with_shares(
+                build_shares(tables[0], dealt_trusted[dp_rank], positions),
+                build_shares(tables[1], dealt_candidates[dp_rank], positions),
+            )
+        )
+    return metas, requests
