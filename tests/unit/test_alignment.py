@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's decisions, with the actor replaced by a function that returns scores."""
 
+import logging
 import math
 
 import pytest
@@ -12,12 +13,23 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import alignment
 from verl_gradalign.integration.groups import Group, Problem
 from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply
+from verl_gradalign.metrics import METRICS
 from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.report.selection_log import SelectionLog, read_selection_log
 from verl_gradalign.types import ProblemScores
 
 NUM_CANDIDATES, NUM_KEPT, NUM_RESPONSES = 6, 2, 2
-VERL = OmegaConf.create({"actor_rollout_ref": {"rollout": {"temperature": 1.0}}})
+MAX_TOKENS = 512
+VERL = OmegaConf.create(
+    {
+        "actor_rollout_ref": {
+            "rollout": {"temperature": 1.0},
+            "actor": {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": MAX_TOKENS},
+            "model": {"use_remove_padding": True},
+        }
+    }
+)
 
 
 def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False) -> Group:
@@ -29,10 +41,12 @@ def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False
 class Step:
     """A selector on given groups, and what it asked of the actor and of TransferQueue."""
 
-    def __init__(self, tmp_path, monkeypatch, dots, **direction):
+    def __init__(self, tmp_path, monkeypatch, dots, diagnostics=None, probe=None, **direction):
         self.requests, self.cleared, self.slept = [], [], 0
-        self.dots = dots
-        config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}, "direction": direction})
+        self.dots, self.diagnostics = dots, diagnostics or {}
+        config = GradAlignConfig.from_mapping(
+            {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}}
+        )
         self.log_folder = tmp_path / "log"
         self.selector = alignment.AlignmentSelector(config, VERL, SelectionLog(self.log_folder), self.sleep)
         self.selector.attach_workers(self.score, dp_rank_of=[0])
@@ -47,7 +61,8 @@ class Step:
         (request,) = requests
         uids = tuple(problem.uid for problem in request.candidates)
         dots = torch.tensor([self.dots[int(uid[1:])] for uid in uids], dtype=torch.float64)
-        scores = ProblemScores(uids, dots, torch.ones_like(dots), torch.ones(len(uids)), None, direction_norm=3.0)
+        ones = torch.ones_like(dots)
+        scores = ProblemScores(uids, dots, ones, ones.long(), None, direction_norm=3.0, diagnostics=self.diagnostics)
         return [ScoringReply(scores, 3.0 if request.trusted else None, bool(request.trusted), 0.1, 0.2)]
 
     def run(self, step, candidates=None, trusted_live=True):
@@ -131,6 +146,53 @@ def test_the_refresh_interval_decides_when_the_trusted_set_is_rolled_out(tmp_pat
     assert step.selector.needs_trusted(1)
     step.run(1)
     assert [step.selector.needs_trusted(s) for s in (2, 3, 4)] == [False, False, True]
+
+
+def test_the_request_carries_what_was_configured(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, probe={"canary_problems": 3}, metric="adam")
+    step.run(1)
+    (request,) = step.requests
+    assert (request.estimator, request.temperature, request.direction.metric) == ("ghost", 1.0, "adam")
+    assert request.budget == TokenBudget(MAX_TOKENS, is_padded=False)
+    assert request.probe.canary_problems == 3 == len(request.audited)
+
+
+def test_a_canary_above_the_threshold_stops_the_run_with_the_remedy(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, {"canary/relative_error": 0.06})
+    with pytest.raises(RuntimeError, match=r"ghost differ.*0\.06.*canary_threshold=0\.05.*Remedy.*estimator=backward"):
+        step.run(1)
+
+
+def test_a_canary_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, {"canary/relative_error": math.nan})
+    with pytest.raises(RuntimeError, match="canary_threshold"):
+        step.run(1)
+
+
+def test_a_canary_within_the_configured_threshold_is_a_metric(tmp_path, monkeypatch):
+    diagnostics = {"canary/relative_error": 0.06}
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, diagnostics, probe={"canary_threshold": 0.1})
+    _, metrics = step.run(1)
+    assert metrics["gradalign/probe/canary/relative_error"] == 0.06
+
+
+def test_oversized_problems_are_warned_of_once_and_counted_always(tmp_path, monkeypatch, caplog):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, {"oversized": 2.0})
+    with caplog.at_level(logging.WARNING, logger=alignment.__name__):
+        counts = [step.run(number)[1]["gradalign/probe/oversized"] for number in (1, 2)]
+    assert counts == [2.0, 2.0]
+    warnings = [record.getMessage() for record in caplog.records if "larger than a micro-batch" in record.getMessage()]
+    assert len(warnings) == 1
+    assert f"of {MAX_TOKENS} tokens" in warnings[0] and "gradalign.probe.max_tokens_per_rank" in warnings[0]
+
+
+def test_what_the_estimator_says_of_itself_becomes_metrics(tmp_path, monkeypatch):
+    diagnostics = {"fidelity/spearman": 0.9, "energy_kept": 0.8, "step": 0.1, "oversized": 0.0}
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, diagnostics)
+    _, metrics = step.run(1)
+    for name, value in diagnostics.items():
+        assert metrics[f"gradalign/probe/{name}"] == value
+        assert f"probe/{name}" in METRICS
 
 
 def test_the_worker_takes_a_fresh_direction_else_the_stored_one_where_allowed():

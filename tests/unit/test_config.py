@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import verl_gradalign.config
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.scores import SCORES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "gradalign"
@@ -85,6 +86,22 @@ def nested(key, value):
         ("oversample", float("inf")),
         ("validation.n", 0),
         ("direction.refresh_interval", 0),
+        ("direction.metric", "sgd"),
+        ("direction.offload", "yes"),
+        ("probe.rank", 0),
+        ("probe.fidelity_problems", 2),
+        ("probe.canary_interval", -1),
+        ("probe.canary_problems", 0),
+        ("probe.canary_threshold", 0.0),
+        ("probe.canary_threshold", float("nan")),
+        ("probe.canary_threshold", float("inf")),
+        ("probe.relative_step", 0.0),
+        ("probe.relative_step", float("nan")),
+        ("probe.max_tokens_per_rank", 0),
+        ("probe.max_tokens_per_rank", 0.5),
+        ("probe.oversized", "drop"),
+        ("probe.ranks", 4),
+        ("probe", 3),
         ("poll_interval_s", 0.0),
         ("seed", -1),
         ("overample", 4.0),
@@ -116,6 +133,22 @@ def test_a_score_with_a_direction_is_refused_without_a_trusted_set(score):
     assert "gradalign.validation.files=[]" in message and score in message and "Remedy" in message
 
 
+@pytest.mark.parametrize("estimator", [name for name, method in ESTIMATORS.items() if not method.gives_norm])
+def test_a_score_of_norms_is_refused_for_an_estimator_without_norms(estimator):
+    values = {"estimator": estimator, "validation": {"files": ["trusted.parquet"]}}
+    with pytest.raises(ValueError) as refusal:
+        GradAlignConfig.from_mapping(values | {"score": "cosine"})
+    message = str(refusal.value)
+    assert f"gradalign.estimator='{estimator}'" in message and "cosine" in message and "Remedy" in message
+    assert GradAlignConfig.from_mapping(values | {"score": "dot"}).estimator == estimator
+
+
+def test_the_least_values_are_accepted():
+    probe = {"rank": 1, "fidelity_problems": 3, "canary_interval": 0, "canary_problems": 1, "max_tokens_per_rank": 1}
+    built = GradAlignConfig.from_mapping({"score": "random", "probe": probe}).probe
+    assert {key: getattr(built, key) for key in probe} == probe
+
+
 def test_the_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GradAlignConfig(score="random").seed = 1
@@ -124,12 +157,13 @@ def test_the_configuration_is_frozen():
 def test_every_field_is_followed_by_its_documentation():
     tree = ast.parse(inspect.getsource(verl_gradalign.config))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert {node.name for node in classes} >= {"GradAlignConfig", "ValidationConfig", "DirectionConfig", "LogConfig"}
-    nested_blocks = {"validation", "direction", "log"}  # documented by their classes
+    blocks = {field.name: field.type for field in dataclasses.fields(GradAlignConfig) if field.type.endswith("Config")}
+    assert {node.name for node in classes} == {"GradAlignConfig", *blocks.values()}
+    # Blocks are documented by their classes.
     for node in classes:
         assert ast.get_docstring(node), node.name
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(statement, ast.AnnAssign) or statement.target.id in nested_blocks:
+            if not isinstance(statement, ast.AnnAssign) or statement.target.id in blocks:
                 continue
             is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             assert is_text and len(following.value.value) > 20, f"{node.name}.{statement.target.id} has no sentence"

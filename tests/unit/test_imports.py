@@ -14,7 +14,7 @@ HOSTS = {"verl", "ray", "transfer_queue"}
 # What may be imported of the package, by part of the package.
 ALLOWED_PARTS = {
     "types": set(),
-    "probe": {"types", "probe"},
+    "probe": {"types", "config", "probe"},
     "selection": {"types", "selection"},
     "data": {"data"},
 }
