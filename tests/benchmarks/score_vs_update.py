@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scoring costs, measured against the update that it precedes: on the same rows, side by side, in one run.
+
+    python -m tests.benchmarks.score_vs_update                               two CPU cores, verl's FSDP2 actor
+    python -m tests.benchmarks.score_vs_update --engine plain --device cuda --sweeps gpu
+
+Each repeat times the update and every estimator once, in turn; a ratio is taken within its repeat, and its median,
+least and largest are printed, one JSON line per case and method. `backward` is the baseline that people have today:
+one problem at a time on all ranks. Peak memory and collectives come from a pass that is not timed. A plot of the
+ratios is written beside the lines (--out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from tests.benchmarks.cases import SWEEPS, Case
+from tests.benchmarks.counting import count_collectives, peak_bytes
+from verl_gradalign.probe.estimators import ESTIMATORS
+
+BASELINE = "backward"
+
+
+def run_case(case: Case, root: Path, engine: str, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Return one record per method. Collective: every rank runs it."""
+    if engine == "verl":
+        from tests.benchmarks.on_verl import VerlBench as Bench
+    else:
+        from tests.benchmarks.on_plain import PlainBench as Bench
+    bench = Bench(case, root, device)
+    methods: dict[str, Callable[[], Any]] = {"update": bench.update}
+    for name in ESTIMATORS:
+        methods[name] = lambda name=name: bench.score(name)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(repeats + 1):
+        for name, method in methods.items():
+            elapsed = timed(method, device)
+            if repeat:  # the first warms up
+                seconds[name].append(elapsed)
+    records = []
+    num_tokens = case.num_problems * case.rows_per_problem * case.tokens_per_row
+    for name, method in methods.items():
+        ratios = sorted(a / b for a, b in zip(seconds[name], seconds["update"], strict=True))
+        speedups = [b / a for a, b in zip(seconds[name], seconds[BASELINE], strict=True)]
+        median = statistics.median(seconds[name])
+        records.append(
+            {
+                **asdict(case),
+                "engine": engine,
+                "device": device,
+                "num_parameters": bench.num_parameters,
+                "method": name,
+                "seconds": round(median, 4),
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+                "faster_than_baseline": round(statistics.median(speedups), 2),
+                "tokens_per_second": round(num_tokens / median),
+                "peak_bytes": peak_bytes(method, device),
+                "collectives": count_collectives(method),
+            }
+        )
+    return records
+
+
+def timed(method: Callable[[], Any], device: str) -> float:
+    """Return the seconds that `method` takes from when all ranks are ready until it is done on the device."""
+    if dist.is_initialized():
+        dist.barrier()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    method()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def run_rank(rank: int, world_size: int, root: str, arguments: argparse.Namespace) -> None:
+    """Run all cases for `world_size` ranks; rank 0 appends the records to the file of results."""
+    torch.set_num_threads(max(1, arguments.threads // world_size))
+    backend = "nccl" if arguments.device == "cuda" else "gloo"
+    store = f"file://{root}/store-{world_size}"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
+    for case in cases_of(arguments):
+        if case.num_ranks != world_size:
+            continue
+        for record in run_case(case, Path(root), arguments.engine, arguments.device, arguments.repeats):
+            if rank == 0:
+                line = json.dumps(record)
+                print(line, flush=True)
+                with (Path(arguments.out) / "score_vs_update.jsonl").open("a") as stream:
+                    stream.write(line + "\n")
+    dist.destroy_process_group()
+
+
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    return [case for sweep in arguments.sweeps for case in SWEEPS[sweep]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", choices=["verl", "plain"], default="verl")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=[name for name in SWEEPS if name != "gpu"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, shared by the ranks")
+    parser.add_argument("--out", default="outputs/benchmarks")
+    arguments = parser.parse_args()
+    results = Path(arguments.out) / "score_vs_update.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.unlink(missing_ok=True)
+    for world_size in sorted({case.num_ranks for case in cases_of(arguments)}):
+        with tempfile.TemporaryDirectory() as root:
+            torch.multiprocessing.spawn(run_rank, (world_size, root, arguments), nprocs=world_size)
+    from tests.benchmarks.plot import plot_ratios
+
+    plot_ratios(results, results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
