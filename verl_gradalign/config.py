@@ -87,6 +87,9 @@ class ProbeConfig:
     oversized: str = "backward"
     """Problems larger than that: `backward` scores them one at a time on all ranks, exactly, with one warning and a
     count; `stop` ends the run."""
+    response_derivatives: bool = True
+    """Whether d_ij, the derivative of each response's log-probability along v, is measured where a score uses it; the
+    others need only sums over a problem, which are cheaper the shorter the responses."""
     rank: int = 16
     """low_rank: singular directions kept of each matrix of the direction, at least 1."""
     relative_step: float = 1e-3

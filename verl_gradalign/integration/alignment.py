@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,11 @@ class AlignmentSelector:
         assert self._score_remotely is not None, "the trainer attaches the workers before the first step"
         request = ScoringRequest(
             estimator=self._config.estimator,
-            probe=self._config.probe,
+            probe=replace(
+                self._config.probe,
+                response_derivatives=self._config.probe.response_derivatives
+                and SCORES[self._config.score].needs_response_derivatives,
+            ),
             direction=self._config.direction,
             budget=token_budget(self._config.probe, self._verl_config),
             temperature=float(self._verl_config.actor_rollout_ref.rollout.temperature),

@@ -58,6 +58,13 @@ class Layout:
         """Return the flattened positions of consecutive rows."""
         return slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
 
+    def merged(self) -> Layout:
+        """Return the layout in which each problem is a single row."""
+        row_bounds = tuple(self.row_bounds[row] for row in self.problem_bounds)
+        widths = {end - start for start, end in pairwise(row_bounds)}
+        shape = (self.num_problems, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
+        return Layout(shape, row_bounds, tuple(range(self.num_problems + 1)))
+
     def alike(self, max_rows: int) -> Iterator[slice]:
         """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""
         start = 0

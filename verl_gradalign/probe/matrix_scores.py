@@ -27,7 +27,7 @@ from torch import Tensor
 
 from verl_gradalign.probe.layout import Layout, row_sums
 
-MAX_GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+MAX_GRADIENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements of all gradients formed at a time: on a CPU what its cache holds, on a GPU 256 MiB in float32."""
 BALANCE_POSITIONS = {"cpu": 20, "cuda": 1024}
 """Positions whose multiplications take as long as the reads and writes that each formed gradient costs besides. On

@@ -71,6 +71,19 @@ class RowWeights:
     """Whether the row's gradient is that of its plain log-probability."""
 
 
+def problem_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
+    """Return the coefficients as weights, and scale 1 for each *problem*, where responses are not told apart.
+
+    Shapes: (rows, width), (problems,), (problems,); on the CPU.
+    """
+    weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
+    for index, row in enumerate(batch.rows if batch.problems else ()):
+        coefficient_T, _ = engine.coefficients(row)
+        weight_RT[index, : len(coefficient_T)] = coefficient_T
+    num_problems = len(batch.rows_per_problem)
+    return RowWeights(weight_RT, torch.ones(num_problems, dtype=dtype), torch.zeros(num_problems, dtype=torch.bool))
+
+
 def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
     """Return weights such that weight * scale is the coefficient, with weight 1 on every token where that is possible.
 
@@ -100,17 +113,21 @@ class ProblemSums:
         # One tensor, so that one reduction brings all of it together.
         self._sums = torch.zeros(len(problems), 2 + num_rows, dtype=torch.float64)
 
-    def add(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor, squared_norm_P: Tensor | None) -> None:
-        """Note a micro-batch: each row's part of its problem's dot product, its derivative, each squared norm."""
+    def add_rows(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor) -> None:
+        """Note each row's part of its problem's dot product, and its derivative."""
         start = 0
         dot_R, derivative_R = dot_R.double().cpu(), derivative_R.double().cpu()
         for place, index in enumerate(batch.problems):
             rows = slice(start, start + batch.rows_per_problem[place])
             start = rows.stop
             self._sums[index, 0] += dot_R[rows].sum()
-            if squared_norm_P is not None:
-                self._sums[index, 1] += squared_norm_P[place].double().cpu()
             self._sums[index, 2 : 2 + rows.stop - rows.start] = derivative_R[rows]
+
+    def add_problems(self, batch: MicroBatch, dot_P: Tensor | None, squared_norm_P: Tensor | None) -> None:
+        """Note each problem's dot product and squared norm, where they come whole."""
+        for column, values_P in ((0, dot_P), (1, squared_norm_P)):
+            if values_P is not None and batch.problems:
+                self._sums[list(batch.problems), column] += values_P.double().cpu()
 
     def reduce(self, engine: GradientEngine) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dot_P, squared_norm_P, derivative_PR) over all ranks, on the CPU. Collective.

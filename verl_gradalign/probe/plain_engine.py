@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed
@@ -141,7 +141,7 @@ def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
         mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
         if mesh.ndim != 1:
             raise ValueError(f"PlainEngine shards over one group of ranks; the device mesh has {mesh.ndim} axes")
-        return cast(ProcessGroup, mesh.get_group())
+        return mesh.get_group()
     return None
 
 

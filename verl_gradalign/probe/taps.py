@@ -96,14 +96,20 @@ class Taps:
         self._points = points
         self._gather = gather
         self._tied = TiedWeight.find(points)
+        self._shape = (0, 0)
         self._layout: Layout | None = None
         self._scale_R = torch.zeros(0)
         self._scores: LayerScores | None = None
         self._seen: set[int] = set()
 
-    def begin(self, layout: Layout, scale_R: Tensor) -> None:
-        """Start the backward pass of a micro-batch whose forward pass has run."""
-        self._layout, self._scale_R, self._seen = layout, scale_R, set()
+    def begin(self, layout: Layout, scale_R: Tensor, per_row: bool = True) -> None:
+        """Start the backward pass of a micro-batch whose forward pass has run.
+
+        Without `per_row` each problem counts as a single row: `scale_R` has one number for each, and so has the
+        result's `derivative_R`.
+        """
+        self._shape, self._layout = layout.shape, layout if per_row else layout.merged()
+        self._scale_R, self._seen = scale_R, set()
         self._scores = LayerScores(torch.zeros_like(scale_R), scale_R.new_zeros(layout.num_problems))
 
     def end(self) -> LayerScores:
@@ -145,7 +151,7 @@ class Taps:
         self._seen.add(id(point.module))
         layout = self._layout
         assert layout is not None and self._scores is not None, "begin comes before the backward pass"
-        layout = layout.widened(_vectors_per_position(point, layer_input, delta, layout))
+        layout = layout.widened(_vectors_per_position(point, delta, self._shape))
         is_ids = not layer_input.is_floating_point()
         call = LayerCall(
             module=point.module,
@@ -178,13 +184,12 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-def _vectors_per_position(point: TapPoint, layer_input: Tensor, delta: Tensor, layout: Layout) -> int:
+def _vectors_per_position(point: TapPoint, delta: Tensor, shape: tuple[int, int]) -> int:
     """Return how many vectors the layer saw at each position, e.g. one per attention head."""
-    if tuple(delta.shape[:2]) != layout.shape:
+    if tuple(delta.shape[:2]) != shape:
         raise RuntimeError(
-            f"{point.name} put out a tensor of shape {tuple(delta.shape)} in a pass over {layout.shape} (lines, "
+            f"{point.name} put out a tensor of shape {tuple(delta.shape)} in a pass over {shape} (lines, "
             "positions), so its gradient cannot be cut at problem boundaries. Remedy: set gradalign.estimator=backward "
             "(exact) or finite_difference."
         )
-    num_positions = layout.shape[0] * layout.shape[1]
-    return delta.numel() // delta.shape[-1] // num_positions
+    return delta.numel() // delta.shape[-1] // (shape[0] * shape[1])

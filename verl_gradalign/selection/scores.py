@@ -25,6 +25,7 @@ class Score:
     rank: Callable[[ProblemScores], Tensor] | None
     needs_direction: bool
     needs_norm: bool
+    needs_response_derivatives: bool = False
 
 
 def cosine(scores: ProblemScores) -> Tensor:

@@ -68,7 +68,7 @@ class FiniteDifferenceEstimator:
         sums = ProblemSums(problems)
         for batch, above_2R, below_2R in zip(batches, above, below, strict=True):
             dot_R, derivative_R = (above_2R - below_2R) / (2 * step)
-            sums.add(batch, dot_R, derivative_R, squared_norm_P=None)
+            sums.add_rows(batch, dot_R, derivative_R)
         dot_P, _, derivative_PR = sums.reduce(engine)
         return ProblemScores(
             uid=tuple(problem.uid for problem in problems),

@@ -21,7 +21,7 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import require_no_gradients, reshard
-from verl_gradalign.probe.passes import ProblemSums, micro_batches, row_weights
+from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, row_weights
 from verl_gradalign.probe.sharding import DirectionGather
 from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
@@ -36,7 +36,7 @@ class GhostEstimator:
     needs_whole_problems = True
 
     def __init__(self, config: ProbeConfig | None = None) -> None:
-        pass
+        self._per_response = (config or ProbeConfig()).response_derivatives
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, naming the layers and the remedy, if the scores of this model would not be exact."""
@@ -48,7 +48,8 @@ class GhostEstimator:
         See `tapped_scores`. A degenerate direction gives dot products of zero and the true norms.
         """
         points = tap_points(engine.module)
-        return tapped_scores(engine, problems, direction, points, direction_gather(engine, direction))
+        gather = direction_gather(engine, direction)
+        return tapped_scores(engine, problems, direction, points, gather, self._per_response)
 
 
 def direction_gather(engine: GradientEngine, direction: Direction) -> DirectionGather:
@@ -62,12 +63,13 @@ def tapped_scores(
     direction: Direction,
     points: Sequence[TapPoint],
     gather: Gather,
+    per_response: bool,
     gives_norm: bool = True,
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
 
-    Each problem's rows lie on one rank. A row whose tokens have different coefficients gets nan for its response
-    derivative.
+    Each problem's rows lie on one rank. Response derivatives are measured `per_response` only; a row whose tokens
+    have different coefficients gets nan for its own.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
     Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
@@ -79,25 +81,24 @@ def tapped_scores(
     with tapped(engine.module, points, gather) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
-            weights = row_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
-            taps.begin(layout, weights.scale_R.to(device))
+            weigh = row_weights if per_response else problem_weights
+            weights = weigh(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
+            taps.begin(layout, weights.scale_R.to(device), per_row=per_response)
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             scores = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
             reshard(engine.module)
             derivative_R = scores.derivative_R.cpu()
-            sums.add(
-                batch,
-                dot_R=derivative_R * weights.scale_R,
-                derivative_R=derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan),
-                squared_norm_P=scores.squared_norm_P,
-            )
+            if per_response:
+                known_R = derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan)
+                sums.add_rows(batch, derivative_R * weights.scale_R, known_R)
+            sums.add_problems(batch, None if per_response else derivative_R, scores.squared_norm_P)
     dot_P, squared_norm_P, derivative_PR = sums.reduce(engine)
     return ProblemScores(
         uid=tuple(problem.uid for problem in problems),
         dot_P=dot_P,
         norm_P=squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
         num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-        response_derivative_PR=derivative_PR,
+        response_derivative_PR=derivative_PR if per_response else None,
         direction_norm=direction.norm,
     )

@@ -59,7 +59,7 @@ class LowRankEstimator:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
         gather = LowRankGather(direction_gather(engine, direction), points, self._rank)
-        scores = tapped_scores(engine, problems, direction, points, gather, gives_norm=False)
+        scores = tapped_scores(engine, problems, direction, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
 
 

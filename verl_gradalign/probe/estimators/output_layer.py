@@ -33,7 +33,7 @@ class OutputLayerEstimator:
     needs_whole_problems = True
 
     def __init__(self, config: ProbeConfig | None = None) -> None:
-        pass
+        self._per_response = (config or ProbeConfig()).response_derivatives
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if the model has no output layer, or a frozen one."""
@@ -42,7 +42,8 @@ class OutputLayerEstimator:
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
         points = [output_layer(engine.module)]
-        return tapped_scores(engine, problems, direction, points, direction_gather(engine, direction))
+        gather = direction_gather(engine, direction)
+        return tapped_scores(engine, problems, direction, points, gather, self._per_response)
 
 
 def output_layer(root: nn.Module) -> TapPoint:
