@@ -72,7 +72,12 @@ def make_input(layer: nn.Module, layout: Layout, num_heads: int, generator: torc
 
 
 def check_rule(
-    layer: nn.Module, layout: Layout, num_heads: int, seed: int, dtype: torch.dtype = torch.float64
+    layer: nn.Module,
+    layout: Layout,
+    num_heads: int,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    input_scale: float = 1.0,
 ) -> float:
     """Return the largest error of row products and problem norms, as a share of the layer's gradient norms.
 
