@@ -27,7 +27,15 @@ setup(
         # 2.13.0 is the version every number of the CPU tiers was measured with.
         "cpu": ["torch==2.13.0"],
         "gpu": ["verl[vllm,fsdp]>=0.9.1,<0.10"],
-        "test": ["pytest>=8", "matplotlib>=3.8", "hypothesis>=6", "psutil", "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.3"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "psutil",
+            "matplotlib>=3.8",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "codespell>=2.3",
+        ],
     },
     entry_points={"verl.plugins": ["gradalign = verl_gradalign.plugin"]},
 )

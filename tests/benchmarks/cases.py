@@ -55,9 +55,7 @@ LONG = {"rows_per_problem": 16, "tokens_per_row": 2048, "max_tokens": 32768, "nu
 
 SWEEPS: dict[str, list[Case]] = {
     "base": [BASE, replace(BASE, num_ranks=2), replace(BASE, has_checkpointing=True)],
-    "width": [
-        replace(BASE, sweep="width", hidden_size=width, intermediate_size=4 * width) for width in (64, 128, 256)
-    ],
+    "width": [replace(BASE, sweep="width", hidden_size=width, intermediate_size=4 * width) for width in (64, 128, 256)],
     "tokens": [replace(BASE, sweep="tokens", tokens_per_row=length) for length in (13, 32, 64, 128)],
     "problems": [replace(BASE, sweep="problems", num_problems=count) for count in (8, 32, 64)],
     # The same tokens in ever more and shorter problems: what a problem costs besides its tokens.

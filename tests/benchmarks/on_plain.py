@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.benchmarks.cases import Case, build_model, draw_problems
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
@@ -29,16 +30,17 @@ class PlainBench:
         if case.has_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        if case.num_ranks > 1:
+        dtype = getattr(torch, case.dtype)
+        if case.num_ranks > 1 or dtype != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             for layer in module.model.layers:
-                fully_shard(layer)
-            fully_shard(module)
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(module, mp_policy=policy)
         self.module = module.train()
         self._optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
         problems = draw_problems(case)
-        autocast_dtype = None if case.dtype == "float32" else getattr(torch, case.dtype)
         rows = [row for problem in problems for row in problem]
-        self._engine = PlainEngine(module, rows, 1.0, case.max_tokens, autocast_dtype)
+        self._engine = PlainEngine(module, rows, 1.0, case.max_tokens)
         num_rows = case.rows_per_problem
         shares = [
             ProblemRows(
@@ -66,9 +68,9 @@ class PlainBench:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def score(self, estimator: str) -> ProblemScores:
+    def score(self, estimator: str, config: ProbeConfig | None = None) -> ProblemScores:
         """Score all candidates."""
-        method = ESTIMATORS[estimator]()
+        method = ESTIMATORS[estimator](config)
         problems = self._whole if method.needs_whole_problems else self._spread[NUM_TRUSTED:]
         with leave_no_trace(self.module):
             return method.score(self._engine, problems, self._direction)

@@ -16,6 +16,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 from tests.benchmarks.cases import Case, draw_problems, save_model
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.dealing import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, coefficient_loss, scoring_mode
 from verl_gradalign.probe.direction import compute_direction
@@ -39,7 +40,9 @@ class VerlBench:
         self._problems = draw_problems(case)
         self._keys = [
             ProblemKeys(
-                str(index), tuple(f"{index}_{k}_0" for k in range(len(problem))), tuple(row.num_tokens for row in problem)
+                str(index),
+                tuple(f"{index}_{k}_0" for k in range(len(problem))),
+                tuple(row.num_tokens for row in problem),
             )
             for index, problem in enumerate(self._problems)
         ]
@@ -66,9 +69,9 @@ class VerlBench:
         with self._verl.train_mode():
             self._verl.train_batch(data, coefficient_loss)
 
-    def score(self, estimator: str) -> ProblemScores:
+    def score(self, estimator: str, config: ProbeConfig | None = None) -> ProblemScores:
         """Score all candidates."""
-        method = ESTIMATORS[estimator]()
+        method = ESTIMATORS[estimator](config)
         rows, shares = self._tables[method.needs_whole_problems]
         with scoring_mode(self._verl):
             return method.score(VerlEngine(self._verl, rows, 1.0, self._budget), shares, self._direction)
@@ -81,9 +84,7 @@ class VerlBench:
         positions = {key: position for position, key in enumerate(key for keys in mine for key in keys)}
         return row_table([*rows, self._problems[0][0]]), build_shares(problems, mine, positions)
 
-    def _rows(
-        self, problems: list[ProblemKeys], owners: list[int | None]
-    ) -> tuple[list[list[str]], list[TokenRow]]:
+    def _rows(self, problems: list[ProblemKeys], owners: list[int | None]) -> tuple[list[list[str]], list[TokenRow]]:
         """Return this rank's keys by problem, and the rows of all these keys."""
         mine = deal(problems, owners, self._case.num_ranks)[dist.get_rank()]
         places = [key.split("_") for keys in mine for key in keys]

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch.multiprocessing
 
 from tests.benchmarks.cases import SWEEPS, Case
 from tests.benchmarks.counting import count_collectives, peak_bytes
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.estimators import ESTIMATORS
 
 BASELINE = "backward"
@@ -42,7 +44,8 @@ def run_case(case: Case, root: Path, engine: str, device: str, repeats: int) -> 
     bench = Bench(case, root, device)
     methods: dict[str, Callable[[], Any]] = {"update": bench.update}
     for name in ESTIMATORS:
-        methods[name] = lambda name=name: bench.score(name)
+        methods[name] = partial(bench.score, name)
+    methods["ghost, sums only"] = partial(bench.score, "ghost", ProbeConfig(response_derivatives=False))
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
         for name, method in methods.items():

@@ -114,6 +114,9 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
             input_RSI = segment.input_NI.view(layout.num_rows, -1, segment.input_NI.shape[1])
             grad_RF = _multiply(delta_RSB.transpose(1, 2), input_RSI, segment.dtype).flatten(1)
             derivative_R += grad_RF @ direction_F
+            if layout.num_rows == segment.num_problems:
+                squared_norm_P += _squared_norms(grad_RF) * segment.scale_R.square()
+                continue
             scale_P1R = segment.scale_R.view(segment.num_problems, 1, -1)
             total_PF = (scale_P1R @ grad_RF.view(segment.num_problems, -1, len(direction_F))).squeeze(1)
         else:
