@@ -12,9 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import transfer_queue as tq
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
@@ -22,19 +20,12 @@ from transfer_queue import KVBatchMeta
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.dealing import audited_problems, build_requests, token_budget
 from verl_gradalign.integration.groups import Group, Problem, read_groups
+from verl_gradalign.integration.records import alignment_metrics, log_rows, selection_metrics
 from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
 from verl_gradalign.metrics import named
 from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.scores import SCORES
-from verl_gradalign.selection.select import (
-    FAILED,
-    KEPT_REASONS,
-    RANDOM,
-    REJECTED_REASONS,
-    Candidate,
-    select_random,
-    select_top,
-)
+from verl_gradalign.selection.select import FAILED, RANDOM, Candidate, select_random, select_top
 from verl_gradalign.types import Selection
 
 logger = logging.getLogger(__name__)
@@ -106,9 +97,18 @@ class AlignmentSelector:
             reply = self._score(batch, trusted, groups, global_steps)
             selection = self._choose(groups, reply, num_kept, global_steps)
         kept = self._keep(batch, groups, trusted, selection)
-        self._write_log(global_steps, groups, selection, reply)
+        scores = self._scores(reply)
+        self._log.write(
+            global_steps, log_rows(global_steps, groups, selection, reply, scores, self._config.success_threshold)
+        )
         self.last_selection_s = time.perf_counter() - started
-        return kept, self._metrics(groups, trusted, selection, reply, global_steps)
+        metrics = selection_metrics(groups, selection, self._config.success_threshold)
+        metrics["seconds/selection"] = self.last_selection_s
+        if score.needs_direction:
+            metrics |= alignment_metrics(trusted, selection, reply, scores)
+            if self._direction_step is not None:
+                metrics["direction/age"] = global_steps - self._direction_step
+        return kept, named(metrics)
 
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
         return read_groups(problems, batch, failed, self._config, self._verl_config)
@@ -222,85 +222,3 @@ class AlignmentSelector:
                 "reward function above this message."
             )
         return batch.select_keys(kept)
-
-    def _write_log(self, step: int, groups: Sequence[Group], selection: Selection, reply: ScoringReply | None) -> None:
-        scores = self._scores(reply)
-        measured: dict[str, tuple[float, float | None]] = {}
-        if reply is not None and reply.scores is not None:
-            norms = reply.scores.norm_P
-            dots = reply.scores.dot_P.tolist()
-            norm_list = [None] * len(dots) if norms is None else norms.tolist()
-            measured = dict(zip(reply.scores.uid, zip(dots, norm_list, strict=True), strict=True))
-        rows: list[dict[str, Any]] = []
-        for g in groups:
-            dot, norm = measured.get(g.problem.uid, (None, None))
-            rows.append(
-                {
-                    "step": step,
-                    "problem_id": g.problem.problem_id,
-                    "data_source": g.problem.data_source,
-                    "score": scores.get(g.problem.uid),
-                    "dot": dot,
-                    "norm": norm,
-                    "success_rate": g.success_rate(self._config.success_threshold) if g.rewards else None,
-                    "num_responses": len(g.rewards),
-                    "kept": selection.reasons[g.problem.uid] in KEPT_REASONS,
-                    "reason": selection.reasons[g.problem.uid],
-                }
-            )
-        self._log.write(step, rows)
-
-    def _metrics(
-        self,
-        groups: Sequence[Group],
-        trusted: Sequence[Group],
-        selection: Selection,
-        reply: ScoringReply | None,
-        step: int,
-    ) -> dict[str, float]:
-        counts = Counter(selection.reasons.values())
-        kept_uids = set(selection.kept)
-        threshold = self._config.success_threshold
-        values: dict[str, float] = {
-            "candidates": len(groups),
-            "live": sum(g.is_live for g in groups),
-            "kept": len(kept_uids),
-            "rejected": len(groups) - len(kept_uids),
-            **{f"kept/{reason}": counts[reason] for reason in KEPT_REASONS},
-            **{f"rejected/{reason}": counts[reason] for reason in REJECTED_REASONS},
-            "success_rate/pool": _mean(g.success_rate(threshold) for g in groups if g.rewards),
-            "success_rate/kept": _mean(
-                g.success_rate(threshold) for g in groups if g.rewards and g.problem.uid in kept_uids
-            ),
-            "seconds/selection": self.last_selection_s,
-        }
-        if not SCORES[self._config.score].needs_direction:
-            return named(values)
-        scores = {uid: s for uid, s in self._scores(reply).items() if np.isfinite(s)}
-        if scores:
-            values |= {
-                "score/mean": _mean(scores.values()),
-                "score/min": min(scores.values()),
-                "score/max": max(scores.values()),
-                "score/kept_mean": _mean(s for uid, s in scores.items() if uid in kept_uids),
-            }
-        values |= {
-            "validation/groups": len(trusted),
-            "validation/live": sum(g.is_live for g in trusted),
-            "validation/failed": sum(g.is_failed for g in trusted),
-            "direction/degenerate": bool(trusted) and not (reply is not None and reply.is_fresh),
-        }
-        if reply is not None:
-            values |= {"seconds/direction": reply.direction_s, "seconds/scores": reply.scores_s}
-            if reply.scores is not None:
-                values["direction/norm"] = reply.scores.direction_norm
-                values |= {f"probe/{name}": value for name, value in reply.scores.diagnostics.items()}
-        if self._direction_step is not None:
-            values["direction/age"] = step - self._direction_step
-        return named(values)
-
-
-def _mean(values: Any) -> float:
-    """Return the mean of an iterable, NaN if it is empty."""
-    items = list(values)
-    return float(np.mean(items)) if items else float("nan")

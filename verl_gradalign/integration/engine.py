@@ -17,7 +17,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -28,6 +27,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
+from verl_gradalign.probe.passes import largest_of_ranks
 from verl_gradalign.probe.plain_engine import response_log_probs
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows
@@ -133,7 +133,9 @@ class VerlEngine:
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
         rows = [row for problem in problems for row in problem.rows]
-        num_rows, micro_batch_size = self._micro_batching(self._most_rows(len(rows)))
+        # All ranks must run equally many rows, and at least one.
+        num_rows = largest_of_ranks(max(1, len(rows)), self.data_group, get_device_id())
+        num_rows, micro_batch_size = self._micro_batching(num_rows)
         data = self._select(ROW_FIELDS, rows, num_padding=num_rows - len(rows))
         config = self._engine.engine_config
         tu.assign_non_tensor(
@@ -151,12 +153,6 @@ class VerlEngine:
         """Return the autocast context that verl's own forward pass runs in; float32 is its sign for none."""
         dtype = self._engine._autocast_dtype
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
-
-    def _most_rows(self, num_rows: int) -> int:
-        """Return the largest number of rows of all ranks, at least 1: all ranks run equally many. Collective."""
-        most = torch.tensor(max(1, num_rows), device=get_device_id())
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.data_group)
-        return int(most.item())
 
     def _micro_batching(self, num_rows: int) -> tuple[int, int | None]:
         """Return (rows to run, rows per micro-batch): verl wants fixed-size micro-batches to divide the batch."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.planning import ProblemSize, pack
@@ -51,7 +52,8 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
         rows = tuple(row for index in chosen for row in problems[index].rows)
         batches.append(MicroBatch(chosen, rows, tuple(len(problems[index].rows) for index in chosen)))
     company = MicroBatch((), (engine.spare_row,), (1,))
-    return batches + [company] * (_largest(engine, len(batches)) - len(batches))
+    num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
+    return batches + [company] * (num_batches - len(batches))
 
 
 def size_of(problem: ProblemRows) -> ProblemSize:
@@ -145,10 +147,10 @@ class ProblemSums:
         return sums[:, 0], sums[:, 1], derivative_PR
 
 
-def _largest(engine: GradientEngine, value: int) -> int:
-    """Return the largest `value` of all ranks. Collective."""
-    if engine.data_group is None:
+def largest_of_ranks(value: int, group: ProcessGroup | None, device: torch.device | int) -> int:
+    """Return the largest `value` of the group's ranks; every rank must run as many passes as any other. Collective."""
+    if group is None:
         return value
-    largest = torch.tensor(value, device=next(engine.module.parameters()).device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=engine.data_group)
+    largest = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
     return int(largest.item())

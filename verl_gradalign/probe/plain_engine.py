@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.log_probs import token_log_probs
-from verl_gradalign.probe.passes import size_of
+from verl_gradalign.probe.passes import largest_of_ranks, size_of
 from verl_gradalign.probe.planning import TokenBudget, pack
 from verl_gradalign.types import ProblemRows, TokenRow
 
@@ -99,7 +98,7 @@ class PlainEngine:
         rows = [row for problem in problems for row in problem.rows]
         one_row_each = [ProblemRows("", (row,), 1, self.row_length(row), self.row_length(row)) for row in rows]
         batches = [[rows[i] for i in members] for members in pack([size_of(p) for p in one_row_each], self.budget)]
-        num_batches = _largest(len(batches), self.data_group, self._device)
+        num_batches = largest_of_ranks(len(batches), self.data_group, self._device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for batch in batches + [[]] * (num_batches - len(batches)):
@@ -143,11 +142,3 @@ def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
             raise ValueError(f"PlainEngine shards over one group of ranks; the device mesh has {mesh.ndim} axes")
         return mesh.get_group()
     return None
-
-
-def _largest(value: int, group: ProcessGroup | None, device: torch.device) -> int:
-    if group is None:
-        return value
-    largest = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    return int(largest.item())
