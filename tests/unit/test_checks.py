@@ -251,3 +251,28 @@ def test_a_remote_file_is_asked_for_by_the_name_that_was_given(data_config, monk
     trust(data_config, name)
     assert_refused(refusal_of_data(data_config), "gradalign.validation.files", name)
     assert asked == [name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "others"),
+    [
+        ("gradalign.direction.metric", "adam", {"actor_rollout_ref.actor.optim.optimizer": "SGD"}),
+        (
+            "actor_rollout_ref.actor.fsdp_config.model_dtype",
+            "bf16",
+            {"gradalign.estimator": "finite_difference", "gradalign.score": "dot"},
+        ),
+    ],
+)
+def test_what_an_estimator_cannot_do_is_refused(verl_config, key, value, others):
+    change(verl_config, {key: value, **others})
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    assert_refused(refusal, key, value)
+
+
+@pytest.mark.parametrize(("oversized", "outcome"), [("backward", "scored one at a time"), ("stop", "stop the run")])
+def test_problems_that_may_not_fit_are_announced(verl_config, caplog, oversized, outcome):
+    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000, "gradalign.probe.oversized": oversized})
+    check(verl_config)
+    assert "more than the 1000 of a micro-batch" in caplog.text and outcome in caplog.text

@@ -6,6 +6,7 @@ Every message names the key, its value and the remedy.
 
 from __future__ import annotations
 
+import logging
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -16,7 +17,11 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.dealing import token_budget
+from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.scores import SCORES
+
+logger = logging.getLogger(__name__)
 
 # Estimators of verl whose advantages follow from rewards and groups alone, which is all there is at selection.
 REWARD_ONLY_ADVANTAGES = (
@@ -50,6 +55,7 @@ def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
         return
     _check_algorithm(config, verl_config)
     _check_actor(verl_config)
+    _check_estimator(config, verl_config)
 
 
 def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -141,6 +147,38 @@ def _check_actor(verl_config: DictConfig) -> None:
                 "the estimators have not been shown to be exact with sequence parallelism",
                 "set it to 1",
             )
+
+
+def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """What the model itself allows is checked by the worker (`gradalign_check`), once it is built."""
+    actor = verl_config.actor_rollout_ref.actor
+    optimizer = str(actor.optim.get("optimizer", "AdamW"))
+    if config.direction.metric == "adam" and "adam" not in optimizer.lower():
+        refuse(
+            "gradalign.direction.metric",
+            "adam",
+            f"actor.optim.optimizer={optimizer} keeps no second moments",
+            "set it to none, or train with AdamW",
+        )
+    model_dtype = actor.fsdp_config.get("model_dtype", "fp32")
+    if config.estimator == "finite_difference" and model_dtype not in ("fp32", "float32"):
+        refuse(
+            "actor_rollout_ref.actor.fsdp_config.model_dtype",
+            model_dtype,
+            "a small step is lost to rounding in parameters stored in half precision",
+            "set it to fp32, or set gradalign.estimator=ghost",
+        )
+    budget = token_budget(config.probe, verl_config)
+    data, num_rows = verl_config.data, max(verl_config.actor_rollout_ref.rollout.n, config.validation.n or 0)
+    longest = num_rows * (data.max_prompt_length + data.max_response_length)
+    if ESTIMATORS[config.estimator].needs_whole_problems and longest > budget.max_tokens:
+        logger.warning(
+            "a problem may take %d positions, more than the %d of a micro-batch; such problems %s. Raise "
+            "gradalign.probe.max_tokens_per_rank if memory allows",
+            longest,
+            budget.max_tokens,
+            "are scored one at a time" if config.probe.oversized == "backward" else "will stop the run",
+        )
 
 
 def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
