@@ -78,10 +78,12 @@ def check_rule(
     seed: int,
     dtype: torch.dtype = torch.float64,
     input_scale: float = 1.0,
+    per_row: bool = True,
 ) -> float:
     """Return the largest error of row products and problem norms, as a share of the layer's gradient norms.
 
-    The layer's output is weighted by random numbers, so that its output gradient is they.
+    The layer's output is weighted by random numbers, so that its output gradient is they. Without `per_row` each
+    problem counts as a single row.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -93,25 +95,26 @@ def check_rule(
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in trained]
-    scale_R = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64).to(accumulation)
+    counted = layout if per_row else layout.merged()
+    scale_R = torch.randn(counted.num_rows, generator=generator, dtype=torch.float64).to(accumulation)
     output = layer(value)
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     points = tap_points(layer)
     with tapped(layer, points, lambda placement: direction[placement.parameter].to(dtype)) as taps:
         tapped_output = layer(value)
-        taps.begin(layout, scale_R)
+        taps.begin(layout, scale_R, per_row)
         (tapped_output * weight).sum().backward()
         scores = taps.end()
     assert all(parameter.requires_grad and parameter.grad is None for parameter in trained)
 
     product_N = (output * weight).flatten(0, 1).flatten(1).sum(dim=1)
     row_gradient_RG = torch.stack(
-        [torch.cat([g.double().flatten() for g in gradient(product_N[row], trained)]) for row in layout.rows()]
+        [torch.cat([g.double().flatten() for g in gradient(product_N[row], trained)]) for row in counted.rows()]
     )
     derivative_R = row_gradient_RG @ torch.cat([v.to(dtype).double().flatten() for v in direction])
     problem_gradient_PG = torch.stack(
-        [(scale_R[rows].double().unsqueeze(1) * row_gradient_RG[rows]).sum(dim=0) for rows in layout.problems()]
+        [(scale_R[rows].double().unsqueeze(1) * row_gradient_RG[rows]).sum(dim=0) for rows in counted.problems()]
     )
     norm_P = problem_gradient_PG.norm(dim=1)
     derivative_error = (scores.derivative_R.double() - derivative_R).abs().max()
@@ -126,11 +129,11 @@ def gradient(product_S: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(layout=layouts(), num_heads=st.integers(1, 3), seed=st.integers(0, 10_000))
+@given(layout=layouts(), num_heads=st.integers(1, 3), per_row=st.booleans(), seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", list(LAYERS))
-def test_a_rule_equals_autograd(name: str, layout: Layout, num_heads: int, seed: int) -> None:
+def test_a_rule_equals_autograd(name: str, layout: Layout, num_heads: int, per_row: bool, seed: int) -> None:
     layer = LAYERS[name]().double()
-    assert check_rule(layer, layout, num_heads, seed) <= RTOL_FLOAT64
+    assert check_rule(layer, layout, num_heads, seed, per_row=per_row) <= RTOL_FLOAT64
 
 
 @settings(max_examples=10, deadline=None)

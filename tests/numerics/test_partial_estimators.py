@@ -121,6 +121,14 @@ def test_output_layer_scores_are_those_of_the_weights_use_as_output_layer(name: 
             assert EVEN_PR[index, place] or math.isnan(found)
 
 
+def test_output_layer_scores_are_the_same_without_response_derivatives(model: nn.Module) -> None:
+    with_them = score("output_layer", model, TRUSTED, ALL_KINDS)
+    without = score("output_layer", model, TRUSTED, ALL_KINDS, config=ProbeConfig(response_derivatives=False))
+    assert without.response_derivative_PR is None and with_them.norm_P is not None and without.norm_P is not None
+    assert ((without.dot_P - with_them.dot_P).abs() <= RTOL_FLOAT64 * with_them.norm_P).all()
+    assert ((without.norm_P - with_them.norm_P).abs() <= RTOL_FLOAT64 * with_them.norm_P).all()
+
+
 @pytest.mark.parametrize("name", WITHOUT_TRAINED_HEAD)
 def test_a_model_whose_output_layer_is_frozen_is_refused(name: str) -> None:
     model = make_model(name)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's decisions, with the actor replaced by a function that returns scores."""
 
+import dataclasses
 import logging
 import math
 
@@ -17,6 +18,7 @@ from verl_gradalign.metrics import METRICS
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.report.selection_log import SelectionLog, read_selection_log
+from verl_gradalign.selection.scores import SCORES
 from verl_gradalign.types import ProblemScores
 
 NUM_CANDIDATES, NUM_KEPT, NUM_RESPONSES = 6, 2, 2
@@ -155,6 +157,16 @@ def test_the_request_carries_what_was_configured(tmp_path, monkeypatch):
     assert (request.estimator, request.temperature, request.direction.metric) == ("ghost", 1.0, "adam")
     assert request.budget == TokenBudget(MAX_TOKENS, is_padded=False)
     assert request.probe.canary_problems == 3 == len(request.audited)
+
+
+@pytest.mark.parametrize("is_needed", [False, True])
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_response_derivatives_are_measured_where_the_score_uses_them(tmp_path, monkeypatch, is_needed, is_configured):
+    cosine = dataclasses.replace(SCORES["cosine"], needs_response_derivatives=is_needed)
+    monkeypatch.setitem(SCORES, "cosine", cosine)
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, probe={"response_derivatives": is_configured})
+    step.run(1)
+    assert step.requests[0].probe.response_derivatives == (is_needed and is_configured)
 
 
 def test_a_canary_above_the_threshold_stops_the_run_with_the_remedy(tmp_path, monkeypatch):

@@ -67,6 +67,16 @@ def test_a_part_is_the_layout_of_its_positions_alone(layout, factor, max_rows):
 
 
 @settings(deadline=None)
+@given(layout=layouts(), factor=st.integers(1, 3))
+def test_merged_rows_are_the_problems(layout, factor):
+    merged = layout.merged()
+    assert merged.problems() == [slice(i, i + 1) for i in range(layout.num_problems)]
+    assert merged.rows() == [layout.positions_of(rows) for rows in layout.problems()]
+    assert merged.shape[0] * merged.shape[1] == layout.shape[0] * layout.shape[1]
+    assert merged.widened(factor) == layout.widened(factor).merged()
+
+
+@settings(deadline=None)
 @given(layout=layouts(), seed=st.integers(0, 100), has_factor=st.booleans())
 def test_row_sums_add_up_the_positions_of_each_row(layout, seed, has_factor):
     generator = torch.Generator().manual_seed(seed)
