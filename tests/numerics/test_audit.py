@@ -22,8 +22,8 @@ from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.types import ProblemScores
 
-CANARY_LIMIT = 1e-10  # float64; measured 1e-15
-RTOL_FLOAT64 = 1e-10  # of the gradient's norm; measured 1e-15
+CANARY_LIMIT = 1e-10  # float64; measured 4.5e-16
+RTOL_FLOAT64 = 1e-10  # of the gradient's norm; measured 1.2e-15 (test_exactness.py)
 APPROXIMATE = [name for name in ESTIMATORS if name not in EXACT]
 
 
@@ -102,7 +102,8 @@ def test_problems_too_large_are_scored_exactly_and_stand_where_they_were(model: 
         found_R = scores.response_derivative_PR[index]
         if fit:
             wanted_R = expected.derivative_PR[index][: len(candidates[index])]
-            torch.testing.assert_close(found_R[: len(wanted_R)], wanted_R, rtol=RTOL_FLOAT64, atol=1e-12)
+            size_R = expected.row_norm_PR[index][: len(wanted_R)]
+            assert ((found_R[: len(wanted_R)] - wanted_R).abs() <= RTOL_FLOAT64 * size_R).all()
         else:
             assert found_R.isnan().all()
 

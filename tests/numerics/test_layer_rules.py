@@ -20,9 +20,9 @@ from verl_gradalign.probe.layer_rules import LAYER_RULES, rule_of
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
 from verl_gradalign.probe.taps import tap_points, tapped
 
-RTOL_FLOAT64 = 1e-12  # of the gradient's norm; measured 2e-15
-RTOL_FLOAT32_NORM = 1e-5  # transformers' RMSNorm computes in float32 whatever it is given; measured 3e-7
-RTOL_BFLOAT16 = 2e-2  # autograd's own sums are in bfloat16 here; measured 5e-3
+RTOL_FLOAT64 = 1e-12  # of the gradient's norm; measured 1.4e-15
+RTOL_FLOAT32_NORM = 1e-5  # transformers' RMSNorm computes in float32 whatever it is given; measured 3.9e-7
+RTOL_BFLOAT16 = 5e-2  # autograd's own sums are in bfloat16 here; measured 1.5e-2
 NUM_IN, NUM_OUT, NUM_TOKENS = 5, 7, 11
 
 
