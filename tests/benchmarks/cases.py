@@ -53,7 +53,11 @@ QWEN_05B = Case(
 QWEN_15B = replace(QWEN_05B, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12)
 LONG = {"rows_per_problem": 16, "tokens_per_row": 2048, "max_tokens": 32768, "num_problems": 4}
 
+SMALL = Case("smoke", num_layers=2, num_problems=4)
+
 SWEEPS: dict[str, list[Case]] = {
+    # Not measured, only run: tests/distributed/test_benchmarks.py.
+    "smoke": [SMALL, replace(SMALL, num_ranks=2)],
     "base": [BASE, replace(BASE, num_ranks=2), replace(BASE, has_checkpointing=True)],
     "width": [replace(BASE, sweep="width", hidden_size=width, intermediate_size=4 * width) for width in (64, 128, 256)],
     "tokens": [replace(BASE, sweep="tokens", tokens_per_row=length) for length in (13, 32, 64, 128)],
@@ -65,6 +69,15 @@ SWEEPS: dict[str, list[Case]] = {
     ],
     "gpu": [QWEN_05B, replace(QWEN_05B, **LONG), QWEN_15B, replace(QWEN_15B, **LONG)],
 }
+
+
+X_AXES = {
+    "width": ("hidden_size", "hidden size"),
+    "tokens": ("tokens_per_row", "tokens per row"),
+    "problems": ("num_problems", "problems"),
+    "split": ("tokens_per_row", "tokens per row, the same tokens in all"),
+}
+"""What each plotted sweep varies: the field of `Case`, and its label."""
 
 
 def draw_problems(case: Case) -> list[list[TokenRow]]:

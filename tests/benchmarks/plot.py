@@ -9,15 +9,10 @@ from typing import Any
 
 import matplotlib
 
+from tests.benchmarks.cases import X_AXES
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-X_AXES = {
-    "width": ("hidden_size", "hidden size"),
-    "tokens": ("tokens_per_row", "tokens per row"),
-    "problems": ("num_problems", "problems"),
-    "split": ("tokens_per_row", "tokens per row, the same tokens in all"),
-}
 
 
 def plot_ratios(results: Path, target: Path) -> None:

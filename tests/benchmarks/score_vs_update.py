@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tests.benchmarks.cases import SWEEPS, Case
+from tests.benchmarks.cases import SWEEPS, X_AXES, Case
 from tests.benchmarks.counting import count_collectives, peak_bytes
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=["verl", "plain"], default="verl")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=[name for name in SWEEPS if name != "gpu"])
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=[*X_AXES, "base"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, shared by the ranks")
     parser.add_argument("--out", default="outputs/benchmarks")

@@ -81,19 +81,21 @@ def test_metrics_are_in_the_console_too(cosine_run: Run) -> None:
 
 
 def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, workplace: Workplace) -> None:
-    """Turned on by the single keys instead of the word, with another dot product to compare: FSDP1 on two ranks."""
+    """Turned on by the single keys instead of the word, on FSDP1, with groups too large for a micro-batch."""
     run = workplace.run(
         "two_ranks",
         "trainer.v1.trainer_mode=gradalign",
         "trainer.v1.sampler.custom_sampler.path=pkg://verl_gradalign.integration.sampler",
         "trainer.v1.sampler.custom_sampler.name=GradAlignSampler",
         f"+gradalign.validation.files=[{workplace.files['trusted']}]",
+        "+gradalign.probe.max_tokens_per_rank=260",
         "actor_rollout_ref.actor.strategy=fsdp",
         "trainer.total_training_steps=2",
         num_ranks=2,
     )
     for metrics in run.steps:
         assert metrics["training/rollout_probs_diff_max"] < ATOL_PROBABILITY
+    assert sum(metrics["gradalign/probe/oversized"] for metrics in run.steps) > 0
     first = {row["problem_id"]: row for row in cosine_run.log if row["step"] == 1}
     second = {row["problem_id"]: row for row in run.log if row["step"] == 1}
     assert set(first) == set(second)
