@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On verl's FSDP engine: approximate estimators, half precision, collectives, oversized problems, Adam's metric.
+
+And `score_problems` without verl, under torch's own FSDP.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.comparison import case_of, largest_errors
+from tests.distributed.conftest import Oracle, RunGroup
+from tests.distributed.setups import (
+    ADVANTAGES,
+    CANDIDATES,
+    LEARNING_RATE,
+    TRAINED,
+    TRUSTED,
+    oracle_scores,
+    reference_model,
+)
+from tests.numerics.problems import TEMPERATURE, with_coefficients
+from verl_gradalign.probe.audit import spearman
+from verl_gradalign.probe.oracle import problem_gradients_float64
+
+pytestmark = pytest.mark.dist
+
+RTOL_FLOAT64 = 1e-10  # measured 1e-13; 1e-12 for responses' derivatives
+RTOL_SVD = 1e-8  # measured 1e-13: a decomposition and its product
+MAX_STEP_ERROR = 1e-2  # of |g| |v|, at a step of 1e-3 |theta|
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+STRATEGIES = ("fsdp", "fsdp-orig", "fsdp2")
+
+
+def values(scores: dict[str, Any], key: str = "dot") -> torch.Tensor:
+    return torch.tensor(scores[key], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_low_rank_with_full_rank_has_exact_dots(results: dict[str, Any], oracle: Oracle, strategy: str) -> None:
+    scores = case_of(results, f"approximate-{strategy}")["low_rank"]
+    errors = largest_errors(scores, oracle("qwen3"))
+    assert max(errors.values()) <= RTOL_SVD, errors
+    assert scores["norm"] is None
+    assert scores["diagnostics"]["energy_kept"] == pytest.approx(1.0)
+    assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_finite_differences_err_with_the_square_of_the_step(
+    results: dict[str, Any], oracle: Oracle, strategy: str
+) -> None:
+    case, expected = case_of(results, f"approximate-{strategy}"), oracle("qwen3")
+    errors_P, halved_P = ((values(case[name]) - values(expected)).abs() for name in ("step", "half_step"))
+    assert (errors_P <= MAX_STEP_ERROR * values(expected, "norm")).all()
+    # Over all problems together: at one of them the leading term happens to be small.
+    assert (errors_P.sum() / halved_P.sum()).item() == pytest.approx(4.0, rel=0.05)
+    assert case["step"]["norm"] is None
+    assert case["step"]["ranks_agree"]
+    assert case["half_step"]["diagnostics"]["step"] == pytest.approx(case["step"]["diagnostics"]["step"] / 2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_output_layer_gives_that_layers_part_of_the_oracle(
+    results: dict[str, Any], oracle: Oracle, strategy: str
+) -> None:
+    scores = case_of(results, f"approximate-{strategy}")["output_layer"]
+    share, whole = oracle("qwen3", part="lm_head.weight"), oracle("qwen3")
+    errors = largest_errors(scores, share)
+    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert max(largest_errors(scores, whole).values()) > 0.1
+    assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_half_precision_ranks_problems_as_float32_does(results: dict[str, Any], strategy: str, dtype: str) -> None:
+    half, single = (case_of(results, f"precision-{strategy}-{name}") for name in (dtype, "fp32"))
+    assert len(half["dot"]) >= 24
+    assert half["dot"] != single["dot"]
+    for key in ("dot", "norm"):
+        assert spearman(values(half, key), values(single, key)) >= 0.99
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_taps_and_finite_differences_never_reduce_gradients(run_group: RunGroup, strategy: str) -> None:
+    counts = case_of(run_group(2), f"collectives-{strategy}")
+    for estimator in ("ghost", "finite_difference", "backward"):
+        reductions = sum(count for name, count in counts[estimator].items() if "reduce_scatter" in name)
+        assert (reductions > 0) == (estimator == "backward"), counts[estimator]
+    # One for the number of micro-batches, one for the sums; one more for |theta|.
+    assert counts["ghost"]["allreduce_"] == 2
+    assert counts["finite_difference"]["allreduce_"] == 3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_oversized_problems_are_scored_exactly_and_the_canary_finds_nothing(
+    results: dict[str, Any], oracle: Oracle, strategy: str
+) -> None:
+    case, expected = case_of(results, f"audit-{strategy}"), oracle("qwen2")
+    scores, sizes = case["scores"], [len(p) * max(row.num_tokens for row in p) for p in CANDIDATES]
+    too_large = [index for index, size in enumerate(sizes) if size > case["budget"]]
+    assert scores["diagnostics"]["oversized"] == len(too_large) == 3
+    # Backward cannot tell responses apart.
+    known = [
+        [float("nan")] * len(row) if index in too_large else row for index, row in enumerate(expected["derivative"])
+    ]
+    width = max(len(p) for index, p in enumerate(CANDIDATES) if index not in too_large)
+    errors = largest_errors(scores, {**expected, "derivative": [row[:width] for row in known]})
+    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert 0 <= scores["diagnostics"]["canary/relative_error"] < RTOL_FLOAT64
+    assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_an_oversized_problem_stops_every_rank_by_name(results: dict[str, Any], world_size: int, strategy: str) -> None:
+    messages = case_of(results, f"audit-{strategy}")["messages"]
+    assert len(messages) == world_size
+    assert all(message.startswith("problem c0 takes 40 positions") for message in messages), messages
+
+
+@pytest.fixture(scope="module")
+def scores_in_adams_metric(root: Path) -> dict[str, Any]:
+    """The oracle's, after the training step that the cases take."""
+    model = reference_model(root, "qwen3", has_adapters=False)
+    parameters = list(model.parameters())
+    gradient_G = problem_gradients_float64(model, [TRAINED[0]], TEMPERATURE)[0]
+    for parameter, part in zip(parameters, gradient_G.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    torch.optim.AdamW(parameters, lr=LEARNING_RATE, **ADAM).step()
+    # After one step the bias-corrected second moment is the square of the gradient.
+    return oracle_scores(model, metric_G=gradient_G.abs() + ADAM["eps"])
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "backward"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adams_metric_is_the_oracles_on_any_number_of_ranks(
+    results: dict[str, Any], scores_in_adams_metric: dict[str, Any], strategy: str, estimator: str
+) -> None:
+    scores = case_of(results, f"adam-{strategy}")[estimator]
+    errors = largest_errors(scores, scores_in_adams_metric)
+    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "backward", "finite_difference"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_offloaded_direction_gives_identical_scores(results: dict[str, Any], strategy: str, estimator: str) -> None:
+    case = case_of(results, f"adam-{strategy}")
+    assert str(case[estimator]) == str(case[f"{estimator}-on-cpu"])
+
+
+@pytest.mark.parametrize("foreign", ["fsdp", "wide"])
+@pytest.mark.parametrize("estimator", ["ghost", "backward", "finite_difference", "low_rank", "output_layer"])
+def test_a_direction_of_another_sharding_or_model_is_refused_by_name(
+    results: dict[str, Any], world_size: int, estimator: str, foreign: str
+) -> None:
+    case = case_of(results, "refusals")
+    messages = case[f"{estimator}-{foreign}"]
+    assert len(messages) == world_size
+    assert all(any(name in message for name in case["parameters"]) for message in messages), messages
+
+
+@pytest.fixture(scope="module")
+def public_oracle(root: Path) -> dict[str, dict[str, Any]]:
+    weighted = [
+        [with_coefficients(p[0].prompt, [r.response for r in p], ADVANTAGES[: len(p)], "token-mean") for p in problems]
+        for problems in (TRUSTED, CANDIDATES)
+    ]
+    return {name: oracle_scores(reference_model(root, name, False), *weighted) for name in ("qwen2", "qwen3")}
+
+
+@pytest.mark.parametrize("wrapping", ["plain", "fsdp", "fsdp-orig", "fsdp2"])
+@pytest.mark.parametrize("model", ["qwen2", "qwen3"])
+def test_score_problems_without_verl_equals_the_oracle_under_any_sharding(
+    results: dict[str, Any], public_oracle: dict[str, Any], model: str, wrapping: str
+) -> None:
+    scores = case_of(results, f"public-{model}")[wrapping]
+    errors = largest_errors(scores, public_oracle[model])
+    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert scores["ranks_agree"]
