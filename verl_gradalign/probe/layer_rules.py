@@ -59,11 +59,11 @@ class LayerScores:
 LayerRule = Callable[[LayerCall], LayerScores]
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
-"""Rules by module type; subclasses are covered too. RMSNorm classes are found by name (`rule_of`)."""
+"""Rules by module type, subclasses that inherit `forward` included. RMSNorm classes are found by name (`rule_of`)."""
 
 
 def register_layer_rule(*types: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
-    """Return a decorator that makes a function the rule of module types (and of their subclasses)."""
+    """Return a decorator that makes a function the rule of module types (and of subclasses with their `forward`)."""
 
     def register(rule: LayerRule) -> LayerRule:
         LAYER_RULES.update(dict.fromkeys(types, rule))
@@ -73,12 +73,15 @@ def register_layer_rule(*types: type[nn.Module]) -> Callable[[LayerRule], LayerR
 
 
 def rule_of(module: nn.Module) -> LayerRule | None:
-    """Return the rule for a module: that of its nearest registered base class, else RMSNorm's by name, else None.
+    """Return the rule of the registered class whose `forward` the module runs, else RMSNorm's by name, else None.
 
-    Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon.
+    A subclass with a `forward` of its own (Gemma's scaled embedding) computes something else than its base's rule is
+    for. Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon.
     """
+    if "forward" in vars(module):
+        return None
     for base in type(module).__mro__:
-        if base in LAYER_RULES:
+        if base in LAYER_RULES and type(module).forward is base.forward:
             return LAYER_RULES[base]
     return rms_norm if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None else None
 
@@ -128,7 +131,7 @@ def embedding(call: LayerCall) -> LayerScores:
 def rms_norm(call: LayerCall) -> LayerScores:
     """RMSNorm, also where the weight is an offset from one: gradient sum of delta times the normalised input."""
     epsilon = _epsilon(call.module)
-    epsilon = torch.finfo(call.input.dtype).eps if epsilon is None else epsilon
+    epsilon = torch.finfo(call.dtype).eps if epsilon is None else epsilon
     input_ND = call.input.to(call.dtype)
     factor_N = torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
     return vector_scores(input_ND * call.delta, call.direction["weight"], call, factor_N)

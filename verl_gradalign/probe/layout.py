@@ -91,12 +91,16 @@ class Layout:
 
     def row_of_position(self, device: torch.device) -> Tensor:
         """Return the row of each flattened position, int64 (positions,)."""
-        lengths = torch.tensor([end - start for start, end in pairwise(self.row_bounds)], device=device)
+        lengths = torch.tensor(
+            [end - start for start, end in pairwise(self.row_bounds)], dtype=torch.int64, device=device
+        )
         return torch.arange(self.num_rows, device=device).repeat_interleave(lengths)
 
     def problem_of_row(self, device: torch.device) -> Tensor:
         """Return the problem of each row, int64 (rows,)."""
-        counts = torch.tensor([end - start for start, end in pairwise(self.problem_bounds)], device=device)
+        counts = torch.tensor(
+            [end - start for start, end in pairwise(self.problem_bounds)], dtype=torch.int64, device=device
+        )
         return torch.arange(self.num_problems, device=device).repeat_interleave(counts)
 
     def widened(self, factor: int) -> Layout:

@@ -70,7 +70,8 @@ def pack(sizes: Sequence[ProblemSize], budget: TokenBudget) -> list[list[int]]:
         if not budget.holds([sizes[index]]):
             raise ValueError(
                 f"a problem takes {budget.positions([sizes[index]])} positions, more than the {budget.max_tokens} of a "
-                "micro-batch; raise gradalign.probe.max_tokens_per_rank or set gradalign.probe.oversized=backward"
+                "micro-batch; raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with "
+                "backward"
             )
         for members in micro_batches:
             if budget.holds([sizes[i] for i in [*members, index]]):
