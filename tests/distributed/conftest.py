@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from tests.distributed.setups import build_models, oracle_scores, reference_model
 
 TIMEOUT_S = 540  # measured 50 s on two quiet cores
+WORLD_SIZES = (1, 2)
 REPOSITORY = Path(__file__).parents[2]
 
 RunGroup = Callable[[int], dict[str, Any]]
@@ -31,34 +32,40 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_group(root: Path) -> RunGroup:
+def run_group(root: Path) -> Iterator[RunGroup]:
+    # All at once: a group's ranks wait for each other, which leaves room for the other's.
+    groups = {world_size: _start_group(root, world_size) for world_size in WORLD_SIZES}
+
     @cache
-    def run(world_size: int) -> dict[str, Any]:
-        """Return {case: what it measured} of a group of `world_size` processes."""
-        environment = {
-            **os.environ,
-            "VERL_PLATFORM": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        logs = [root / f"log-{world_size}-{rank}" for rank in range(world_size)]
-        processes = []
-        for rank, log in enumerate(logs):
-            command = [sys.executable, "-m", "tests.distributed.fsdp_cases", str(rank), str(world_size), str(root)]
-            with log.open("w") as stream:
-                processes.append(
-                    subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-                )
-        try:
-            codes = [process.wait(timeout=TIMEOUT_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    def results_of(world_size: int) -> dict[str, Any]:
+        """Return {case: what it measured} of the group of `world_size` processes."""
+        codes = [process.wait(timeout=TIMEOUT_S) for process in groups[world_size]]
+        logs = "\n".join((root / f"log-{world_size}-{rank}").read_text()[-3000:] for rank in range(world_size))
+        assert not any(codes), logs
         return json.loads((root / f"results-{world_size}.json").read_text())
 
-    return run
+    yield results_of
+    for process in (process for group in groups.values() for process in group):
+        process.kill()
+        process.wait()
+
+
+def _start_group(root: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+    environment = {
+        **os.environ,
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    processes = []
+    for rank in range(world_size):
+        command = [sys.executable, "-m", "tests.distributed.fsdp_cases", str(rank), str(world_size), str(root)]
+        with (root / f"log-{world_size}-{rank}").open("w") as stream:
+            processes.append(
+                subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+            )
+    return processes
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +78,7 @@ def oracle(root: Path) -> Oracle:
     return scores
 
 
-@pytest.fixture(params=[1, 2], ids=["1-rank", "2-ranks"], scope="session")
+@pytest.fixture(params=WORLD_SIZES, ids=["1-rank", "2-ranks"], scope="session")
 def world_size(request: pytest.FixtureRequest) -> int:
     return request.param
 

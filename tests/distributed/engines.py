@@ -114,7 +114,8 @@ def train_data(engine: CpuFSDPEngineWithLMHead, step: int) -> TensorDict:
         use_fused_kernels=False,
         use_dynamic_bsz=config.use_dynamic_bsz,
         max_token_len_per_gpu=config.max_token_len_per_gpu,
-        micro_batch_size_per_gpu=config.micro_batch_size_per_gpu,
+        # Two micro-batches, so that gradients are accumulated.
+        micro_batch_size_per_gpu=len(rows) // 2,
     )
     return rows
 

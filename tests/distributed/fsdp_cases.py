@@ -82,8 +82,8 @@ def measure_precision(root: Path, strategy: str, dtype: str) -> dict[str, Any]:
 def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
     """Return how often each collective ran while the candidates were scored."""
     counts = {}
+    engine = build_engine(root, Setup(strategy, is_checkpointed=True))
     for estimator in ("ghost", "finite_difference", "backward"):
-        engine = build_engine(root, Setup(strategy, is_checkpointed=True))
         with scoring(engine, CANDIDATES, estimator, tight_budget(engine)) as call:
             direction = call.direction()
             with CollectiveCounter() as counter:
@@ -186,7 +186,8 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         cases[f"exact-{name}"] = partial(measure_exactness, root, setup)
     for strategy in ("fsdp", "fsdp-orig", "fsdp2"):
         cases[f"approximate-{strategy}"] = partial(measure_approximations, root, strategy)
-        cases[f"collectives-{strategy}"] = partial(measure_collectives, root, strategy)
+        if world_size > 1:
+            cases[f"collectives-{strategy}"] = partial(measure_collectives, root, strategy)
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)
     for strategy in ("fsdp", "fsdp2"):
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)

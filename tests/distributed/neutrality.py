@@ -15,7 +15,7 @@ from tests.distributed.engines import accumulate, build_engine, finish_step, tra
 from tests.distributed.interruptions import Interruption, interrupted
 from tests.distributed.observations import differences, observe, observe_model
 from tests.distributed.scoring import gather, score, tight_budget
-from tests.distributed.setups import SCORINGS, Setup
+from tests.distributed.setups import SCORINGS, Setup, scorings_of
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 
 
@@ -27,7 +27,8 @@ def measure_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
     """
     undisturbed, engine = (_prepare(root, setup) for _ in range(2))
     measured = {}
-    for step, (name, (estimator, interruption, has_gradient)) in enumerate(SCORINGS.items(), 1):
+    for step, name in enumerate(scorings_of(setup), 1):
+        estimator, interruption, has_gradient = SCORINGS[name]
         for one in (undisturbed, engine):
             if has_gradient:
                 accumulate(one, step)

@@ -129,6 +129,23 @@ SCORINGS = {
 }
 """Name -> (estimator, what is interrupted, whether a gradient lies there before). The direction's pass has two
 micro-batches or more, so `loss 2` cuts it while its gradients are not synchronised; `loss 8` cuts a candidate's."""
+SCORINGS_BF16 = (
+    "backward",
+    "backward-loss-fails-between-on-gradient",
+    "backward-loss-fails-late-on-gradient",
+    "backward-fails-in-gradient-on-gradient",
+    "ghost",
+    "ghost-fails-in-forward",
+    "ghost-fails-in-tap-on-gradient",
+    "finite-difference",
+    "finite-difference-fails-moved-back-on-gradient",
+)
+"""Those that are repeated in bf16 with gradient checkpointing."""
+
+
+def scorings_of(setup: Setup) -> tuple[str, ...]:
+    """Return the names of the scorings that an engine is put through."""
+    return SCORINGS_BF16 if setup.dtype == "bf16" else tuple(SCORINGS)
 
 
 def build_models(root: Path) -> None:

@@ -9,13 +9,18 @@ import pytest
 
 from tests.distributed.comparison import case_of, largest_errors
 from tests.distributed.conftest import Oracle, RunGroup
-from tests.distributed.setups import SCORINGS, exact_setups, neutral_setups
+from tests.distributed.setups import exact_setups, neutral_setups, scorings_of
 
 pytestmark = pytest.mark.dist
 
 RTOL_FLOAT64 = 1e-10  # measured 1e-12 for responses' derivatives, 1e-13 for dot products, 2e-15 for norms
 EXACT = [(ranks, name) for ranks in (1, 2) for name in exact_setups(ranks)]
-NEUTRAL = [(ranks, name) for ranks in (1, 2) for name in neutral_setups(ranks)]
+NEUTRAL = [
+    (ranks, name, scoring)
+    for ranks in (1, 2)
+    for name, setup in neutral_setups(ranks).items()
+    for scoring in scorings_of(setup)
+]
 
 
 @pytest.mark.parametrize("scoring", ["ghost-tight", "ghost-wide-turned", "backward"])
@@ -41,14 +46,12 @@ def test_scores_do_not_depend_on_the_number_of_ranks_or_on_batching(run_group: R
             assert two[scoring]["num_tokens"] == other["num_tokens"]
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize(("num_ranks", "setup"), NEUTRAL)
+@pytest.mark.parametrize(("num_ranks", "setup", "scoring"), NEUTRAL)
 def test_scoring_leaves_no_trace_in_verls_engine(run_group: RunGroup, num_ranks: int, setup: str, scoring: str) -> None:
     assert case_of(run_group(num_ranks), f"neutral-{setup}")[scoring]["changed"] == []
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize(("num_ranks", "setup"), NEUTRAL)
+@pytest.mark.parametrize(("num_ranks", "setup", "scoring"), NEUTRAL)
 def test_the_next_training_step_is_that_of_an_engine_never_scored(
     run_group: RunGroup, num_ranks: int, setup: str, scoring: str
 ) -> None:

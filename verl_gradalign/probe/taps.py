@@ -73,10 +73,13 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
 
 
 @contextmanager
-def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather) -> Iterator[Taps]:
-    """Tap the layers and freeze all weights; undo both, also after an exception. Use it inside `leave_no_trace`."""
+def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather, gives_norm: bool = True) -> Iterator[Taps]:
+    """Tap the layers and freeze all weights; undo both, also after an exception. Use it inside `leave_no_trace`.
+
+    Without `gives_norm` the squared norms lack a tied weight's cross term.
+    """
     parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad]
-    taps = Taps(points, gather)
+    taps = Taps(points, gather, gives_norm)
     handles = [point.module.register_forward_hook(taps.hook(point), with_kwargs=True) for point in points]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -92,10 +95,11 @@ def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather) -> Itera
 class Taps:
     """Collects the scores of one micro-batch at a time."""
 
-    def __init__(self, points: Sequence[TapPoint], gather: Gather) -> None:
+    def __init__(self, points: Sequence[TapPoint], gather: Gather, gives_norm: bool) -> None:
         self._points = points
         self._gather = gather
-        self._tied = TiedWeight.find(points)
+        tied = TiedWeight.find(points)
+        self._tied = tied if gives_norm else None
         self._shape = (0, 0)
         self._layout: Layout | None = None
         self._scale_R = torch.zeros(0)

@@ -78,7 +78,7 @@ def tapped_scores(
     require_no_gradients(engine.module)
     device = next(engine.module.parameters()).device
     sums = ProblemSums(problems)
-    with tapped(engine.module, points, gather) as taps:
+    with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
             weigh = row_weights if per_response else problem_weights
