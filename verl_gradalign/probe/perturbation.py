@@ -33,13 +33,8 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
     """
     reshard(module)
     require_same_shards(module, direction)
+    require_full_precision(module)
     locals_ = [_local(parameter) for _, parameter in trainable_parameters(module)]
-    for (name, _), local in zip(trainable_parameters(module), locals_, strict=True):
-        if local.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name} is stored in {local.dtype}, where a small step is lost to rounding. Remedy: store parameters "
-                "in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
-            )
     originals = [local.clone() for local in locals_]
 
     def move(step: float) -> None:
@@ -55,6 +50,16 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
         for local, original in zip(locals_, originals, strict=True):
             local.copy_(original)
         reshard(module)
+
+
+def require_full_precision(module: nn.Module) -> None:
+    """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
+    for name, parameter in trainable_parameters(module):
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
+                "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
+            )
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -25,7 +25,7 @@ from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
-from verl_gradalign.probe.perturbation import perturbation
+from verl_gradalign.probe.perturbation import perturbation, require_full_precision
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -42,12 +42,7 @@ class FiniteDifferenceEstimator:
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if a trainable parameter is stored in half precision."""
-        for name, parameter in trainable_parameters(module):
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                raise ValueError(
-                    f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
-                    "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
-                )
+        require_full_precision(module)
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
