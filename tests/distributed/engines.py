@@ -131,6 +131,12 @@ def accumulate(engine: CpuFSDPEngineWithLMHead, step: int) -> None:
         engine.forward_backward_batch(train_data(engine, step), coefficient_loss)
 
 
+def infer(engine: CpuFSDPEngineWithLMHead) -> None:
+    """Compute log-probs as verl does before an update."""
+    with engine.eval_mode():
+        engine.infer_batch(train_data(engine, step=0))
+
+
 def finish_step(engine: CpuFSDPEngineWithLMHead) -> None:
     with engine.train_mode():
         engine.optimizer_step()

@@ -32,6 +32,7 @@ from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
     MANY,
+    STRATEGIES,
     TRUSTED,
     WIDE,
     Setup,
@@ -184,8 +185,9 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, setup in exact_setups(world_size).items():
         cases[f"exact-{name}"] = partial(measure_exactness, root, setup)
-    for strategy in ("fsdp", "fsdp-orig", "fsdp2"):
+    for strategy in STRATEGIES:
         cases[f"approximate-{strategy}"] = partial(measure_approximations, root, strategy)
+    for strategy in ("fsdp", "fsdp-orig", "fsdp2"):
         if world_size > 1:
             cases[f"collectives-{strategy}"] = partial(measure_collectives, root, strategy)
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.distributed.engines import accumulate, build_engine, finish_step, train
+from tests.distributed.engines import accumulate, build_engine, finish_step, infer, train
 from tests.distributed.interruptions import Interruption, interrupted
 from tests.distributed.observations import differences, observe, observe_model
 from tests.distributed.scoring import gather, score, tight_budget
@@ -36,6 +36,10 @@ def measure_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
         random.seed(step), np.random.seed(step), torch.manual_seed(step)
         before = observe(engine)
         assert has_gradient == any(value is not None for key, value in before.items() if key.startswith("gradient "))
+        if not has_gradient:
+            # As verl does before an update; it may leave parameters unsharded.
+            infer(undisturbed)
+            infer(engine)
         _score(engine, estimator, interruption)
         changed = differences(before, observe(engine))
         for one in (undisturbed, engine):

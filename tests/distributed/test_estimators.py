@@ -18,6 +18,7 @@ from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
     LEARNING_RATE,
+    STRATEGIES,
     TRAINED,
     TRUSTED,
     oracle_scores,
@@ -33,7 +34,7 @@ RTOL_FLOAT64 = 1e-10  # measured 1e-13; 1e-12 for responses' derivatives
 RTOL_SVD = 1e-8  # measured 1e-13: a decomposition and its product
 MAX_STEP_ERROR = 1e-2  # of |g| |v|, at a step of 1e-3 |theta|
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-STRATEGIES = ("fsdp", "fsdp-orig", "fsdp2")
+SHARDINGS = ("fsdp", "fsdp-orig", "fsdp2")
 
 
 def values(scores: dict[str, Any], key: str = "dot") -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_half_precision_ranks_problems_as_float32_does(results: dict[str, Any], 
         assert spearman(values(half, key), values(single, key)) >= 0.99
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SHARDINGS)
 def test_taps_and_finite_differences_never_reduce_gradients(run_group: RunGroup, strategy: str) -> None:
     counts = case_of(run_group(2), f"collectives-{strategy}")
     for estimator in ("ghost", "finite_difference", "backward"):
@@ -137,7 +138,7 @@ def scores_in_adams_metric(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("estimator", ["ghost", "backward"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SHARDINGS)
 def test_adams_metric_is_the_oracles_on_any_number_of_ranks(
     results: dict[str, Any], scores_in_adams_metric: dict[str, Any], strategy: str, estimator: str
 ) -> None:
@@ -148,7 +149,7 @@ def test_adams_metric_is_the_oracles_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("estimator", ["ghost", "backward", "finite_difference"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SHARDINGS)
 def test_an_offloaded_direction_gives_identical_scores(results: dict[str, Any], strategy: str, estimator: str) -> None:
     case = case_of(results, f"adam-{strategy}")
     assert str(case[estimator]) == str(case[f"{estimator}-on-cpu"])
