@@ -16,9 +16,10 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 from tests.benchmarks.cases import Case, draw_problems, save_model
+from tests.distributed.engines import make_row_table
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.dealing import ProblemKeys, build_shares, deal, owners_of
-from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, coefficient_loss, scoring_mode
+from verl_gradalign.integration.engine import VerlEngine, coefficient_loss, scoring_mode
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
@@ -50,7 +51,7 @@ class VerlBench:
         spread: list[int | None] = [None] * case.num_problems
         whole = owners_of(self._candidates, "ghost", self._budget, case.num_ranks)
         self._tables = {True: self._table(self._candidates, whole), False: self._table(self._candidates, spread)}
-        self._update_rows = row_table(self._rows(self._candidates, spread)[1])
+        self._update_rows = make_row_table(self._rows(self._candidates, spread)[1])
         trusted, trusted_shares = self._table(self._keys[:NUM_TRUSTED], [None] * NUM_TRUSTED)
         with scoring_mode(self._verl):
             self._direction = compute_direction(VerlEngine(self._verl, trusted, 1.0, self._budget), trusted_shares)
@@ -82,7 +83,7 @@ class VerlBench:
         """Return this rank's rows, one of them again as the spare row, and its shares."""
         mine, rows = self._rows(problems, owners)
         positions = {key: position for position, key in enumerate(key for keys in mine for key in keys)}
-        return row_table([*rows, self._problems[0][0]]), build_shares(problems, mine, positions)
+        return make_row_table([*rows, self._problems[0][0]]), build_shares(problems, mine, positions)
 
     def _rows(self, problems: list[ProblemKeys], owners: list[int | None]) -> tuple[list[list[str]], list[TokenRow]]:
         """Return this rank's keys by problem, and the rows of all these keys."""
@@ -120,25 +121,6 @@ def build_engine(case: Case, folder: Path) -> Any:
 
 def case_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def row_table(rows: list[TokenRow]) -> TensorDict:
-    """Return rows as TransferQueue hands them to a worker."""
-
-    def nest(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
-
-    mask = [torch.ones_like(row.response) for row in rows]
-    fields = {
-        "input_ids": nest([torch.cat([row.prompt, row.response]) for row in rows]),
-        "position_ids": nest([torch.arange(row.num_tokens) for row in rows]),
-        "prompts": nest([row.prompt for row in rows]),
-        "responses": nest([row.response for row in rows]),
-        "response_mask": nest(mask),
-        "loss_mask": nest(mask),
-        COEFFICIENTS: nest([row.coefficient for row in rows]),
-    }
-    return TensorDict(fields, batch_size=len(rows))
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -73,6 +73,11 @@ def test_a_good_configuration_passes(verl_config):
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 2, {}),
         ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 2, {}),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {}),
+        (
+            "actor_rollout_ref.actor.fsdp_config.fsdp_size",
+            1,
+            {"actor_rollout_ref.actor.strategy": "fsdp", "trainer.n_gpus_per_node": 2},
+        ),
     ],
 )
 def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):

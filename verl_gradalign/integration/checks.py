@@ -131,6 +131,14 @@ def _check_actor(verl_config: DictConfig) -> None:
             f"the estimators read gradients of {' and '.join(ENGINES)} only",
             "set it to fsdp2",
         )
+    num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
+    if actor.strategy == "fsdp" and actor.fsdp_config.get("fsdp_size", -1) == 1 and num_ranks > 1:
+        refuse(
+            "actor_rollout_ref.actor.fsdp_config.fsdp_size",
+            1,
+            f"torch's FSDP1 never reduces gradients over the {num_ranks} replicas then, so ranks train apart",
+            "set actor_rollout_ref.actor.strategy=fsdp2, or fsdp_size=-1",
+        )
     if model.get("use_fused_kernels"):
         refuse(
             "actor_rollout_ref.model.use_fused_kernels",
