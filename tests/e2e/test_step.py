@@ -88,7 +88,7 @@ def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, workplace: Work
         "trainer.v1.sampler.custom_sampler.path=pkg://verl_gradalign.integration.sampler",
         "trainer.v1.sampler.custom_sampler.name=GradAlignSampler",
         f"+gradalign.validation.files=[{workplace.files['trusted']}]",
-        "+gradalign.probe.max_tokens_per_rank=210",
+        "+gradalign.probe.max_tokens_per_rank=165",
         "actor_rollout_ref.actor.strategy=fsdp",
         "trainer.total_training_steps=2",
         num_ranks=2,
