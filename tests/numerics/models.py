@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tests.numerics.problems import VOCABULARY, make_float64
@@ -51,6 +53,13 @@ def qwen3(**options: object) -> nn.Module:
 
 def llama(**options: object) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**WIDTHS, **GROUPED, **options))
+
+
+def mixture_of_experts() -> nn.Module:
+    """Experts fused into bare parameters, as transformers keeps them."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    # The grouped product of the default has no float64.
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**WIDTHS, **GROUPED, **experts, experts_implementation="eager"))
 
 
 def neox() -> nn.Module:

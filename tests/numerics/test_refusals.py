@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.numerics.cases import CANDIDATES, EXACT, TRUSTED, WHOLE, errors, expect, scale, score
-from tests.numerics.models import finished, gpt2, make_model, qwen2
+from tests.numerics.models import finished, gpt2, make_model, mixture_of_experts, qwen2
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.direction import Direction, compute_direction
@@ -260,4 +260,15 @@ def test_a_registered_rule_makes_another_layer_exact(rule_for: Callable) -> None
         return layer_rules.add(scores, layer_rules.vector_scores(call.delta, call.direction["bias"], call))
 
     found = errors(score("ghost", model, TRUSTED, CANDIDATES), expect(model, TRUSTED, CANDIDATES))
+    assert max(found.values()) <= RTOL_FLOAT64, found
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "low_rank"])
+def test_fused_experts_are_refused_by_name(estimator: str) -> None:
+    refused(finished(mixture_of_experts()), estimator, ValueError, "mlp.experts.gate_up_proj", "estimator=backward")
+
+
+def test_backward_scores_what_has_no_rule() -> None:
+    model = finished(mixture_of_experts())
+    found = errors(score("backward", model, TRUSTED, CANDIDATES), expect(model, TRUSTED, CANDIDATES))
     assert max(found.values()) <= RTOL_FLOAT64, found

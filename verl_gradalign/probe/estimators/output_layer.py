@@ -43,7 +43,12 @@ class OutputLayerEstimator:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
         points = [output_layer(engine.module)]
         gather = direction_gather(engine, direction)
-        return tapped_scores(engine, problems, direction, points, gather, self._per_response)
+        # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
+        cut = points[0].module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
+        try:
+            return tapped_scores(engine, problems, direction, points, gather, self._per_response)
+        finally:
+            cut.remove()
 
 
 def output_layer(root: nn.Module) -> TapPoint:
