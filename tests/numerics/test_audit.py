@@ -155,6 +155,12 @@ def test_a_problem_without_gradient_must_score_zero() -> None:
     assert relative_error(with_values([1e-3, 0.0], [0.0, 4.0]), reference, ALL_PLACES) > 1e100
 
 
+def test_a_gradient_that_cancels_has_no_relative_error_of_its_own() -> None:
+    reference = with_values([0.0, 1.0, 1.0], [1e-8, 2.0, 4.0])
+    rounded = with_values([1e-8, 1.0, 1.0], [2e-8, 2.0, 4.0])
+    assert relative_error(rounded, reference, torch.arange(3)) <= 1e-8
+
+
 def test_references_that_overflowed_are_left_out() -> None:
     reference = with_values([math.nan, 1.0], [math.inf, 4.0])
     assert relative_error(with_values([5.0, 1.0], [1.0, 4.0]), reference, ALL_PLACES) == 0.0

@@ -78,8 +78,9 @@ def audited_scores(
 def relative_error(scores: ProblemScores, reference: ProblemScores, places: Tensor) -> float:
     """Return the largest error of dot products and norms at `places`, as a share of the reference's norms.
 
-    A dot product near zero has no relative error of its own; what is lost of a gradient shows against its norm.
-    Problems whose reference overflowed (fp16) are left out.
+    A dot product near zero has no relative error of its own; what is lost of a gradient shows against its norm. Nor
+    has a gradient that cancels (equal responses with unequal rewards), of which rounding is all that is left: norms
+    count as no less than the median of all problems' norms. Problems whose reference overflowed (fp16) are left out.
     """
     assert reference.norm_P is not None
     is_known_P = reference.norm_P.isfinite()
@@ -88,8 +89,10 @@ def relative_error(scores: ProblemScores, reference: ProblemScores, places: Tens
     errors_P = (scores.dot_P[places] - reference.dot_P).abs()
     if scores.norm_P is not None:
         errors_P = errors_P.maximum((scores.norm_P[places] - reference.norm_P).abs())
-    tiny = torch.finfo(torch.float64).tiny
-    return (errors_P / reference.norm_P.clamp(min=tiny))[is_known_P].nan_to_num(nan=torch.inf).max().item()
+    norm_P = reference.norm_P.clamp(min=torch.finfo(torch.float64).tiny)
+    if scores.norm_P is not None:
+        norm_P = norm_P.maximum(scores.norm_P.nanmedian())
+    return (errors_P / norm_P)[is_known_P].nan_to_num(nan=torch.inf).max().item()
 
 
 def spearman(first_P: Tensor, second_P: Tensor) -> float:
