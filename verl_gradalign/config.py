@@ -148,8 +148,9 @@ class GradAlignConfig:
     """Candidates rolled out per problem trained on, at least 1. The rollout cost of a step grows with it; 4 keeps
     the top quarter, the share of the published noisy-reward experiment."""
     dead_groups: str = "drop"
-    """Groups without a non-zero advantage. `drop`: trained on only where live groups do not fill the batch. `rank`:
-    they score 0 and are ranked, so they beat every negatively aligned problem (what the reference code does)."""
+    """Groups without a non-zero advantage, or whose advantages cancel over equal responses. `drop`: trained on only
+    where live groups do not fill the batch. `rank`: they score 0 and are ranked, so they beat every negatively aligned
+    problem (what the reference code does)."""
     advantage: str = "trainer"
     """`trainer`: what algorithm.adv_estimator gives, so that scores see the gradient that training will take.
     `centred`: reward minus the group's mean, for estimators whose advantages do not exist before the selection."""

@@ -9,7 +9,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import groups
-from verl_gradalign.integration.groups import Problem, read_groups
+from verl_gradalign.integration.groups import Problem, cancels, read_groups
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
 KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
@@ -26,6 +26,7 @@ def stored(monkeypatch):
     table = {
         "rm_scores": nested([[0.0, 1.0], [0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]),
         "response_mask": nested([[1, 1], [1, 1, 1], [1], [1, 1]]),
+        "input_ids": nested([[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7]]),
     }
     put = []
     monkeypatch.setattr(groups.tq, "kv_batch_get", lambda **_: TensorDict(table, batch_size=4))
@@ -69,3 +70,11 @@ def test_random_stores_nothing_and_needs_no_advantages(stored):
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"))
     assert (a.is_live, b.is_live) == (True, False)
     assert a.rewards == (1.0, 0.0) and not stored
+
+
+def test_equal_responses_with_unequal_rewards_have_no_gradient():
+    ids = torch.tensor([[5, 6], [5, 6], [5, 6], [5, 6]])
+    coefficients = torch.tensor([[0.5], [0.5], [-0.75], [-0.25]])
+    assert cancels(ids, coefficients)
+    ids[3, 1] = 7
+    assert not cancels(ids, coefficients)

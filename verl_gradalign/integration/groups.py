@@ -83,7 +83,8 @@ def read_groups(
     rewards: dict[str, tuple[float, ...]] = {}
     live: set[str] = set()
     if keys:
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask"])
+        fields = ["rm_scores", "response_mask", "input_ids"]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         padded = data.to_padded_tensor()
         row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
         rewards = {uid: _response_rewards(members, row_rewards) for uid, members in usable.items()}
@@ -92,8 +93,8 @@ def read_groups(
             live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
         else:
             coefficient_RT, live = _coefficients(padded, usable, config, verl_config)
-            fields = TensorDict({COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}, len(keys))
-            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+            column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
+            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
     return [
         Group(
             problem=p,
@@ -124,14 +125,27 @@ def _coefficients(
         start += len(members)
         mask_RT = padded["response_mask"][rows]
         if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
-            live.add(uid)
-            coefficient_RT[rows] = token_coefficients(
+            coefficients_of_group_RT = token_coefficients(
                 advantage_RT[rows],
                 mask_RT,
                 config.loss_agg_mode or actor.loss_agg_mode,
                 actor.get("loss_scale_factor") or verl_config.data.max_response_length,
             )
+            if not cancels(padded["input_ids"][rows], coefficients_of_group_RT):
+                live.add(uid)
+                coefficient_RT[rows] = coefficients_of_group_RT
     return coefficient_RT, live
+
+
+def cancels(ids_RS: torch.Tensor, coefficient_RT: torch.Tensor) -> bool:
+    """Return whether the coefficients of equal rows add up to zero, so that the group's gradient is zero.
+
+    It is when all responses are the same while their rewards differ: noise in the reward under a confident policy.
+    Computed, such a gradient is rounding error, whose cosine means nothing.
+    """
+    _, place_R = torch.unique(ids_RS, dim=0, return_inverse=True)
+    total_RT = torch.zeros_like(coefficient_RT).index_add_(0, place_R, coefficient_RT)
+    return bool(total_RT.abs().max() <= ZERO_ADVANTAGE * coefficient_RT.abs().sum(dim=0).max())
 
 
 def _response_rewards(keys: Sequence[str], row_rewards: dict[str, float]) -> tuple[float, ...]:
