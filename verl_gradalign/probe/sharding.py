@@ -55,19 +55,18 @@ def trainable_placements(root: nn.Module) -> list[Placement]:
     index_of = {id(parameter): index for index, (_, parameter) in enumerate(trainable_parameters(root))}
     names = {id(module): _unwrapped(name) for name, module in root.named_modules()}
     flat_uses = {use[:2]: use for use in _flat_uses(root)}
+    flat = {id(handle.flat_param) for handle in _handles(root)}
     placements = []
     for module in root.modules():
         for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in index_of or (id(module), attribute) in flat_uses:
-                continue
-            if any(parameter is handle.flat_param for handle in _handles(root)):
+            if id(parameter) not in index_of or id(parameter) in flat or (id(module), attribute) in flat_uses:
                 continue
             placements.append(
                 Placement(
                     name=_join(names[id(module)], attribute),
                     module=module,
                     attribute=attribute,
-                    shape=parameter.shape,
+                    shape=parameter.shape,  # type: ignore[union-attr]  # index_of holds parameters only
                     parameter=index_of[id(parameter)],
                     view=None,
                     handle=None,
