@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
-SCHEDULES = ("step",)
+SCHEDULES = ("step", "round", "once", "staged")
 DEAD_GROUPS = ("drop", "rank")
 ADVANTAGES = ("trainer", "centred")
 ON_DEGENERATE = ("previous", "random", "stop")
-METRICS_OF_DIRECTION = ("none", "adam")
+AGGREGATIONS = ("aggregate", "per_problem_unit")
+METRICS_OF_DIRECTION = ("none", "adam", "candidates")
 OVERSIZED = ("backward", "stop")
+POOL_DOTS = ("exact", "sketch")
+RELIABILITIES = ("scores", "direction")
+FALLBACKS = ("random", "accuracy_greedy", "accuracy_band")
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
@@ -34,6 +38,93 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
+class ScoreOptions:
+    """What some scores are set by; the others do not look at it."""
+
+    band_low: float = 0.2
+    """accuracy_band: the lowest success rate kept, from 0 to band_high."""
+    band_high: float = 0.8
+    """accuracy_band: the highest success rate kept, from band_low to 1. 0.2 and 0.8 are the reference code's."""
+    z: float = 1.0
+    """lower_bound: standard errors taken off the mean, at least 0; 0 is cosine."""
+
+    def __post_init__(self) -> None:
+        band = [self.band_low, self.band_high]
+        require(
+            0 <= self.band_low <= self.band_high <= 1,
+            "score_options.band_low, band_high",
+            band,
+            "must be two success rates in ascending order",
+            "set gradalign.score_options.band_low=0.2 and band_high=0.8",
+        )
+        require(0 <= self.z < math.inf, "score_options.z", self.z, "must be 0 or more", "set 1")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Which problems are candidates when, and how long the kept ones are trained on. Schedule `step` needs none."""
+
+    steps_per_round: int = 10
+    """round: steps trained on the problems kept, the round's first included; at least 1. 10 is the reference's."""
+    num_candidates: int | None = None
+    """round: candidates of a round, the next ones of a seeded shuffle. None: oversample x batch x steps_per_round."""
+    keep: float | None = None
+    """Problems kept of the candidates: a share from 0 to 1, or a whole number from 1 on (1.0 is the share: all).
+    None: `step` keeps a batch, `round` the share 1 / oversample; `once` and `staged` must name it (per stage)."""
+    n: int | None = None
+    """round, once, staged: responses per candidate, at least rollout.n. None: rollout.n. The step that scores trains
+    on the first rollout.n of them, so none is generated twice."""
+    warmup_steps: int = 0
+    """once: steps of plain training on a random part of the pool before the pool is scored, 0 or more."""
+    warmup_problems: int | None = None
+    """once, staged: problems of that random part, at least a batch. None: the whole pool."""
+    stages: tuple[int, ...] = ()
+    """staged: the steps, ascending, in which the problems not yet released are scored and the best `keep` released. Steps
+    before the first are warm-up."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("steps_per_round", 1), ("num_candidates", 1), ("n", 1), ("warmup_steps", 0)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"curriculum.{key}", value, f"must be at least {least}", "leave it")
+        require(
+            self.keep is None or 0 < self.keep <= 1 or (self.keep > 1 and self.keep == int(self.keep)),
+            "curriculum.keep",
+            self.keep,
+            "must be a share above 0 up to 1, or a whole number",
+            "set 0.25, or 1000",
+        )
+        is_ascending = all(first < second for first, second in zip(self.stages, self.stages[1:], strict=False))
+        require(
+            is_ascending and all(step >= 1 for step in self.stages),
+            "curriculum.stages",
+            list(self.stages),
+            "must be steps from 1 on, in ascending order",
+            "set for instance [20,120,220]",
+        )
+
+
+@dataclass(frozen=True)
+class TrustedSetConfig:
+    """One of several trusted sets, each with a direction of its own."""
+
+    name: str = ""
+    """Names its metrics: gradalign/direction/<name>/..."""
+    files: tuple[str, ...] = ()
+    """As validation.files."""
+    weight: float = 1.0
+    """Its unit direction's weight in the combined direction, above 0."""
+    n: int | None = None
+    """Responses per problem. None: validation.n."""
+
+    def __post_init__(self) -> None:
+        key = f"validation.sets[{self.name}]"
+        require(self.name.isidentifier(), "validation.sets.name", self.name, "must be a plain word", "name each set")
+        require(bool(self.files), f"{key}.files", list(self.files), "is empty", "name a file with trusted problems")
+        require(0 < self.weight < math.inf, f"{key}.weight", self.weight, "must be above 0", "set 1, or drop the set")
+        require(self.n is None or self.n >= 1, f"{key}.n", self.n, "must be at least 1", "leave it out, or 8")
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """The trusted set, whose policy gradient is the direction."""
 
@@ -43,9 +134,26 @@ class ValidationConfig:
     n: int | None = None
     """Responses per trusted problem (k_v). None: actor_rollout_ref.rollout.n. More responses give a less noisy
     direction; the noise of |v| falls with the square root of problems x n."""
+    sets: tuple[TrustedSetConfig, ...] = ()
+    """Instead of `files`: several trusted sets. Each gives a unit direction of its own, so sets with rewards of another
+    size count alike; the weighted sum of them is the direction."""
 
     def __post_init__(self) -> None:
         require(self.n is None or self.n >= 1, "validation.n", self.n, "must be at least 1", "leave it out, or 8")
+        names = [trusted.name for trusted in self.sets]
+        require(
+            not (self.files and self.sets) and len(set(names)) == len(names),
+            "validation.sets",
+            names,
+            "stands beside validation.files, or names a set twice",
+            "give every set a name of its own, and no validation.files",
+        )
+
+    def trusted_sets(self) -> tuple[TrustedSetConfig, ...]:
+        """Return the trusted sets; `files` alone are one set named `trusted`."""
+        if self.files:
+            return (TrustedSetConfig("trusted", self.files, 1.0, self.n),)
+        return tuple(replace(trusted, n=trusted.n or self.n) for trusted in self.sets)
 
 
 @dataclass(frozen=True)
@@ -59,9 +167,18 @@ class DirectionConfig:
     """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or a gradient
     that is not finite): `previous` uses the last good one (`random` while there is none), `random` selects at random,
     `stop` ends the run. Every such step is counted and logged."""
+    aggregation: str = "aggregate"
+    """`aggregate`: the gradient of all trusted responses together, as published; problems of middling difficulty weigh
+    more. `per_problem_unit`: each problem's unit gradient, averaged; costs a second pass over the trusted set."""
+    ema: float = 0.0
+    """Weight of the earlier directions in an exponential moving average over refreshes (bias-corrected), from 0 to below
+    1. 0: the newest alone. The policy moves slowly, so old rollouts still carry signal."""
     metric: str = "none"
     """`adam` divides v elementwise by the square root of the actor's (bias-corrected) second moments, as its optimizer
-    does to a gradient; without effect until the first update. `none`: v as it is, the published method."""
+    does to a gradient; without effect until the first update. `candidates` divides it by the root mean square over live
+    candidates' gradients (plus a tenth of its mean), one backward pass for each. `none`: v, the published method."""
+    metric_problems: int = 32
+    """metric=candidates: how many of the live candidates it is measured on, at random, at least 2."""
     offload: bool = False
     """Whether v lies in CPU memory between its uses: saves 4 bytes per parameter and rank count, costs transfers."""
 
@@ -75,6 +192,10 @@ class DirectionConfig:
         )
         require_choice("direction.on_degenerate", self.on_degenerate, ON_DEGENERATE)
         require_choice("direction.metric", self.metric, METRICS_OF_DIRECTION)
+        require_choice("direction.aggregation", self.aggregation, AGGREGATIONS)
+        require(0 <= self.ema < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off")
+        least = self.metric_problems
+        require(least >= 2, "direction.metric_problems", least, "must be at least 2", "set 32")
 
 
 @dataclass(frozen=True)
@@ -95,6 +216,12 @@ class ProbeConfig:
     relative_step: float = 1e-3
     """finite_difference: the step as a share of |theta|, above 0. In bf16 good from 0.6e-3 to 2.3e-3 (one toy); much
     smaller drowns in rounding, much larger bends."""
+    pool_dots: str = "exact"
+    """learnalign, pool_cosine: how candidates are compared with their own pool. `exact`: the pool's weighted gradient is
+    formed, then every candidate is scored along it. `sketch`: one pass that keeps a random projection of each
+    candidate's gradient; reports the rank correlation between its two halves."""
+    sketch_rank: int = 16
+    """sketch: random directions on each side of a matrix, even, at least 2; the error falls with its square."""
     fidelity_problems: int = 8
     """Estimators that are not exact: problems scored with `backward` too in every selection, at least 3, to report
     the rank correlation with the exact scores."""
@@ -108,7 +235,8 @@ class ProbeConfig:
     1e-2, a layer that was missed by far more."""
 
     def __post_init__(self) -> None:
-        for key, least in (("rank", 1), ("fidelity_problems", 3), ("canary_interval", 0), ("canary_problems", 1)):
+        least_of = {"rank": 1, "sketch_rank": 2, "fidelity_problems": 3, "canary_interval": 0, "canary_problems": 1}
+        for key, least in least_of.items():
             value = getattr(self, key)
             require(value >= least, f"probe.{key}", value, f"must be at least {least}", f"set {least} or more")
         for key, default in (("relative_step", 1e-3), ("canary_threshold", 0.05)):
@@ -123,6 +251,39 @@ class ProbeConfig:
             "leave it out, or 16384",
         )
         require_choice("probe.oversized", self.oversized, OVERSIZED)
+        require_choice("probe.pool_dots", self.pool_dots, POOL_DOTS)
+        require(self.sketch_rank % 2 == 0, "probe.sketch_rank", self.sketch_rank, "must be even", "set 16")
+
+
+@dataclass(frozen=True)
+class ReliabilityConfig:
+    """How far a selection can be trusted, and what to do when it cannot. Measured on halves of the responses, in the
+    passes that are made anyway."""
+
+    min_reliability: float | None = None
+    """Below it the step falls back to `fallback`: a correlation from -1 to 1. None: never."""
+    of: str = "scores"
+    """What min_reliability bounds: `scores` (Spearman-Brown corrected rank correlation of the candidates' scores) or
+    `direction` (corrected cosine of v)."""
+    fallback: str = "random"
+    """The score used in a step below it: random, accuracy_greedy or accuracy_band."""
+    shrinkage: float = 0.0
+    """How far a problem's score is drawn to the mean of its earlier scores: with k of them by shrinkage * k / (k + 1),
+    from 0 (off) to 1 (the running mean)."""
+
+    def __post_init__(self) -> None:
+        least = self.min_reliability
+        require(
+            least is None or -1 <= least <= 1,
+            "reliability.min_reliability",
+            least,
+            "is a correlation, so from -1 to 1",
+            "set 0.1, or null to switch it off",
+        )
+        require_choice("reliability.of", self.of, RELIABILITIES)
+        require_choice("reliability.fallback", self.fallback, FALLBACKS)
+        value = self.shrinkage
+        require(0 <= value <= 1, "reliability.shrinkage", value, "must be from 0 to 1", "set 0 to switch it off")
 
 
 @dataclass(frozen=True)
@@ -141,9 +302,12 @@ class GradAlignConfig:
     """
 
     score: str = "cosine"
-    """What candidates are ranked by: a name of `selection.scores.SCORES` (cosine, dot, random)."""
+    """What candidates are ranked by: a name of `selection.scores.SCORES`, or your own function as `module:function` or
+    `path/to/file.py:function` (README, "Your own score")."""
     schedule: str = "step"
-    """When candidates are scored. `step`: every step scores its own candidates and trains on the best."""
+    """When candidates are scored. `step`: every step scores its own candidates and trains on the best. `round`: every
+    curriculum.steps_per_round steps. `once`: after curriculum.warmup_steps, the whole pool. `staged`: at
+    curriculum.stages, the problems not yet released."""
     oversample: float = 4.0
     """Candidates rolled out per problem trained on, at least 1. The rollout cost of a step grows with it; 4 keeps
     the top quarter, the share of the published noisy-reward experiment."""
@@ -166,9 +330,12 @@ class GradAlignConfig:
     """Seeds the shuffle that breaks ties and the random score."""
     poll_interval_s: float = 0.5
     """Seconds between two looks at the rollouts still running, above 0. verl's own replay buffer waits 2.0 s."""
+    score_options: ScoreOptions = field(default_factory=ScoreOptions)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     direction: DirectionConfig = field(default_factory=DirectionConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ Shape legend: P problems, R responses of a problem, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ class ProblemRows:
     """Tokens of the whole problem over all ranks, prompts included."""
     longest_row: int
     """Tokens of the problem's longest row, over all ranks, prompt included."""
+    halves: tuple[int, ...] = ()
+    """0 or 1 for each row on this rank: the half of the group it counts to when reliability is measured. Rows of half 0
+    come first. Empty: the group is not split."""
+    scale: float = 1.0
+    """Factor of the problem's gradient in `GradientEngine.backward`; scores are of the gradient without it."""
+
+    def half(self, which: int) -> ProblemRows:
+        """Return the problem with this rank's rows of one half alone."""
+        return replace(
+            self,
+            rows=tuple(row for row, half in zip(self.rows, self.halves, strict=True) if half == which),
+            halves=tuple(half for half in self.halves if half == which),
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,9 @@ class ProblemScores:
     its last row and where the estimator could not measure it; None if the estimator cannot give it at all."""
     direction_norm: float
     """|v| before it was normalised."""
+    half_dot_P2: Tensor | None = None
+    """<g_ih, v / |v|> of the two halves h of each problem's rows, float64; they add up to dot_P. nan for problems that
+    were not split; None if the estimator cannot tell halves apart."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What the estimator reports about itself, by metric name."""
 

@@ -133,10 +133,11 @@ class VerlEngine:
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
         rows = [row for problem in problems for row in problem.rows]
+        scales = [problem.scale for problem in problems for _ in problem.rows]
         # All ranks must run equally many rows, and at least one.
         num_rows = largest_of_ranks(max(1, len(rows)), self.data_group, get_device_id())
         num_rows, micro_batch_size = self._micro_batching(num_rows)
-        data = self._select(ROW_FIELDS, rows, num_padding=num_rows - len(rows))
+        data = self._select(ROW_FIELDS, rows, scales + [0.0] * (num_rows - len(rows)))
         config = self._engine.engine_config
         tu.assign_non_tensor(
             data,
@@ -163,14 +164,14 @@ class VerlEngine:
         micro_batch_size = math.ceil(num_rows / num_micro_batches)
         return num_micro_batches * micro_batch_size, micro_batch_size
 
-    def _select(self, fields: Sequence[str], rows: list[int], num_padding: int = 0) -> TensorDict:
-        """Return the chosen rows followed by `num_padding` copies of the spare row without coefficients."""
-        padded_rows = rows + [self.spare_row] * num_padding
+    def _select(self, fields: Sequence[str], rows: list[int], scales: Sequence[float] = ()) -> TensorDict:
+        """Return the chosen rows, coefficients scaled, filled up with the spare row to as many as there are scales."""
+        padded_rows = rows + [self.spare_row] * (len(scales) - len(rows))
         columns = {}
         for name in fields:
             parts = [self._rows[name][row] for row in padded_rows]
             if name == COEFFICIENTS:
-                parts = parts[: len(rows)] + [torch.zeros_like(part) for part in parts[len(rows) :]]
+                parts = [part * scale for part, scale in zip(parts, scales, strict=True)]
             columns[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
         return TensorDict(columns, batch_size=len(padded_rows))
 

@@ -95,19 +95,19 @@ class PlainEngine:
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
-        rows = [row for problem in problems for row in problem.rows]
-        one_row_each = [ProblemRows("", (row,), 1, self.row_length(row), self.row_length(row)) for row in rows]
+        rows = [(row, problem.scale) for problem in problems for row in problem.rows]
+        one_row_each = [ProblemRows("", (row,), 1, self.row_length(row), self.row_length(row)) for row, _ in rows]
         batches = [[rows[i] for i in members] for members in pack([size_of(p) for p in one_row_each], self.budget)]
         num_batches = largest_of_ranks(len(batches), self.data_group, self._device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for batch in batches + [[]] * (num_batches - len(batches)):
-            members = batch or [self.spare_row]
-            log_prob_RT, _ = self.forward(members, (len(members),))
+            members = batch or [(self.spare_row, 0.0)]
+            log_prob_RT, _ = self.forward([row for row, _ in members], (len(members),))
             coefficient_RT = torch.zeros_like(log_prob_RT)
-            for index, row in enumerate(batch):
+            for index, (row, scale) in enumerate(batch):
                 coefficient_T = self._rows[row].coefficient
-                coefficient_RT[index, : len(coefficient_T)] = coefficient_T
+                coefficient_RT[index, : len(coefficient_T)] = coefficient_T * scale
             ((coefficient_RT * log_prob_RT).sum() * num_ranks).backward()  # type: ignore[no-untyped-call]
 
 
