@@ -6,19 +6,27 @@ entry point turns it on (`python -m verl.trainer.main_ppo ... +gradalign=cosine`
 without verl. Importing this module imports neither torch nor verl.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from verl_gradalign.probe.score_problems import Response, score_problems
+    from verl_gradalign.selection.scores import Score
+    from verl_gradalign.types import Measurements
 
 __version__ = "0.1.0"
-__all__ = ["Response", "__version__", "score_problems"]
+__all__ = ["Measurements", "Response", "Score", "__version__", "score_problems"]
+
+HOMES = {
+    "Measurements": "verl_gradalign.types",
+    "Response": "verl_gradalign.probe.score_problems",
+    "Score": "verl_gradalign.selection.scores",
+    "score_problems": "verl_gradalign.probe.score_problems",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public functions when they are asked for."""
-    if name in ("Response", "score_problems"):
-        from verl_gradalign.probe import score_problems
-
-        return getattr(score_problems, name)
+    """Import the public names when they are asked for."""
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

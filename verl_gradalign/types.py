@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,10 @@ class ProblemRows:
     """Tokens of the whole problem over all ranks, prompts included."""
     longest_row: int
     """Tokens of the problem's longest row, over all ranks, prompt included."""
+    is_split: bool = False
+    """Whether the problem's halves are told apart, to measure reliability; the same on every rank."""
     halves: tuple[int, ...] = ()
-    """0 or 1 for each row on this rank: the half of the group it counts to when reliability is measured. Rows of half 0
-    come first. Empty: the group is not split."""
+    """If split: 0 or 1 for each row on this rank, rows of half 0 first."""
     scale: float = 1.0
     """Factor of the problem's gradient in `GradientEngine.backward`; scores are of the gradient without it."""
 
@@ -92,15 +94,63 @@ class ProblemScores:
         """
         if self.norm_P is None:
             raise ValueError("these scores have no norms, so no cosine; use an estimator that gives norms, e.g. ghost")
-        is_zero_P = self.norm_P == 0
-        return torch.where(is_zero_P, torch.zeros_like(self.dot_P), self.dot_P / self.norm_P.masked_fill(is_zero_P, 1))
+        return ratio(self.dot_P, self.norm_P)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a score may look at: the live candidates, their responses, and what the probe measured of them.
+
+    Tensors are float64 on the CPU; columns beyond a problem's responses are nan. The gradients are those of a loss, so
+    a positive `dot` is good, and d_ij, the derivative of a log-probability along the loss gradient v, is *negative*
+    where v's descent makes the response more likely.
+    """
+
+    problem_id_P: Tensor
+    """Row in the train files, int64."""
+    success_PR: Tensor
+    """1 where the response's reward is above success_threshold, else 0."""
+    advantage_PR: Tensor
+    """A_ij; nan where a response's tokens have different advantages."""
+    half_PR: Tensor
+    """0 or 1: the half of the group that a response counts to when reliability is measured; -1 beyond."""
+    num_candidates: int
+    """All candidates of the selection, dead and failed ones included."""
+    dot_P: Tensor
+    """<g_i, v / |v|>; nan if nothing was measured (scores of rewards alone)."""
+    norm_P: Tensor
+    """|g_i|; nan if it was not measured."""
+    derivative_PR: Tensor
+    """d_ij = v / |v| . grad log pi(y_ij); nan if it was not measured."""
+    contribution_PR: Tensor
+    """The response's part of dot_P, c_ij d_ij; nan if it was not measured."""
+    half_dot_P2: Tensor
+    """The halves' parts of dot_P; nan if they were not measured."""
+    direction_norm: float
+    """|v| before it was normalised; nan without a direction."""
+
+    @property
+    def success_rate_P(self) -> Tensor:
+        """Return p_i, the share of successes."""
+        return self.success_PR.nanmean(dim=1)
+
+    @property
+    def cosine_P(self) -> Tensor:
+        """Return <g_i, v> / (|g_i| |v|), 0 where the gradient is exactly zero."""
+        return ratio(self.dot_P, self.norm_P)
+
+
+def ratio(numerator_P: Tensor, denominator_P: Tensor) -> Tensor:
+    """Return the elementwise ratio, 0 where the denominator is exactly 0 (and nan where anything is)."""
+    is_zero_P = denominator_P == 0
+    return torch.where(is_zero_P, torch.zeros_like(numerator_P), numerator_P / denominator_P.masked_fill(is_zero_P, 1))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which candidates are trained on, and why the others are not."""
+    """Which candidates are trained on, and why the others are not. Candidates are known by their position."""
 
-    kept: tuple[str, ...]
-    """uids, best first."""
-    reasons: dict[str, str]
-    """uid of every candidate -> why it was kept or rejected; one of `selection.select.REASONS`."""
+    kept: np.ndarray
+    """Positions, int64, best first."""
+    reason_P: np.ndarray
+    """Index into `selection.select.REASONS` of every candidate, int8."""

@@ -42,8 +42,9 @@ from tests.distributed.setups import (
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
-from verl_gradalign.probe.direction import Direction, on_cpu, with_adam_metric
+from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.metric import with_adam_metric
 from verl_gradalign.probe.score_problems import Response, score_problems
 
 AUDITED = (1, 4, 5)

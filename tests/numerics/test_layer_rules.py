@@ -78,12 +78,12 @@ def check_rule(
     seed: int,
     dtype: torch.dtype = torch.float64,
     input_scale: float = 1.0,
-    per_row: bool = True,
+    num_parts: int = 0,
 ) -> float:
     """Return the largest error of row products and problem norms, as a share of the layer's gradient norms.
 
-    The layer's output is weighted by random numbers, so that its output gradient is they. Without `per_row` each
-    problem counts as a single row.
+    The layer's output is weighted by random numbers, so that its output gradient is they. With `num_parts` each
+    problem counts as so many rows at most: its first ones, and the rest.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,7 +95,10 @@ def check_rule(
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in trained]
-    counted = layout if per_row else layout.merged()
+    parts = None
+    if num_parts:
+        parts = [in_parts(rows.stop - rows.start, num_parts) for rows in layout.problems()]
+    counted = layout if parts is None else layout.merged(parts)
     scale_R = torch.randn(counted.num_rows, generator=generator, dtype=torch.float64).to(accumulation)
     output = layer(value)
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -103,7 +106,7 @@ def check_rule(
     points = tap_points(layer)
     with tapped(layer, points, lambda placement: direction[placement.parameter].to(dtype)) as taps:
         tapped_output = layer(value)
-        taps.begin(layout, scale_R, per_row)
+        taps.begin(layout, scale_R, parts)
         (tapped_output * weight).sum().backward()
         scores = taps.end()
     assert all(parameter.requires_grad and parameter.grad is None for parameter in trained)
@@ -124,16 +127,21 @@ def check_rule(
     return max((derivative_error / (derivative_size + tiny)).item(), (norm_error / (norm_P.max() ** 2 + tiny)).item())
 
 
+def in_parts(num_rows: int, num_parts: int) -> tuple[int, ...]:
+    first = (num_rows + 1) // 2
+    return (num_rows,) if num_parts == 1 or num_rows < 2 else (first, num_rows - first)
+
+
 def gradient(product_S: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
     return list(torch.autograd.grad(product_S.sum(), trained, retain_graph=True))
 
 
 @settings(max_examples=25, deadline=None)
-@given(layout=layouts(), num_heads=st.integers(1, 3), per_row=st.booleans(), seed=st.integers(0, 10_000))
+@given(layout=layouts(), num_heads=st.integers(1, 3), num_parts=st.integers(0, 2), seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", list(LAYERS))
-def test_a_rule_equals_autograd(name: str, layout: Layout, num_heads: int, per_row: bool, seed: int) -> None:
+def test_a_rule_equals_autograd(name: str, layout: Layout, num_heads: int, num_parts: int, seed: int) -> None:
     layer = LAYERS[name]().double()
-    assert check_rule(layer, layout, num_heads, seed, per_row=per_row) <= RTOL_FLOAT64
+    assert check_rule(layer, layout, num_heads, seed, num_parts=num_parts) <= RTOL_FLOAT64
 
 
 @settings(max_examples=10, deadline=None)

@@ -1,62 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's decisions, with the actor replaced by a function that returns scores."""
 
+import copy
 import dataclasses
 import logging
 import math
+import time
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
-from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration import alignment
-from verl_gradalign.integration.groups import Group, Problem
-from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply
+from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
+from verl_gradalign.integration import alignment, worker
+from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
+from verl_gradalign.integration.records import log_columns
+from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply, ScoringRequest
 from verl_gradalign.metrics import METRICS
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.planning import TokenBudget
+from verl_gradalign.probe.trusted import SetReport
 from verl_gradalign.report.selection_log import SelectionLog, read_selection_log
-from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.curriculum import Curriculum, Draw
+from verl_gradalign.selection.select import Candidates, select_top
 from verl_gradalign.types import ProblemScores
 
-NUM_CANDIDATES, NUM_KEPT, NUM_RESPONSES = 6, 2, 2
+NUM_CANDIDATES, NUM_KEPT, NUM_RESPONSES = 6, 2, 4
 MAX_TOKENS = 512
 VERL = OmegaConf.create(
     {
+        "algorithm": {"adv_estimator": "grpo"},
+        "reward": {"reward_model": {"enable": False, "enable_resource_pool": False}},
+        "trainer": {"v1": {"trainer_mode": "gradalign"}},
         "actor_rollout_ref": {
-            "rollout": {"temperature": 1.0},
+            "rollout": {"temperature": 1.0, "n": NUM_RESPONSES},
             "actor": {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": MAX_TOKENS},
             "model": {"use_remove_padding": True},
-        }
+        },
     }
 )
 
 
-def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False) -> Group:
-    keys = tuple(f"{uid}_{k}_0" for k in range(NUM_RESPONSES))
-    rewards = () if is_failed else (1.0, 0.0) if is_live else (1.0, 1.0)
-    return Group(Problem(uid, row, "tasks"), keys, 20, rewards, is_failed, is_live and not is_failed)
+def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False, num=NUM_RESPONSES) -> Group:
+    keys = tuple(keys_by_uid(f"{uid}_{k}_0" for k in range(num))[uid])
+    rewards = () if is_failed else tuple(float(is_live and k < num // 2) for k in range(num))
+    advantages = tuple(r - 0.5 for r in rewards) if is_live else (0.0,) * len(rewards)
+    coefficients = tuple(-a / max(len(rewards), 1) for a in advantages)
+    is_live = is_live and not is_failed
+    return Group(Problem(uid, row, "tasks"), keys, 20, rewards, is_failed, is_live, advantages, coefficients)
 
 
 class Step:
-    """A selector on given groups, and what it asked of the actor and of TransferQueue."""
+    """A selector on given groups, and what it asked of the actor, the trainer and TransferQueue."""
 
-    def __init__(self, tmp_path, monkeypatch, dots, diagnostics=None, probe=None, **direction):
-        self.requests, self.cleared, self.slept = [], [], 0
-        self.dots, self.diagnostics = dots, diagnostics or {}
+    def __init__(
+        self, tmp_path, monkeypatch, dots, diagnostics=None, probe=None, values=None, half_dots=None, **direction
+    ):
+        self.requests, self.cleared, self.slept, self.completed = [], [], 0, []
+        self.dots, self.half_dots, self.diagnostics = dots, half_dots, diagnostics or {}
+        self.half_cosine = 0.5
         config = GradAlignConfig.from_mapping(
-            {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}}
+            {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}} | (values or {})
         )
         self.log_folder = tmp_path / "log"
-        self.selector = alignment.AlignmentSelector(config, VERL, SelectionLog(self.log_folder), self.sleep)
+        self.curriculum = None
+        if config.schedule != "step":
+            self.curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
+        log = SelectionLog(self.log_folder)
+        self.verl = copy.deepcopy(VERL)
+        self.selector = alignment.AlignmentSelector(config, self.verl, log, self, NUM_CANDIDATES, self.curriculum)
         self.selector.attach_workers(self.score, dp_rank_of=[0])
-        monkeypatch.setattr(alignment, "read_groups", lambda problems, *_: self.groups[problems[0].uid[0]])
-        monkeypatch.setattr(alignment.tq, "kv_clear", lambda keys, partition_id: self.cleared.extend(keys))
+        self.monkeypatch = monkeypatch
 
-    def sleep(self):
+    def free_rollout(self):
         self.slept += 1
+
+    def complete(self, batch):
+        self.completed.append(len(batch.keys))
 
     def score(self, metas, requests):
         self.requests.append(requests[0])
@@ -64,17 +87,32 @@ class Step:
         uids = tuple(problem.uid for problem in request.candidates)
         dots = torch.tensor([self.dots[int(uid[1:])] for uid in uids], dtype=torch.float64)
         ones = torch.ones_like(dots)
-        scores = ProblemScores(uids, dots, ones, ones.long(), None, direction_norm=3.0, diagnostics=self.diagnostics)
-        return [ScoringReply(scores, 3.0 if request.trusted else None, bool(request.trusted), 0.1, 0.2)]
+        halves = torch.stack([dots, dots], dim=1) / 2
+        if self.half_dots is not None:
+            halves = torch.tensor([self.half_dots[int(uid[1:])] for uid in uids], dtype=torch.float64)
+        derivative = torch.ones(len(uids), NUM_RESPONSES, dtype=torch.float64)
+        derivative = derivative if request.probe.response_derivatives else None
+        scores = ProblemScores(uids, dots, ones, ones.long(), derivative, 3.0, halves, self.diagnostics)
+        reports = {"trusted": SetReport(3.0, self.half_cosine, 1.0), "": SetReport(3.0, self.half_cosine, 1.0)}
+        is_fresh = bool(request.set_weights)
+        return [ScoringReply(scores, is_fresh, reports if is_fresh else {}, 0.1, 0.2)]
 
-    def run(self, step, candidates=None, trusted_live=True):
+    def run(self, step, candidates=None, trusted_live=True, draw=None):
         candidates = candidates or [make_group(f"c{i}", i) for i in range(NUM_CANDIDATES)]
-        trusted = [make_group("t0", 0, is_live=trusted_live)]
-        self.groups = {"c": candidates, "t": trusted}
-        self.selector.expect([g.problem for g in candidates], [g.problem for g in trusted])
-        keys = [key for group in (*candidates, *trusted) for key in group.keys]
+        trusted = dataclasses.replace(make_group("t0", 0, is_live=trusted_live))
+        trusted = dataclasses.replace(trusted, problem=dataclasses.replace(trusted.problem, trusted_set="trusted"))
+        groups = [*candidates, trusted]
+        self.groups, self.cleared = {group.problem.uid: group for group in groups}, []
+        read = lambda problems, *_: [self.groups[problem.uid] for problem in problems]  # noqa: E731
+        self.monkeypatch.setattr(alignment, "read_groups", read)
+        self.monkeypatch.setattr(alignment.tq, "kv_clear", lambda keys, partition_id: self.cleared.extend(keys))
+        self.selector.expect(draw or Draw(tuple(g.problem.problem_id for g in candidates), NUM_KEPT))
+        self.selector.register([g.problem for g in groups])
+        keys = [key for group in groups for key in group.keys]
         batch = KVBatchMeta(keys=keys, tags=[{"seq_len": 10}] * len(keys), partition_id="train")
-        kept, metrics = self.selector.select(batch, set(), NUM_KEPT, step)
+        kept, metrics = self.selector.select(batch, list(self.groups), set(), NUM_KEPT, step)
+        self.kept_keys = kept.keys
+        assert sorted([*kept.keys, *self.cleared]) == sorted(keys)
         return {key.split("_")[0] for key in kept.keys}, metrics
 
 
@@ -103,7 +141,7 @@ def test_previous_scores_along_the_last_good_direction(tmp_path, monkeypatch):
     step.run(1)
     kept, metrics = step.run(2, trusted_live=False)
     assert kept == {"c1", "c4"}
-    assert step.requests[0].trusted and not step.requests[1].trusted
+    assert step.requests[0].set_weights and not step.requests[1].set_weights
     assert metrics["gradalign/direction/degenerate"] == 1 and metrics["gradalign/direction/age"] == 1
 
 
@@ -159,14 +197,11 @@ def test_the_request_carries_what_was_configured(tmp_path, monkeypatch):
     assert request.probe.canary_problems == 3 == len(request.audited)
 
 
-@pytest.mark.parametrize("is_needed", [False, True])
-@pytest.mark.parametrize("is_configured", [False, True])
-def test_response_derivatives_are_measured_where_the_score_uses_them(tmp_path, monkeypatch, is_needed, is_configured):
-    cosine = dataclasses.replace(SCORES["cosine"], needs_response_derivatives=is_needed)
-    monkeypatch.setitem(SCORES, "cosine", cosine)
-    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, probe={"response_derivatives": is_configured})
+@pytest.mark.parametrize("score", ["cosine", "confident_cosine"])
+def test_response_derivatives_are_measured_where_the_score_uses_them(tmp_path, monkeypatch, score):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, values={"score": score})
     step.run(1)
-    assert step.requests[0].probe.response_derivatives == (is_needed and is_configured)
+    assert step.requests[0].probe.response_derivatives == (score == "confident_cosine")
 
 
 def test_a_canary_above_the_threshold_stops_the_run_with_the_remedy(tmp_path, monkeypatch):
@@ -207,11 +242,145 @@ def test_what_the_estimator_says_of_itself_becomes_metrics(tmp_path, monkeypatch
         assert f"probe/{name}" in METRICS
 
 
-def test_the_worker_takes_a_fresh_direction_else_the_stored_one_where_allowed():
+def test_the_worker_takes_a_fresh_direction_else_the_stored_one_where_allowed(monkeypatch):
     fresh, stored, none = Direction((), 2.0), Direction((), 1.0), Direction((), 0.0)
-    worker = GradAlignWorker.__new__(GradAlignWorker)
-    worker._direction = stored
-    assert worker._usable(fresh, may_use_stored=False) is fresh
-    assert worker._usable(none, may_use_stored=True) is stored
-    assert worker._usable(none, may_use_stored=False) is None
-    assert worker._usable(None, may_use_stored=True) is stored
+    request = ScoringRequest("ghost", ProbeConfig(), DirectionConfig(), TokenBudget(1, False), 1.0)
+    with_trusted = dataclasses.replace(request, set_weights={"trusted": 1.0}, trusted={"trusted": ()})
+    made = {}
+    monkeypatch.setattr(worker, "trusted_direction", lambda *_: (made["direction"], {}))
+    actor = GradAlignWorker.__new__(GradAlignWorker)
+    actor._direction = stored
+
+    def used(request, direction=None, on_degenerate="previous"):
+        made["direction"] = direction
+        request = dataclasses.replace(request, direction=DirectionConfig(on_degenerate=on_degenerate))
+        return actor._direction_for(None, request)[0]
+
+    assert used(with_trusted, fresh, "random") is fresh
+    assert used(with_trusted, none, "previous") is stored
+    assert used(with_trusted, none, "random") is None
+    assert used(request) is stored
+
+
+def test_an_unreliable_selection_falls_back_and_says_so(tmp_path, monkeypatch):
+    """Halves that rank the problems the other way round."""
+    halves = [[i, 5.5 - i] for i in range(NUM_CANDIDATES)]
+    dots = [sum(pair) for pair in halves]
+    values = {"reliability": {"min_reliability": 0.2, "fallback": "random"}}
+    step = Step(tmp_path, monkeypatch, dots, half_dots=halves, values=values)
+    _, metrics = step.run(1)
+    assert metrics["gradalign/reliability/scores/spearman"] == pytest.approx(-1.0)
+    assert metrics["gradalign/reliability/fallback"] == 1 and metrics["gradalign/kept/random"] == NUM_KEPT
+    calm = Step(tmp_path, monkeypatch, [float(i) for i in range(NUM_CANDIDATES)], values=values)
+    kept, metrics = calm.run(1)
+    assert kept == {"c4", "c5"} and metrics["gradalign/reliability/fallback"] == 0
+    assert metrics["gradalign/reliability/scores"] == pytest.approx(1.0)
+
+
+def test_an_unreliable_direction_falls_back_to_success_rates(tmp_path, monkeypatch):
+    values = {"reliability": {"min_reliability": 0.8, "of": "direction", "fallback": "accuracy_greedy"}}
+    step = Step(tmp_path, monkeypatch, [float(i) for i in range(NUM_CANDIDATES)], values=values, refresh_interval=2)
+    groups = [make_group(f"c{i}", i) for i in range(NUM_CANDIDATES)]
+    rare = (1.0, 0.0, 0.0, 0.0)
+    groups[2:] = [dataclasses.replace(g, rewards=rare) for g in groups[2:]]
+    kept, metrics = step.run(1, groups)
+    assert kept == {"c0", "c1"} and metrics["gradalign/reliability/fallback"] == 1
+    assert metrics["gradalign/reliability/direction/cosine"] == 0.5
+    assert metrics["gradalign/reliability/direction"] == pytest.approx(2 / 3)
+    assert step.run(2, groups, trusted_live=False)[1]["gradalign/reliability/fallback"] == 1
+
+
+def test_repeated_scores_are_drawn_to_their_mean_only_if_asked(tmp_path, monkeypatch):
+    for shrinkage, expected in ((0.0, [1.0, 3.0]), (1.0, [1.0, 2.0])):
+        step = Step(tmp_path, monkeypatch, [1.0] * 6, values={"reliability": {"shrinkage": shrinkage}})
+        means = [step.run(1)[1]["gradalign/score/mean"]]
+        step.dots = [3.0] * 6
+        means.append(step.run(2)[1]["gradalign/score/mean"])
+        assert means == pytest.approx(expected)
+
+
+def test_scores_of_rewards_alone_ask_nothing_of_the_actor(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [], values={"score": "accuracy_greedy"})
+    groups = [make_group(f"c{i}", i) for i in range(NUM_CANDIDATES)]
+    groups[:4] = [dataclasses.replace(g, rewards=(1.0, 0.0, 0.0, 0.0)) for g in groups[:4]]
+    kept, metrics = step.run(1, groups)
+    assert kept == {"c4", "c5"} and not step.requests and not step.slept
+    assert not step.selector.needs_trusted(1) and "gradalign/direction/age" not in metrics
+
+
+def test_a_round_trains_on_one_batch_of_what_it_keeps_and_then_on_what_is_scheduled(tmp_path, monkeypatch):
+    values = {"schedule": "round", "oversample": 1.5, "curriculum": {"steps_per_round": 2}}
+    step = Step(tmp_path, monkeypatch, [0.1, 0.9, -0.5, 0.3, 0.8, 0.2], values=values)
+    draw = step.curriculum.draw(1)
+    assert draw.is_scored and draw.num_kept == 4
+    trained, metrics = step.run(1, draw=draw)
+    assert metrics["gradalign/kept"] == 4 and len(trained) == NUM_KEPT and trained <= {"c1", "c3", "c4", "c5"}
+    draw = step.curriculum.draw(2)
+    groups = [make_group(f"c{i}", i) for i in draw.problem_ids]
+    trained_later, metrics = step.run(2, groups, draw=draw)
+    assert trained | trained_later == {"c1", "c3", "c4", "c5"}
+    assert metrics["gradalign/kept/scheduled"] == NUM_KEPT and len(step.requests) == 1
+
+
+def test_more_responses_than_training_takes_are_scored_but_not_trained_on(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [0.1, 0.9, -0.5, 0.3, 0.8, 0.0])
+    groups = [make_group(f"c{i}", i, num=2 * NUM_RESPONSES) for i in range(NUM_CANDIDATES)]
+    kept, _ = step.run(1, groups)
+    assert kept == {"c1", "c4"}
+    assert step.kept_keys == [f"{uid}_{k}_0" for uid in ("c1", "c4") for k in range(NUM_RESPONSES)]
+    assert all(problem.num_rows == 2 * NUM_RESPONSES for problem in step.requests[0].candidates)
+
+
+def test_a_critic_and_a_colocated_reward_model_are_asked_before_groups_are_read(tmp_path, monkeypatch):
+    step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES)
+    step.run(1)
+    assert not step.completed
+    step.verl.algorithm.adv_estimator = "gae"
+    step.run(2)
+    step.verl.algorithm.adv_estimator = "grpo"
+    step.verl.reward.reward_model.enable = True
+    step.run(3)
+    assert step.completed == [7 * NUM_RESPONSES] * 2
+
+
+def test_the_state_decides_the_next_selection(tmp_path, monkeypatch):
+    values = {"reliability": {"shrinkage": 0.5}}
+    make = lambda: Step(tmp_path, monkeypatch, [0.1, 0.9, -0.5, 0.3, 0.8, 0.0], values=values, refresh_interval=5)  # noqa: E731
+    whole, broken = make(), make()
+    whole.run(1)
+    broken.run(1)
+    state = broken.selector.state()
+    resumed, without_direction = make(), make()
+    resumed.selector.restore(state, has_direction=True)
+    without_direction.selector.restore(state, has_direction=False)
+    assert not resumed.selector.needs_trusted(2) and without_direction.selector.needs_trusted(2)
+    for step in (whole, resumed):
+        step.dots = [0.5, -0.9, 0.5, 0.3, 0.1, 0.9]
+    (kept, metrics), (kept_again, metrics_again) = whole.run(2), resumed.run(2)
+    assert kept == kept_again
+    timeless = [name for name in metrics if "seconds" not in name]
+    assert {n: metrics[n] for n in timeless} == pytest.approx({n: metrics_again[n] for n in timeless}, nan_ok=True)
+    assert resumed.requests[0].audited == whole.requests[1].audited
+
+
+def test_a_hundred_thousand_candidates_are_ranked_kept_and_logged_in_a_second(tmp_path, monkeypatch):
+    """Scores given: the actor's reply is there."""
+    num = 100_000
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+    groups = [make_group(f"c{i}", i, num=2) for i in range(num)]
+    scores = torch.randn(num, generator=torch.Generator().manual_seed(0)).double().numpy()
+    candidates = Candidates(np.arange(num), np.zeros(num, bool), np.ones(num, bool), scores)
+    log = SelectionLog(tmp_path)
+    tracemalloc.start()
+    started = time.perf_counter()
+    selection = select_top(candidates, num // 4, config.dead_groups, (0, 1))
+    seconds = time.perf_counter() - started
+    rate_P = np.full(num, 0.5)
+    started = time.perf_counter()
+    log.write(1, log_columns(1, groups, selection, scores, rate_P, None, np.arange(num)))
+    seconds += time.perf_counter() - started
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(selection.kept) == num // 4 and read_selection_log(tmp_path).num_rows == num
+    assert seconds < 1.0, seconds
+    assert peak_bytes < 500e6, peak_bytes

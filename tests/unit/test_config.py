@@ -3,7 +3,6 @@
 
 import ast
 import dataclasses
-import inspect
 from pathlib import Path
 
 import pytest
@@ -88,6 +87,31 @@ def nested(key, value):
         ("direction.refresh_interval", 0),
         ("direction.metric", "sgd"),
         ("direction.offload", "yes"),
+        ("direction.aggregation", "mean"),
+        ("direction.ema", 1.0),
+        ("direction.ema", float("nan")),
+        ("direction.metric_problems", 1),
+        ("probe.pool_dots", "rough"),
+        ("probe.sketch_rank", 3),
+        ("probe.sketch_rank", 0),
+        ("score_options.band_low", 0.9),
+        ("score_options.z", -1.0),
+        ("curriculum.keep", 0.0),
+        ("curriculum.keep", 1.5),
+        ("curriculum.steps_per_round", 0),
+        ("curriculum.num_candidates", 0),
+        ("curriculum.n", 0),
+        ("curriculum.warmup_steps", -1),
+        ("curriculum.stages", [0, 5]),
+        ("curriculum.stages", [9, 5]),
+        ("reliability.min_reliability", 1.5),
+        ("reliability.of", "norms"),
+        ("reliability.fallback", "cosine"),
+        ("reliability.shrinkage", 1.1),
+        ("validation.sets", [{"name": "a b", "files": ["x"]}]),
+        ("validation.sets", [{"name": "a"}]),
+        ("validation.sets", [{"name": "a", "files": ["x"], "weight": 0.0}]),
+        ("validation.sets", [{"name": "a", "files": ["x"], "kind": "y"}]),
         ("probe.rank", 0),
         ("probe.fidelity_problems", 2),
         ("probe.canary_interval", -1),
@@ -122,7 +146,9 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(key, value):
         GradAlignConfig.from_mapping({"score": "random"} | nested(key, value))
     message = str(refusal.value)
     shown = value[0] if isinstance(value, list) else value
-    assert f"gradalign.{key}" in message and str(shown) in message and "Remedy" in message, message
+    shown = "" if isinstance(shown, dict) else str(shown)
+    key = key.replace("band_low", "band_low, band_high")
+    assert f"gradalign.{key}" in message and shown in message and "Remedy" in message, message
 
 
 @pytest.mark.parametrize("score", [name for name, score in SCORES.items() if score.needs_direction])
@@ -154,12 +180,43 @@ def test_the_configuration_is_frozen():
         GradAlignConfig(score="random").seed = 1
 
 
+REFUSED_TOGETHER = [
+    ("estimator", {"score": "correlation", "estimator": "backward"}),
+    ("estimator", {"score": "lower_bound", "probe": {"response_derivatives": False}}),
+    ("estimator", {"score": "learnalign", "estimator": "finite_difference"}),
+    ("probe.pool_dots", {"score": "learnalign", "estimator": "backward", "probe": {"pool_dots": "sketch"}}),
+    ("reliability.min_reliability", {"score": "learnalign", "reliability": {"min_reliability": 0.1}}),
+    ("reliability.min_reliability", {"score": "norm", "reliability": {"min_reliability": 0.1, "of": "direction"}}),
+    ("validation.sets", {"score": "cosine", "validation": {"files": ["x"], "sets": [{"name": "a", "files": ["y"]}]}}),
+    ("validation.sets", {"validation": {"sets": [{"name": "a", "files": ["y"]}, {"name": "a", "files": ["z"]}]}}),
+]
+
+
+@pytest.mark.parametrize(("key", "values"), REFUSED_TOGETHER)
+def test_values_that_do_not_go_together_are_refused(key, values):
+    with pytest.raises(ValueError) as refusal:
+        GradAlignConfig.from_mapping({"validation": {"files": ["x"]}} | values)
+    assert f"gradalign.{key}" in str(refusal.value) and "Remedy" in str(refusal.value)
+
+
+def test_files_alone_are_one_trusted_set_and_sets_take_the_common_n():
+    (single,) = GradAlignConfig.from_mapping({"validation": {"files": ["x"], "n": 4}}).validation.trusted_sets()
+    assert (single.name, single.files, single.weight, single.n) == ("trusted", ("x",), 1.0, 4)
+    sets = [{"name": "a", "files": ["x"], "weight": 2}, {"name": "b", "files": "y", "n": 16}]
+    first, second = GradAlignConfig.from_mapping({"validation": {"sets": sets, "n": 4}}).validation.trusted_sets()
+    assert (first.n, first.weight, second.n, second.files) == (4, 2.0, 16, ("y",))
+
+
 def test_every_field_is_followed_by_its_documentation():
-    tree = ast.parse(inspect.getsource(verl_gradalign.config))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    blocks = {field.name: field.type for field in dataclasses.fields(GradAlignConfig) if field.type.endswith("Config")}
-    assert {node.name for node in classes} == {"GradAlignConfig", *blocks.values()}
-    # Blocks are documented by their classes.
+    """Blocks are documented by their classes."""
+    classes = [
+        node
+        for path in sorted(Path(verl_gradalign.config.__file__).parent.glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    blocks = {f.name for f in dataclasses.fields(GradAlignConfig) if dataclasses.is_dataclass(f.default_factory)}
+    assert len(classes) == len(blocks) + 2 and len(blocks) == 7
     for node in classes:
         assert ast.get_docstring(node), node.name
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):

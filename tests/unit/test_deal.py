@@ -20,7 +20,7 @@ from verl_gradalign.integration.dealing import (
     owners_of,
     token_budget,
 )
-from verl_gradalign.integration.groups import Group, Problem
+from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
 from verl_gradalign.integration.worker import ScoringRequest
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
@@ -182,7 +182,7 @@ def make_groups(name: str, groups: list[list[int]]) -> tuple[list[Group], dict[s
     problems = [(Problem(f"{name}{i}", i, "tasks"), lengths) for i, lengths in enumerate(groups)]
     lengths = {f"{p.uid}_{k}_0": length for p, each in problems for k, length in enumerate(each)}
     made = [
-        Group(p, tuple(f"{p.uid}_{k}_0" for k in range(len(each))), sum(each), (1.0, 0.0), False, True)
+        Group(p, tuple(keys_by_uid(f"{p.uid}_{k}_0" for k in range(len(each)))[p.uid]), sum(each), (), False, True)
         for p, each in problems
     ]
     return made, lengths
@@ -209,9 +209,11 @@ def test_requests_cover_every_row_once_and_end_each_table_with_the_shortest_row(
     tags = [{"seq_len": value} for value in length.values()]
     batch = KVBatchMeta(keys=list(length), tags=tags, partition_id="train")
     budget = TokenBudget(max_tokens, is_padded=False)
-    request = ScoringRequest(estimator, ProbeConfig(), DirectionConfig(), budget, temperature=1.0, audited=(0,))
+    weights = {"first": 1.0, "second": 2.0}
+    request = ScoringRequest(estimator, ProbeConfig(), DirectionConfig(), budget, 1.0, "trusted", weights, audited=(0,))
+    sets = {"first": trusted_groups[:1], "second": trusted_groups[1:]}
     dp_rank_of = [rank for rank in range(dp_size) for _ in range(copies)]
-    metas, requests = build_requests(batch, trusted_groups, candidate_groups, dp_rank_of, request)
+    metas, requests = build_requests(batch, sets, candidate_groups, dp_rank_of, request)
     assert len(metas) == len(requests) == len(dp_rank_of)
     assert [meta.keys for meta in metas[::copies]] == [meta.keys for meta in metas[copies - 1 :: copies]]
     computed: list[str] = []
@@ -219,7 +221,13 @@ def test_requests_cover_every_row_once_and_end_each_table_with_the_shortest_row(
         assert len(set(meta.keys)) == len(meta.keys)
         assert length[meta.keys[-1]] == min(length.values())
         assert mine == replace(request, trusted=mine.trusted, candidates=mine.candidates)
-        computed += [meta.keys[row] for share in (*mine.trusted, *mine.candidates) for row in share.rows]
+        assert [len(mine.trusted[name]) for name in weights] == [1, len(trusted) - 1]
+        shares = [*mine.trusted["first"], *mine.trusted["second"], *mine.candidates]
+        computed += [meta.keys[row] for share in shares for row in share.rows]
+        for share, group in zip(shares, [*trusted_groups, *candidate_groups], strict=True):
+            assert share.is_split == (len(group.keys) > 1)
+            sessions = [int(meta.keys[row].split("_")[1]) for row in share.rows]
+            assert share.halves == (tuple(s % 2 for s in sessions) if share.is_split else ())
         for share, group in zip(mine.candidates, candidate_groups, strict=True):
             is_whole = estimator == "ghost" and budget.holds([ProblemKeys("", group.keys, _of(group, length)).size])
             assert not is_whole or tuple(meta.keys[row] for row in share.rows) in ((), group.keys)

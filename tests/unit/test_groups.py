@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read from finished rollouts, with TransferQueue replaced by one table."""
 
+import math
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -9,7 +11,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import groups
-from verl_gradalign.integration.groups import Problem, cancels, read_groups
+from verl_gradalign.integration.groups import Group, Problem, cancels, keys_by_uid, read_groups, session_of
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
 KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
@@ -54,6 +56,28 @@ def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
     assert [len(row) for row in rows] == [2, 3, 1, 2]
     assert (rows[0] < 0).all() and (rows[1] > 0).all()
     assert not rows[2].any() and not rows[3].any()
+    assert a.coefficients == pytest.approx((rows[0][0].item(), rows[1][0].item()))
+    assert a.advantages[0] > 0 > a.advantages[1] and b.advantages == (0.0, 0.0)
+
+
+def test_keys_of_even_sessions_come_first_and_are_one_half():
+    keys = [f"a_{session}_{output}" for session in (3, 0, 10, 1, 2) for output in (1, 0)]
+    ordered = keys_by_uid(keys)["a"]
+    assert [session_of(key) for key in ordered] == [0, 0, 2, 2, 10, 10, 1, 1, 3, 3]
+    assert [key.endswith("_0") for key in ordered] == [True, False] * 5
+    group = Group(PROBLEMS[0], tuple(ordered), 1, (), False, True)
+    assert group.halves == (0,) * 6 + (1,) * 4
+
+
+def test_a_row_whose_tokens_differ_has_no_advantage_of_its_own(stored, monkeypatch):
+    """A critic's advantages differ from token to token."""
+    values = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 1.0], [0.5, 0.0, 0.0], [0.3, 0.3, 0.0]])
+    monkeypatch.setattr(groups, "_advantages", lambda *_: values)
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    assert math.isnan(a.advantages[0]) and a.advantages[1] == 1.0
+    assert math.isnan(a.coefficients[0]) and a.coefficients[1] == pytest.approx(-0.2)
+    assert b.advantages == pytest.approx((0.5, 0.3))
 
 
 def test_a_failed_group_is_neither_live_nor_read(stored):

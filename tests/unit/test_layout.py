@@ -69,11 +69,14 @@ def test_a_part_is_the_layout_of_its_positions_alone(layout, factor, max_rows):
 @settings(deadline=None)
 @given(layout=layouts(), factor=st.integers(1, 3))
 def test_merged_rows_are_the_problems(layout, factor):
-    merged = layout.merged()
+    whole = [(rows.stop - rows.start,) for rows in layout.problems()]
+    merged = layout.merged(whole)
     assert merged.problems() == [slice(i, i + 1) for i in range(layout.num_problems)]
     assert merged.rows() == [layout.positions_of(rows) for rows in layout.problems()]
     assert merged.shape[0] * merged.shape[1] == layout.shape[0] * layout.shape[1]
-    assert merged.widened(factor) == layout.widened(factor).merged()
+    single = layout.merged([(1,) * num_rows for (num_rows,) in whole])
+    assert (single.rows(), single.problems()) == (layout.rows(), layout.problems())
+    assert merged.widened(factor) == layout.widened(factor).merged(whole)
 
 
 @settings(deadline=None)

@@ -1,109 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of problems: properties that hold for every set of candidates; and the scores they are ranked by."""
+"""The choice of problems: properties that hold for every set of candidates, whatever the score."""
 
-import dataclasses
 import math
-import random
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_gradalign.selection.scores import SCORES, cosine, dot
 from verl_gradalign.selection.select import (
     DEAD,
     FAILED,
     KEPT_REASONS,
+    LOW_SCORE,
     NON_FINITE,
     REASONS,
     REJECTED_REASONS,
-    Candidate,
+    SCHEDULED,
+    Candidates,
+    select_all,
     select_random,
     select_top,
 )
-from verl_gradalign.types import ProblemScores
 
 # Few distinct values, so that ties are common.
-SCORE_VALUES = st.sampled_from([None, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, math.nan, math.inf, -math.inf])
+SCORE_VALUES = st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.5, 1.0, math.nan, math.inf, -math.inf])
 SEEDS = st.tuples(st.integers(0, 5), st.integers(0, 1000))
 NUM_KEPT = st.integers(0, 12)
 untimed = settings(deadline=None)  # a busy machine is no failure
 DEAD_GROUPS = st.sampled_from(["drop", "rank"])
 
 
+def candidates_of(rows):
+    """Rows of (problem id, is failed, is live, score)."""
+    ids, failed, live, score = ([row[i] for row in rows] for i in range(4))
+    return Candidates(
+        np.array(ids, dtype=np.int64), np.array(failed, bool), np.array(live, bool), np.array(score, float)
+    )
+
+
 @st.composite
 def candidate_lists(draw):
-    """Candidates with distinct uids; problem ids may repeat (a problem can be drawn twice in a step)."""
-    return [
-        Candidate(f"u{i}", draw(st.integers(0, 9)), draw(st.booleans()), draw(st.booleans()), draw(SCORE_VALUES))
-        for i in range(draw(st.integers(0, 12)))
-    ]
+    num = draw(st.integers(0, 12))
+    ids = draw(st.lists(st.integers(0, 99), min_size=num, max_size=num, unique=True))
+    return [(i, draw(st.booleans()), draw(st.booleans()), draw(SCORE_VALUES)) for i in ids]
 
 
-def is_finite(candidate):
-    return candidate.score is not None and math.isfinite(candidate.score)
+def live(scores, dead=()):
+    """Live candidates with these scores, and dead ones at these positions."""
+    return candidates_of([(i, False, i not in dead, score) for i, score in enumerate(scores)])
 
 
-def is_eligible(candidate):
-    return not candidate.is_failed and (not candidate.is_live or is_finite(candidate))
+def ids_kept(candidates, selection):
+    return candidates.problem_id_P[selection.kept].tolist()
 
 
-def ranked_score(candidate):
-    return candidate.score if candidate.is_live else 0.0
+def reasons(candidates, selection):
+    codes = selection.reason_P.tolist()
+    return {i: REASONS[code] for i, code in zip(candidates.problem_id_P.tolist(), codes, strict=True)}
 
 
-def live(uid, score, problem_id=0):
-    return Candidate(uid, problem_id, is_failed=False, is_live=True, score=score)
+def is_eligible(row):
+    return not row[1] and (not row[2] or math.isfinite(row[3]))
 
 
 def check_reasons(candidates, selection):
-    assert set(selection.reasons) == {c.uid for c in candidates}
-    assert set(selection.reasons.values()) <= set(REASONS)
-    assert set(selection.kept) == {uid for uid, reason in selection.reasons.items() if reason in KEPT_REASONS}
-    assert len(set(selection.kept)) == len(selection.kept)
+    why = reasons(candidates, selection)
+    assert set(ids_kept(candidates, selection)) == {i for i, reason in why.items() if reason in KEPT_REASONS}
+    assert len(set(selection.kept.tolist())) == len(selection.kept)
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, DEAD_GROUPS, SEEDS, st.randoms(use_true_random=False))
-def test_the_choice_of_the_best_does_not_depend_on_the_order_of_arrival(candidates, num_kept, dead_groups, seed, rng):
-    shuffled = rng.sample(candidates, len(candidates))
-    assert select_top(candidates, num_kept, dead_groups, seed) == select_top(shuffled, num_kept, dead_groups, seed)
-
-
-@untimed
-@given(candidate_lists(), NUM_KEPT, SEEDS, st.randoms(use_true_random=False))
-def test_the_random_choice_does_not_depend_on_the_order_of_arrival(candidates, num_kept, seed, rng):
-    shuffled = rng.sample(candidates, len(candidates))
-    assert select_random(candidates, num_kept, seed) == select_random(shuffled, num_kept, seed)
+def test_the_choice_does_not_depend_on_the_order_of_arrival(rows, num_kept, dead_groups, seed, rng):
+    first, second = candidates_of(rows), candidates_of(rng.sample(rows, len(rows)))
+    for choose in (lambda c: select_top(c, num_kept, dead_groups, seed), lambda c: select_random(c, num_kept, seed)):
+        one, other = choose(first), choose(second)
+        assert ids_kept(first, one) == ids_kept(second, other)
+        assert reasons(first, one) == reasons(second, other)
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, DEAD_GROUPS, SEEDS)
-def test_as_many_are_kept_as_asked_for_or_eligible(candidates, num_kept, dead_groups, seed):
-    top = select_top(candidates, num_kept, dead_groups, seed)
-    assert len(top.kept) == min(num_kept, sum(map(is_eligible, candidates)))
-    drawn = select_random(candidates, num_kept, seed)
-    assert len(drawn.kept) == min(num_kept, sum(not c.is_failed for c in candidates))
+def test_as_many_are_kept_as_asked_for_or_eligible(rows, num_kept, dead_groups, seed):
+    candidates = candidates_of(rows)
+    assert len(select_top(candidates, num_kept, dead_groups, seed).kept) == min(num_kept, sum(map(is_eligible, rows)))
+    assert len(select_random(candidates, num_kept, seed).kept) == min(num_kept, sum(not row[1] for row in rows))
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, DEAD_GROUPS, SEEDS)
-def test_failed_groups_and_non_finite_scores_are_never_kept(candidates, num_kept, dead_groups, seed):
-    top = select_top(candidates, num_kept, dead_groups, seed)
-    drawn = select_random(candidates, num_kept, seed)
-    for candidate in candidates:
-        if candidate.is_failed:
-            assert top.reasons[candidate.uid] == drawn.reasons[candidate.uid] == FAILED
-        elif candidate.is_live and not is_finite(candidate):
-            assert top.reasons[candidate.uid] == NON_FINITE
+def test_failed_groups_and_non_finite_scores_are_never_kept(rows, num_kept, dead_groups, seed):
+    candidates = candidates_of(rows)
+    top = reasons(candidates, select_top(candidates, num_kept, dead_groups, seed))
+    drawn = reasons(candidates, select_random(candidates, num_kept, seed))
+    for problem_id, is_failed, is_live, score in rows:
+        if is_failed:
+            assert top[problem_id] == drawn[problem_id] == FAILED
+        elif is_live and not math.isfinite(score):
+            assert top[problem_id] == NON_FINITE
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, DEAD_GROUPS, SEEDS)
-def test_every_candidate_has_one_reason_and_kept_means_a_reason_for_keeping(candidates, num_kept, dead_groups, seed):
+def test_every_candidate_has_one_reason_and_kept_means_a_reason_for_keeping(rows, num_kept, dead_groups, seed):
+    candidates = candidates_of(rows)
     check_reasons(candidates, select_top(candidates, num_kept, dead_groups, seed))
     check_reasons(candidates, select_random(candidates, num_kept, seed))
+    check_reasons(candidates, select_all(candidates, SCHEDULED))
 
 
 def test_no_reason_is_both_for_keeping_and_for_rejecting():
@@ -113,107 +117,60 @@ def test_no_reason_is_both_for_keeping_and_for_rejecting():
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, SEEDS)
-def test_drop_keeps_no_dead_group_while_a_live_one_is_rejected(candidates, num_kept, seed):
-    selection = select_top(candidates, num_kept, "drop", seed)
-    kept = [c for c in candidates if c.uid in selection.kept]
-    rejected_live = [
-        c for c in candidates if c.uid not in selection.kept and not c.is_failed and c.is_live and is_finite(c)
-    ]
-    assert not rejected_live or all(c.is_live for c in kept)
-    for candidate in candidates:
-        if not candidate.is_failed and not candidate.is_live and candidate.uid not in selection.kept:
-            assert selection.reasons[candidate.uid] == DEAD
+def test_drop_keeps_no_dead_group_while_a_live_one_is_rejected(rows, num_kept, seed):
+    candidates = candidates_of(rows)
+    why = reasons(candidates, select_top(candidates, num_kept, "drop", seed))
+    is_dead_kept = any(why[row[0]] in KEPT_REASONS and not row[2] for row in rows)
+    assert not (is_dead_kept and LOW_SCORE in why.values())
+    for row in rows:
+        if not row[1] and not row[2] and why[row[0]] not in KEPT_REASONS:
+            assert why[row[0]] == DEAD
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, SEEDS)
-def test_rank_keeps_the_best_with_dead_groups_at_zero(candidates, num_kept, seed):
-    selection = select_top(candidates, num_kept, "rank", seed)
-    eligible = {c.uid: ranked_score(c) for c in candidates if is_eligible(c)}
-    kept = [eligible[uid] for uid in selection.kept]
-    assert kept == sorted(eligible.values(), reverse=True)[:num_kept]
+def test_rank_keeps_the_best_with_dead_groups_at_zero_best_first(rows, num_kept, seed):
+    candidates = candidates_of(rows)
+    score_of = {row[0]: row[3] if row[2] else 0.0 for row in rows if is_eligible(row)}
+    kept = [score_of[i] for i in ids_kept(candidates, select_top(candidates, num_kept, "rank", seed))]
+    assert kept == sorted(score_of.values(), reverse=True)[:num_kept]
 
 
 @untimed
 @given(candidate_lists(), NUM_KEPT, SEEDS)
-def test_drop_keeps_the_best_live_ones_best_first(candidates, num_kept, seed):
-    scores = {c.uid: c.score for c in candidates if not c.is_failed and c.is_live and is_finite(c)}
-    kept = [scores[uid] for uid in select_top(candidates, num_kept, "drop", seed).kept if uid in scores]
-    assert kept == sorted(scores.values(), reverse=True)[:num_kept]
+def test_drop_keeps_the_best_live_ones_best_first(rows, num_kept, seed):
+    candidates = candidates_of(rows)
+    score_of = {row[0]: row[3] for row in rows if row[2] and is_eligible(row)}
+    kept = ids_kept(candidates, select_top(candidates, num_kept, "drop", seed))
+    assert [score_of[i] for i in kept if i in score_of] == sorted(score_of.values(), reverse=True)[:num_kept]
 
 
 def test_a_dead_group_beats_a_negative_score_under_rank_only():
-    candidates = [live("bad", -0.3), Candidate("dead", 1, is_failed=False, is_live=False, score=None)]
-    assert select_top(candidates, 1, "rank", (0, 0)).kept == ("dead",)
-    assert select_top(candidates, 1, "drop", (0, 0)).kept == ("bad",)
+    candidates = live([-0.3, math.nan], dead={1})
+    assert select_top(candidates, 1, "rank", (0, 0)).kept.tolist() == [1]
+    assert select_top(candidates, 1, "drop", (0, 0)).kept.tolist() == [0]
 
 
-def test_ties_are_broken_by_the_seed():
-    candidates = [live(f"u{i}", 0.5, problem_id=i) for i in range(8)]
-    choices = {select_top(candidates, 4, "drop", (0, step)).kept for step in range(20)}
-    assert len(choices) > 10
-    assert {uid for kept in choices for uid in kept} == {c.uid for c in candidates}
-
-
-def test_ties_are_broken_by_problem_and_not_by_the_uid_of_the_run():
-    first = [live(f"u{i}", 0.5, problem_id=i) for i in range(8)]
-    renamed = [dataclasses.replace(c, uid=f"w{7 - c.problem_id}") for c in first]
-    problem_of = {c.uid: c.problem_id for c in (*first, *renamed)}
-    for step in range(10):
-        one, other = (select_top(c, 3, "drop", (0, step)).kept for c in (first, renamed))
-        assert [problem_of[uid] for uid in one] == [problem_of[uid] for uid in other]
+def test_ties_are_broken_by_the_seed_and_repeat_with_it():
+    candidates = live([0.5] * 8)
+    choices = [tuple(select_top(candidates, 4, "drop", (0, step)).kept.tolist()) for step in range(20)]
+    assert choices == [tuple(select_top(candidates, 4, "drop", (0, step)).kept.tolist()) for step in range(20)]
+    assert len(set(choices)) > 10
+    assert {i for kept in choices for i in kept} == set(range(8))
 
 
 def test_the_random_choice_is_uniform():
-    candidates = [live(f"u{i}", float(i), problem_id=i) for i in range(6)]
-    counts = dict.fromkeys((c.uid for c in candidates), 0)
+    candidates = live([float(i) for i in range(6)])
+    counts = np.zeros(6, dtype=int)
     for step in range(1200):
-        for uid in select_random(candidates, 2, (0, step)).kept:
-            counts[uid] += 1
+        counts[select_random(candidates, 2, (0, step)).kept] += 1
     # 400 expected, standard deviation 16; the seeds are fixed, so this does not flicker.
-    assert all(320 < count < 480 for count in counts.values()), counts
-
-
-def problem_scores(dots, norms):
-    return ProblemScores(
-        uid=tuple(f"u{i}" for i in range(len(dots))),
-        dot_P=torch.tensor(dots, dtype=torch.float64),
-        norm_P=None if norms is None else torch.tensor(norms, dtype=torch.float64),
-        num_tokens_P=torch.ones(len(dots), dtype=torch.int64),
-        response_derivative_PR=None,
-        direction_norm=1.0,
-    )
-
-
-@untimed
-@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(1e-3, 1e3)), min_size=1, max_size=6), st.floats(1e-6, 1e6))
-def test_cosine_does_not_depend_on_the_length_of_the_gradients(pairs, scale):
-    cosines, norms = map(list, zip(*pairs, strict=True))
-    dots = [c * n for c, n in pairs]
-    scaled = problem_scores([scale * d for d in dots], [scale * n for n in norms])
-    for scores in (problem_scores(dots, norms), scaled):
-        torch.testing.assert_close(cosine(scores), torch.tensor(cosines, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-
-
-def test_cosine_is_zero_for_a_zero_gradient_and_nan_stays_nan():
-    scores = cosine(problem_scores([0.0, math.nan, 1.0, 1.0], [0.0, 2.0, math.nan, 2.0])).tolist()
-    assert scores[0] == 0.0 and math.isnan(scores[1]) and math.isnan(scores[2]) and scores[3] == 0.5
-
-
-def test_dot_is_the_projection_on_the_unit_direction_and_needs_no_norm():
-    scores = dot(problem_scores([3.0, -2.0, math.nan], None)).tolist()
-    assert scores[:2] == [3.0, -2.0] and math.isnan(scores[2])
-
-
-def test_only_scores_that_rank_need_gradients():
-    for name, score in SCORES.items():
-        assert (score.rank is None) == (name == "random") == (not score.needs_direction)
-    assert SCORES["cosine"].needs_norm and not SCORES["dot"].needs_norm
+    assert ((counts > 320) & (counts < 480)).all(), counts
 
 
 @pytest.mark.parametrize("dead_groups", ["drop", "rank"])
 def test_the_callers_candidates_are_left_as_they_were(dead_groups):
-    candidates = [live(f"u{i}", random.Random(i).random(), problem_id=i) for i in range(5)]
-    before = list(candidates)
+    candidates = live([0.3, 0.1, math.nan, 0.2], dead={1})
+    before = candidates.score_P.copy()
     select_top(candidates, 2, dead_groups, (0, 1))
-    assert candidates == before
+    np.testing.assert_array_equal(candidates.score_P, before)

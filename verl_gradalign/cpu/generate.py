@@ -12,7 +12,7 @@ Shape legend: B sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class Completion:
     log_probs: list[float]
     """log pi(token) under the distribution it was drawn from (after temperature, top_k and top_p)."""
     stop_reason: str
-    """"stop" or "length"."""
+    """"stop", "length", or "aborted" if the caller stopped the batch first."""
 
 
 @dataclass
@@ -134,6 +134,16 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self._stop) for text in texts])
 
 
+class _Interruption(StoppingCriteria):
+    """Ends every row as soon as the caller asks for it."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._should_stop())
+
+
 class SequenceGenerator:
     """Samples completions for batches of token-id prompts."""
 
@@ -143,9 +153,15 @@ class SequenceGenerator:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """Return `params.n` completions for each prompt, prompt-major.
+
+        `should_stop` is asked after every token; once it returns True, unfinished completions end as they are.
 
         Shapes: `seeds` has one seed per completion, in the order of the result.
         Raises: ValueError if the number of seeds is not len(prompts) * n.
@@ -165,6 +181,11 @@ class SequenceGenerator:
             eos_token_id=sorted(end_ids) or None,
             pad_token_id=pad,
         )
+        criteria: list[StoppingCriteria] = []
+        if params.stop:
+            criteria.append(_StopStrings(self.tokenizer, params.stop, width))
+        if should_stop is not None:
+            criteria.append(_Interruption(should_stop))
         # What `config` leaves unset transformers takes from the model's own settings, which must not change the policy.
         own, self.model.generation_config = self.model.generation_config, config
         try:
@@ -173,9 +194,7 @@ class SequenceGenerator:
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*_warpers(params), choice]),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopStrings(self.tokenizer, params.stop, width)] if params.stop else []
-                ),
+                stopping_criteria=StoppingCriteriaList(criteria),
             )
         finally:
             self.model.generation_config = own
@@ -191,7 +210,7 @@ class SequenceGenerator:
             text = self.tokenizer.decode(tokens[: i + 1]) if params.stop else ""
             if token in end_ids or any(stop in text for stop in params.stop):
                 return Completion(tokens[: i + 1], log_probs[: i + 1], "stop")
-        return Completion(tokens, log_probs[: len(tokens)], "length")
+        return Completion(tokens, log_probs, "length" if len(tokens) == params.max_tokens else "aborted")
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -3,12 +3,14 @@
 
 One named Ray actor per replica holds a copy of the policy, batches the requests that arrive together and receives
 weight pushes from the training workers. It does not shard a model and has no paged cache: it is for small models.
+verl's asynchronous trainers abort what runs before they push weights; a client then asks again with the tokens it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from typing import Any
@@ -25,6 +27,8 @@ from verl_gradalign.cpu.generate import Completion, SamplingParams, SequenceGene
 # How long the server waits for more requests before it starts a batch. Requests of one step arrive within a few
 # milliseconds of each other; a batch takes tens of milliseconds at least.
 BATCH_WINDOW_S = 0.02
+
+NOT_BEGUN = Completion(token_ids=[], log_probs=[], stop_reason="aborted")
 
 
 def server_name(replica_rank: int, suffix: str = "") -> str:
@@ -48,6 +52,9 @@ class HFServer:
         self._times_asked: Counter[tuple[int, ...]] = Counter()
         self._waiting: list[tuple[list[int], SamplingParams, asyncio.Future[Completion]]] = []
         self._worker: asyncio.Task[None] | None = None
+        # Set from an abort to the next resume. The thread that computes a batch looks at it after every token.
+        self._paused = threading.Event()
+        self._rejects = False
 
     async def ready(self) -> bool:
         """Return True once the model is loaded."""
@@ -62,7 +69,9 @@ class HFServer:
         video_data: Any = None,
         **_: Any,
     ) -> TokenOutput:
-        """Return one completion.
+        """Return one completion, or as much of it as there is when generation is aborted (stop reason "aborted").
+
+        A request that arrives while generation is paused waits, or is aborted at once if the abort said so.
 
         Raises: ValueError for images or videos, n above 1 (verl asks once per response) and unknown parameters.
         """
@@ -72,21 +81,30 @@ class HFServer:
         if params.n != 1:
             raise ValueError(f"n={params.n}: a rollout server answers one completion per request; ask n times")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append((list(prompt_ids), params, future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        if self._rejects:
+            future.set_result(NOT_BEGUN)
+        else:
+            self._waiting.append((list(prompt_ids), params, future))
+            self._start_work()
         completion = await future
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs if params.logprobs else None,
-            stop_reason="completed",
+            stop_reason="aborted" if completion.stop_reason == "aborted" else "completed",
             extra_fields={"global_steps": self._weights_version},
         )
 
+    def _start_work(self) -> None:
+        """Serve what waits, unless that is being done or generation is paused."""
+        if self._waiting and not self._paused.is_set() and (self._worker is None or self._worker.done()):
+            self._worker = asyncio.create_task(self._work())
+
     async def _work(self) -> None:
-        """Serve batches until no request waits."""
+        """Serve batches until no request waits or generation is paused."""
         while self._waiting:
             await self._until_quiet()
+            if self._paused.is_set():
+                return
             batch, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
             by_params = defaultdict(list)
             for prompt, params, future in batch:
@@ -95,7 +113,9 @@ class HFServer:
                 prompts = [prompt for prompt, _ in requests]
                 seeds = [self._next_seed(prompt) for prompt in prompts]
                 try:
-                    completions = await asyncio.to_thread(self._generator.generate, prompts, params, seeds)
+                    completions = await asyncio.to_thread(
+                        self._generator.generate, prompts, params, seeds, self._paused.is_set
+                    )
                 except Exception as error:
                     for _, future in requests:
                         future.set_exception(error)
@@ -131,6 +151,26 @@ class HFServer:
         self._weights_version = self._weights_version if global_steps is None else global_steps
         self._times_asked.clear()
 
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """End every request with the tokens it has, and pause until `resume_generation`.
+
+        Nothing runs any more when this returns. Requests that arrive during the pause wait for its end, or, with
+        `reject_request`, are aborted at once: their client is to look for another server.
+        """
+        self._paused.set()
+        self._rejects = reject_request
+        for _, _, future in self._waiting:
+            future.set_result(NOT_BEGUN)
+        self._waiting.clear()
+        if self._worker is not None:
+            await self._worker
+
+    async def resume_generation(self) -> None:
+        """Serve the requests that arrived during the pause, and new ones."""
+        self._paused.clear()
+        self._rejects = False
+        self._start_work()
+
     async def read_weights(self) -> dict[str, torch.Tensor]:
         """Return the rollout's weights by name (for tests and debugging)."""
         return self._generator.model.state_dict()
@@ -145,10 +185,6 @@ class HFServer:
     async def release_kv_cache(self) -> None: ...
 
     async def resume_kv_cache(self) -> None: ...
-
-    async def abort_all_requests(self, reject_request: bool = False) -> None: ...
-
-    async def resume_generation(self) -> None: ...
 
     async def start_profile(self, **_: Any) -> None: ...
 

@@ -2,59 +2,108 @@
 """One step's selection: from finished groups to the rows that are trained on.
 
 groups -> rewards, advantages -> one scoring call to the FSDP actor -> scores -> kept and rejected, with reasons ->
-metrics and selection log -> rejected rows cleared from TransferQueue.
+metrics and selection log -> every other row cleared from TransferQueue.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
+import numpy as np
 import transfer_queue as tq
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.dealing import audited_problems, build_requests, token_budget
-from verl_gradalign.integration.groups import Group, Problem, read_groups
-from verl_gradalign.integration.records import alignment_metrics, log_rows, selection_metrics
+from verl_gradalign.integration.dealing import audited_problems, build_requests, drawn, token_budget
+from verl_gradalign.integration.groups import Group, Problem, natural_order, read_groups, session_of
+from verl_gradalign.integration.measuring import measurements
+from verl_gradalign.integration.records import (
+    log_columns,
+    reply_metrics,
+    score_metrics,
+    selection_metrics,
+    spread,
+    success_rates,
+    trusted_metrics,
+)
 from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
 from verl_gradalign.metrics import named
+from verl_gradalign.probe.trusted import COMBINED
+from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.report.selection_log import SelectionLog
-from verl_gradalign.selection.scores import SCORES
-from verl_gradalign.selection.select import FAILED, RANDOM, Candidate, select_random, select_top
-from verl_gradalign.types import Selection
+from verl_gradalign.selection.curriculum import Curriculum, Draw
+from verl_gradalign.selection.record import ProblemRecord
+from verl_gradalign.selection.reliability import Reliability, score_reliability
+from verl_gradalign.selection.scores import learnability, score_of
+from verl_gradalign.selection.select import (
+    RANDOM,
+    REASONS,
+    SCHEDULED,
+    Candidates,
+    select_all,
+    select_random,
+    select_top,
+)
+from verl_gradalign.types import Measurements, Selection
 
 logger = logging.getLogger(__name__)
 
 ScoreRemotely = Callable[[list[KVBatchMeta], list[ScoringRequest]], list[ScoringReply]]
 
 
+class Host(Protocol):
+    """What the selector asks of the trainer while it works on a finished batch."""
+
+    def free_rollout(self) -> None:
+        """Put the rollout replicas to sleep, so that scoring has the device to itself."""
+        ...
+
+    def complete(self, batch: KVBatchMeta) -> None:
+        """Add to the rows what their advantages need and the rollout did not give: rewards, a critic's values."""
+        ...
+
+
 class AlignmentSelector:
-    """Chooses among the groups of a step. Attached to `GradAlignSampler` by the trainer.
+    """Chooses among the groups of a step. Attached to the sampler by the trainer.
 
     Args:
         config: the `gradalign` block.
         verl_config: the whole verl configuration.
         log: where every candidate of every step is noted.
-        free_rollout: puts the rollout replicas to sleep, so that scoring has the device to itself.
+        host: the trainer.
+        num_problems: rows of the train files.
+        curriculum: decides what is trained on between selections; None where verl's own data loader does.
     """
 
     def __init__(
-        self, config: GradAlignConfig, verl_config: DictConfig, log: SelectionLog, free_rollout: Callable[[], None]
+        self,
+        config: GradAlignConfig,
+        verl_config: DictConfig,
+        log: SelectionLog,
+        host: Host,
+        num_problems: int,
+        curriculum: Curriculum | None,
     ) -> None:
         self._config = config
         self._verl_config = verl_config
         self._log = log
-        self._free_rollout = free_rollout
+        self._host = host
+        self._score = score_of(config.score)
+        self._curriculum = curriculum
+        self._record = ProblemRecord(num_problems)
         self._score_remotely: ScoreRemotely | None = None
         self._dp_rank_of: list[int] = []
-        self._candidates: list[Problem] = []
-        self._trusted: list[Problem] = []
+        self._in_flight: dict[str, Problem] = {}
+        self._draw = Draw((), 0)
         self._direction_step: int | None = None
+        self._direction_reliability = math.nan
         self._num_scorings = 0
         self._has_warned = False
         self.last_selection_s = 0.0
@@ -65,83 +114,220 @@ class AlignmentSelector:
         self._dp_rank_of = dp_rank_of
 
     def needs_trusted(self, step: int) -> bool:
-        """Return whether the trusted set must be rolled out in `step`: there is no direction, or it is stale."""
-        if not SCORES[self._config.score].needs_direction:
+        """Return whether the trusted sets must be rolled out in `step`: there is no direction, or it is stale."""
+        if not self._score.needs_direction:
             return False
         return self._direction_step is None or step - self._direction_step >= self._config.direction.refresh_interval
 
-    def expect(self, candidates: Sequence[Problem], trusted: Sequence[Problem]) -> None:
-        """Announce the problems that were sent to the rollout in this step."""
-        self._candidates, self._trusted = list(candidates), list(trusted)
+    def expect(self, draw: Draw) -> None:
+        """Announce what the step rolls out."""
+        self._draw = draw
+
+    def register(self, problems: Sequence[Problem]) -> None:
+        """Announce problems that are sent to the rollout."""
+        self._in_flight.update({problem.uid: problem for problem in problems})
 
     @property
-    def num_expected(self) -> int:
-        return len(self._candidates) + len(self._trusted)
+    def num_candidates(self) -> int:
+        """Candidates that the step's selection is among."""
+        return len(self._draw.problem_ids)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def has_direction(self) -> bool:
+        return self._direction_step is not None
+
+    def is_trusted(self, uid: str) -> bool:
+        """Return whether a problem in flight is a trusted one."""
+        return uid in self._in_flight and self._in_flight[uid].trusted_set is not None
+
+    def trusted_in_flight(self) -> set[str]:
+        """Return the uids of trusted problems not yet used."""
+        return {uid for uid in self._in_flight if self.is_trusted(uid)}
 
     def select(
-        self, batch: KVBatchMeta, failed: set[str], num_kept: int, global_steps: int
+        self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], batch_size: int, step: int
     ) -> tuple[KVBatchMeta, dict[str, float]]:
         """Return the rows to train on and the step's metrics. See `sampler.Selector`."""
         started = time.perf_counter()
-        trusted = self._read(self._trusted, batch, failed)
-        groups = self._read(self._candidates, batch, failed)
-        score = SCORES[self._config.score]
-        reply = None
-        if score.rank is None:
-            # Nothing to choose from: train on exactly what verl's own buffer returned.
-            selection = Selection(
-                kept=tuple(g.problem.uid for g in groups if g.keys),
-                reasons={g.problem.uid: RANDOM if g.keys else FAILED for g in groups},
-            )
+        taken = [self._in_flight.pop(uid) for uid in self._in_order(uids)]
+        if self._verl_config.trainer.v1.trainer_mode == "gradalign":
+            self._in_flight.clear()  # synchronous: what was not taken has been evicted
+        if self._needs_completion() and batch.keys:
+            self._host.free_rollout()
+            self._host.complete(batch)
+        groups = self._read([p for p in taken if p.trusted_set is None], batch, failed)
+        trusted = {
+            s.name: self._read([p for p in taken if p.trusted_set == s.name], batch, failed)
+            for s in self._config.validation.trusted_sets()
+            if any(p.trusted_set == s.name for p in taken)
+        }
+        if not self._draw.is_scored:
+            selection, score_P, metrics, reply = self._take_all(groups)
         else:
-            reply = self._score(batch, trusted, groups, global_steps)
-            selection = self._choose(groups, reply, num_kept, global_steps)
-        kept = self._keep(batch, groups, trusted, selection)
-        scores = self._scores(reply)
-        self._log.write(
-            global_steps, log_rows(global_steps, groups, selection, reply, scores, self._config.success_threshold)
-        )
+            selection, score_P, metrics, reply = self._score_and_choose(batch, groups, trusted, step)
+        kept = self._keep(batch, groups, selection, step)
+        rate_P = success_rates(groups, self._config.success_threshold)
+        live = np.flatnonzero([g.is_live for g in groups])
+        scores = None if reply is None else reply.scores
+        self._log.write(step, log_columns(step, groups, selection, score_P, rate_P, scores, live))
         self.last_selection_s = time.perf_counter() - started
-        metrics = selection_metrics(groups, selection, self._config.success_threshold)
+        metrics |= selection_metrics(groups, selection, rate_P) | score_metrics(score_P, selection)
         metrics["seconds/selection"] = self.last_selection_s
-        if score.needs_direction:
-            metrics |= alignment_metrics(trusted, selection, reply, scores)
-            if self._direction_step is not None:
-                metrics["direction/age"] = global_steps - self._direction_step
+        if self._score.needs_direction and trusted:
+            metrics |= trusted_metrics(trusted, is_degenerate=not (reply is not None and reply.is_fresh))
+        if self._direction_step is not None:
+            metrics["direction/age"] = step - self._direction_step
         return kept, named(metrics)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that decides the next selection, but for the direction itself."""
+        return {
+            "direction_step": self._direction_step,
+            "direction_reliability": self._direction_reliability,
+            "num_scorings": self._num_scorings,
+            "record": self._record.state(),
+            "curriculum": None if self._curriculum is None else self._curriculum.state(),
+            "in_flight": [asdict(problem) for problem in self._in_flight.values()],
+        }
+
+    def restore(self, state: Mapping[str, Any], has_direction: bool) -> None:
+        """Go on from a checkpoint's state. Without the direction's file a new one is made in the next step."""
+        self._direction_step = state["direction_step"] if has_direction else None
+        self._direction_reliability = state["direction_reliability"]
+        self._num_scorings = state["num_scorings"]
+        self._record.restore(state["record"])
+        if self._curriculum is not None:
+            self._curriculum.restore(state["curriculum"])
+        self.register([Problem(**values) for values in state["in_flight"]])
+
+    def _in_order(self, uids: Sequence[str]) -> list[str]:
+        """Return the uids in the order in which they were sent to the rollout."""
+        chosen = set(uids)
+        return [uid for uid in self._in_flight if uid in chosen]
+
+    def _needs_completion(self) -> bool:
+        reward_model = self._verl_config.reward.reward_model
+        is_colocated = reward_model.enable and not reward_model.enable_resource_pool
+        needs_values = self._verl_config.algorithm.adv_estimator == "gae" and self._config.advantage == "trainer"
+        return self._draw.is_scored and self._score.rank is not None and (is_colocated or needs_values)
 
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
         return read_groups(problems, batch, failed, self._config, self._verl_config)
 
-    def _score(
-        self, batch: KVBatchMeta, trusted: Sequence[Group], groups: Sequence[Group], step: int
+    def _take_all(self, groups: Sequence[Group]) -> tuple[Selection, np.ndarray, dict[str, float], ScoringReply | None]:
+        reason = SCHEDULED if self._curriculum is not None and self._score.rank is not None else RANDOM
+        return select_all(_candidates(groups), reason), np.full(len(groups), np.nan), {}, None
+
+    def _score_and_choose(
+        self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
+    ) -> tuple[Selection, np.ndarray, dict[str, float], ScoringReply | None]:
+        """Return the selection, every candidate's score, the metrics of both, and the actor's reply."""
+        live = [g for g in groups if g.is_live]
+        positions = np.flatnonzero([g.is_live for g in groups])
+        reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
+        metrics = {} if reply is None else reply_metrics(reply)
+        self._note_direction(reply, step)
+        candidates = _candidates(groups)
+        seed = (self._config.seed, step)
+        if self._score.rank is None:
+            return select_random(candidates, self._draw.num_kept, seed), candidates.score_P, metrics, reply
+        has_measured = reply is not None and reply.scores is not None
+        if self._score.needs_gradients and live and not has_measured:
+            return self._without_direction(candidates, step), candidates.score_P, metrics, reply
+        m = measurements(live, reply.scores if reply is not None else None, len(groups), self._config.success_threshold)
+        score = self._score.rank(m, self._config.score_options).double().numpy()
+        shrunk = self._record.shrunk(m.problem_id_P.numpy(), score, self._config.reliability.shrinkage)
+        self._record.add(m.problem_id_P.numpy(), score, m.success_rate_P.numpy())
+        score_P = spread(shrunk, positions, len(groups))
+        reliability = score_reliability(m, self._score, self._config.score_options)
+        is_unreliable = self._is_unreliable(reliability)
+        metrics |= {
+            "reliability/scores/spearman": reliability.spearman,
+            "reliability/scores": reliability.corrected,
+            "reliability/scores/problems": float(reliability.num_problems),
+            "reliability/fallback": float(is_unreliable),
+        }
+        candidates = replace(candidates, score_P=score_P)
+        if is_unreliable:
+            return self._fall_back(candidates, m, positions, seed), score_P, metrics, reply
+        return select_top(candidates, self._draw.num_kept, self._config.dead_groups, seed), score_P, metrics, reply
+
+    def _measure(
+        self, batch: KVBatchMeta, live: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
     ) -> ScoringReply | None:
         """Measure the live candidates in the actor. None if there is nothing to measure or no direction to be had."""
-        live, live_trusted = [g for g in groups if g.is_live], [g for g in trusted if g.is_live]
-        policy = self._config.direction.on_degenerate
-        if trusted and not live_trusted and (policy != "previous" or self._direction_step is None):
+        config = self._config
+        live_trusted = {name: [g for g in groups if g.is_live] for name, groups in trusted.items()}
+        has_live_trusted = any(live_trusted.values())
+        policy = config.direction.on_degenerate
+        if trusted and not has_live_trusted and (policy != "previous" or not self.has_direction):
             return None
-        if not live and not live_trusted:
+        if not live and not has_live_trusted:
             return None
-        self._free_rollout()
+        self._host.free_rollout()
         assert self._score_remotely is not None, "the trainer attaches the workers before the first step"
+        weights = {s.name: s.weight for s in config.validation.trusted_sets()} if has_live_trusted else {}
+        m = measurements(live, None, len(live), config.success_threshold)
+        wants_derivatives = config.probe.response_derivatives and self._score.needs_response_derivatives
         request = ScoringRequest(
-            estimator=self._config.estimator,
-            probe=replace(
-                self._config.probe,
-                response_derivatives=self._config.probe.response_derivatives
-                and SCORES[self._config.score].needs_response_derivatives,
-            ),
-            direction=self._config.direction,
-            budget=token_budget(self._config.probe, self._verl_config),
+            estimator=config.estimator,
+            probe=replace(config.probe, response_derivatives=wants_derivatives),
+            direction=config.direction,
+            budget=token_budget(config.probe, self._verl_config),
             temperature=float(self._verl_config.actor_rollout_ref.rollout.temperature),
-            audited=audited_problems(self._config, len(live), step, self._num_scorings),
+            source=self._score.direction,
+            set_weights=weights,
+            audited=audited_problems(config, len(live), step, self._num_scorings),
+            metric_on=drawn(f"{config.seed} {step} metric", config.direction.metric_problems, len(live)),
+            learnability=tuple(learnability(m).tolist()),
+            seed=config.seed,
         )
         metas, requests = build_requests(batch, live_trusted, live, self._dp_rank_of, request)
         self._num_scorings += 1
         reply = self._score_remotely(metas, requests)[0]
         self._heed(reply)
         return reply
+
+    def _note_direction(self, reply: ScoringReply | None, step: int) -> None:
+        if reply is not None and reply.is_fresh:
+            self._direction_step = step
+            cosine = reply.reports[COMBINED].half_cosine
+            self._direction_reliability = spearman_brown(cosine) if math.isfinite(cosine) else cosine
+
+    def _is_unreliable(self, scores: Reliability) -> bool:
+        """Return whether the reliability asked for is known and too low."""
+        least = self._config.reliability.min_reliability
+        value = scores.corrected if self._config.reliability.of == "scores" else self._direction_reliability
+        return least is not None and value < least
+
+    def _fall_back(
+        self, candidates: Candidates, m: Measurements, positions: np.ndarray, seed: tuple[int, int]
+    ) -> Selection:
+        """Return the choice by the score configured for steps whose reliability is too low."""
+        fallback = score_of(self._config.reliability.fallback)
+        if fallback.rank is None:
+            return select_random(candidates, self._draw.num_kept, seed)
+        score_P = spread(fallback.rank(m, self._config.score_options).numpy(), positions, len(candidates))
+        candidates = replace(candidates, score_P=score_P)
+        return select_top(candidates, self._draw.num_kept, self._config.dead_groups, seed)
+
+    def _without_direction(self, candidates: Candidates, step: int) -> Selection:
+        """Select at random, or stop, as configured for a step without a direction."""
+        message = (
+            f"step {step}: there is no direction (all trusted groups right, wrong or failed, or a gradient that is "
+            "zero or not finite): the trusted set gives no direction"
+        )
+        if self._config.direction.on_degenerate == "stop":
+            raise RuntimeError(
+                f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
+                "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
+            )
+        logger.warning("%s; selecting at random in this step", message)
+        return select_random(candidates, self._draw.num_kept, (self._config.seed, step))
 
     def _heed(self, reply: ScoringReply) -> None:
         """Warn of problems too large for the estimator, once; stop if the canary disagrees."""
@@ -164,61 +350,36 @@ class AlignmentSelector:
                 "if errors are small and steady."
             )
 
-    def _choose(
-        self, groups: Sequence[Group], reply: ScoringReply | None, num_kept: int, global_steps: int
-    ) -> Selection:
-        """Return the selection by score, or by the configured policy where there is no direction."""
-        if reply is not None and reply.is_fresh:
-            self._direction_step = global_steps
-        seed = (self._config.seed, global_steps)
-        candidates = self._as_candidates(groups, reply)
-        has_direction = reply is not None and reply.scores is not None
-        if has_direction or not any(g.is_live for g in groups):
-            return select_top(candidates, num_kept, self._config.dead_groups, seed)
-        message = (
-            f"step {global_steps}: the trusted set gives no direction (all groups right, wrong or failed, or a "
-            f"gradient that is not finite)"
-        )
-        if self._config.direction.on_degenerate == "stop":
-            raise RuntimeError(
-                f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
-                "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
-            )
-        logger.warning("%s; selecting at random in this step", message)
-        return select_random(candidates, num_kept, seed)
+    def _keep(self, batch: KVBatchMeta, groups: Sequence[Group], selection: Selection, step: int) -> KVBatchMeta:
+        """Clear every row that is not trained on in this step, and return the rest, in the order they were sent.
 
-    def _as_candidates(self, groups: Sequence[Group], reply: ScoringReply | None) -> list[Candidate]:
-        scores = self._scores(reply)
-        return [
-            Candidate(
-                uid=g.problem.uid,
-                problem_id=g.problem.problem_id,
-                is_failed=g.is_failed,
-                is_live=g.is_live,
-                score=scores.get(g.problem.uid),
-            )
-            for g in groups
-        ]
-
-    def _scores(self, reply: ScoringReply | None) -> dict[str, float]:
-        rank = SCORES[self._config.score].rank
-        if reply is None or reply.scores is None or rank is None:
-            return {}
-        return dict(zip(reply.scores.uid, rank(reply.scores).tolist(), strict=True))
-
-    def _keep(
-        self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Sequence[Group], selection: Selection
-    ) -> KVBatchMeta:
-        """Clear every row that is not trained on, and return the rest, problems in the order they were submitted."""
-        kept_uids = set(selection.kept)
-        kept = [key for g in groups if g.problem.uid in kept_uids for key in g.keys]
+        A candidate may have more responses than training takes: its first rollout.n are trained on.
+        """
+        trained = set(selection.kept.tolist())
+        is_planned = self._config.schedule != "step" and self._draw.is_scored
+        if self._curriculum is not None and is_planned and trained:
+            ids = self._curriculum.keep(step, [groups[i].problem.problem_id for i in selection.kept])
+            trained = {i for i in trained if groups[i].problem.problem_id in set(ids)}
+        num_sessions = self._verl_config.actor_rollout_ref.rollout.n
+        rows = [sorted(groups[i].keys, key=natural_order) for i in sorted(trained)]
+        kept = [key for keys in rows for key in keys if session_of(key) < num_sessions]
         cleared = sorted(set(batch.keys) - set(kept))
         if cleared:
             tq.kv_clear(keys=cleared, partition_id=batch.partition_id)
         if not kept:
+            reasons = Counter(REASONS[code] for code in selection.reason_P)
             raise RuntimeError(
-                f"none of {len(groups)} candidate groups can be trained on: "
-                f"{dict(Counter(selection.reasons.values()))}. Remedy: look for errors of the rollout or of the "
-                "reward function above this message."
+                f"none of {len(groups)} candidate groups can be trained on: {dict(reasons)}. Remedy: look for errors "
+                "of the rollout or of the reward function above this message."
             )
         return batch.select_keys(kept)
+
+
+def _candidates(groups: Sequence[Group]) -> Candidates:
+    """Return what the choice depends on, without scores yet."""
+    return Candidates(
+        problem_id_P=np.array([g.problem.problem_id for g in groups], dtype=np.int64),
+        is_failed_P=np.array([g.is_failed for g in groups], dtype=bool),
+        is_live_P=np.array([g.is_live for g in groups], dtype=bool),
+        score_P=np.full(len(groups), np.nan),
+    )

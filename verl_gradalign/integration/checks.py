@@ -7,7 +7,6 @@ Every message names the key, its value and the remedy.
 from __future__ import annotations
 
 import logging
-import math
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.dealing import token_budget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.curriculum import check_schedule
+from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,34 +50,23 @@ def refuse(key: str, value: Any, why: str, remedy: str) -> None:
 
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
     """Raise ValueError if selection cannot work, or cannot be exact, under this verl configuration."""
+    score = score_of(config.score)
     _check_batch(config, verl_config)
-    if SCORES[config.score].rank is None:
-        return
-    _check_algorithm(config, verl_config)
-    _check_actor(verl_config)
-    _check_estimator(config, verl_config)
+    _check_mode(config, verl_config)
+    if score.needs_gradients:
+        _check_algorithm(config, verl_config)
+        _check_actor(verl_config)
+        _check_estimator(config, verl_config)
 
 
 def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    data = verl_config.data
-    if SCORES[config.score].rank is not None:
-        num_candidates = math.ceil(config.oversample * data.train_batch_size)
-        chunk = data.get("gen_batch_size") or data.train_batch_size
-        if num_candidates % chunk:
-            refuse(
-                "data.gen_batch_size",
-                data.get("gen_batch_size"),
-                f"does not divide the {num_candidates} candidates (gradalign.oversample={config.oversample} x "
-                f"data.train_batch_size={data.train_batch_size})",
-                f"set data.gen_batch_size={math.gcd(num_candidates, data.train_batch_size)} or a whole oversample",
-            )
-    reward_model = verl_config.reward.reward_model
-    if reward_model.enable and not reward_model.enable_resource_pool:
+    rollout_n = verl_config.actor_rollout_ref.rollout.n
+    if (config.curriculum.n or rollout_n) < rollout_n:
         refuse(
-            "reward.reward_model.enable_resource_pool",
-            False,
-            "a colocated reward model gives its rewards only after groups are selected",
-            "set it to True, or use a rule-based reward",
+            "gradalign.curriculum.n",
+            config.curriculum.n,
+            f"is less than the {rollout_n} responses that training takes (actor_rollout_ref.rollout.n)",
+            "leave it out, or set it to that or more",
         )
     if verl_config.trainer.v1.sampler.get("sync_refill_failed_groups"):
         refuse(
@@ -88,30 +77,55 @@ def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
         )
     if OmegaConf.select(verl_config, "skip.rollout_tq.enable"):
         refuse("skip.rollout_tq.enable", True, "cached rollouts have no trusted groups", "set it to False")
+    filters = (verl_config.algorithm.get("filter_groups") or {}).get("enable")
+    if filters and config.schedule not in ("step", "round"):
+        refuse(
+            "algorithm.filter_groups.enable",
+            True,
+            f"gradalign.schedule={config.schedule} scores all problems it may; none is left to replace a filtered one",
+            "set it to False; gradalign.dead_groups=drop leaves groups without advantage out",
+        )
+
+
+def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    mode = verl_config.trainer.v1.trainer_mode
+    if mode != "gradalign" and config.schedule != "step":
+        refuse(
+            "gradalign.schedule",
+            config.schedule,
+            f"under trainer.v1.trainer_mode={mode} prompts are in flight before a selection is made, so kept problems "
+            "could not be the next ones trained on",
+            "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign",
+        )
+    reward_model = verl_config.reward.reward_model
+    if mode != "gradalign" and reward_model.enable and not reward_model.enable_resource_pool:
+        refuse(
+            "reward.reward_model.enable_resource_pool",
+            False,
+            f"has not been shown to work with trainer.v1.trainer_mode={mode}",
+            "set it to True, or trainer.v1.trainer_mode=gradalign",
+        )
 
 
 def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
     algorithm, rollout = verl_config.algorithm, verl_config.actor_rollout_ref.rollout
     centred = "set gradalign.advantage=centred to score with reward minus group mean"
     if config.advantage == "trainer":
-        if algorithm.adv_estimator not in REWARD_ONLY_ADVANTAGES:
+        is_gae = algorithm.adv_estimator == "gae"
+        if not is_gae and algorithm.adv_estimator not in REWARD_ONLY_ADVANTAGES:
             why = "its advantages are not known when groups are selected"
             refuse("algorithm.adv_estimator", algorithm.adv_estimator, why, centred)
+        if is_gae and score_of(config.score).needs_response_derivatives:
+            why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
+            refuse("algorithm.adv_estimator", "gae", why, centred)
         if algorithm.use_kl_in_reward:
             why = "advantages with the KL penalty are not known when groups are selected"
             refuse("algorithm.use_kl_in_reward", True, why, centred)
-    groupwise = config.advantage == "centred" or not str(algorithm.adv_estimator).endswith("plus_plus")
-    n_trusted = config.validation.n or rollout.n
+    groupwise = config.advantage == "centred" or algorithm.adv_estimator not in ("gae", "reinforce_plus_plus")
+    n_trusted = min((s.n or rollout.n for s in config.validation.trusted_sets()), default=rollout.n)
     for key, n in (("actor_rollout_ref.rollout.n", rollout.n), ("gradalign.validation.n", n_trusted)):
         if groupwise and n < 2:
             refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
-    if (algorithm.get("filter_groups") or {}).get("enable"):
-        refuse(
-            "algorithm.filter_groups.enable",
-            True,
-            "is not combined with gradalign yet",
-            "set it to False; gradalign.dead_groups=drop already leaves groups without advantage out",
-        )
     loss_mode = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
     if loss_mode != "vanilla" and config.loss_agg_mode is None:
         refuse(
@@ -177,7 +191,7 @@ def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
             "set it to fp32, or set gradalign.estimator=ghost",
         )
     budget = token_budget(config.probe, verl_config)
-    data, num_rows = verl_config.data, max(verl_config.actor_rollout_ref.rollout.n, config.validation.n or 0)
+    data, num_rows = verl_config.data, config.curriculum.n or verl_config.actor_rollout_ref.rollout.n
     longest = num_rows * (data.max_prompt_length + data.max_response_length)
     if ESTIMATORS[config.estimator].needs_whole_problems and longest > budget.max_tokens:
         logger.warning(
@@ -190,32 +204,33 @@ def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 
 def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Raise ValueError if the trusted set cannot be read, is empty, or shares problems with the train files."""
-    if not SCORES[config.score].needs_direction:
+    """Raise ValueError if the data cannot be read, are too few for the schedule, or trusted problems are trained on."""
+    score, data = score_of(config.score), verl_config.data
+    is_plain = score.rank is None and config.schedule == "step"
+    if is_plain:
         return
-    prompt_key = verl_config.data.get("prompt_key", "prompt")
-    trusted = _prompts("gradalign.validation.files", config.validation.files, prompt_key)
-    if not trusted:
-        refuse("gradalign.validation.files", list(config.validation.files), "no rows", "name a file with problems")
-    files = verl_config.data.train_files
+    prompt_key = data.get("prompt_key", "prompt")
+    trusted_sets = config.validation.trusted_sets() if score.needs_direction else ()
+    trusted = {}
+    for trusted_set in trusted_sets:
+        name = "files" if config.validation.files else f"sets[{trusted_set.name}].files"
+        key = f"gradalign.validation.{name}"
+        trusted[key] = (trusted_set.files, _prompts(key, trusted_set.files, prompt_key))
+    files = data.train_files
     train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
-    num_candidates = math.ceil(config.oversample * verl_config.data.train_batch_size)
-    if len(train) < num_candidates:
-        refuse(
-            "data.train_files",
-            files,
-            f"holds {len(train)} problems, fewer than the {num_candidates} candidates of a step",
-            "lower gradalign.oversample or data.train_batch_size, or add problems",
-        )
-    shared = set(trusted) & set(train)
-    if shared:
-        refuse(
-            "gradalign.validation.files",
-            list(config.validation.files),
-            f"{len(shared)} of its {len(trusted)} problems also stand in data.train_files, for instance "
-            f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on",
-            "remove them from one of the two",
-        )
+    limit = data.get("train_max_samples", -1)
+    num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
+    check_schedule(config, num_problems, data.train_batch_size, chooses=score.rank is not None)
+    for key, (names, prompts) in trusted.items():
+        shared = set(prompts) & set(train)
+        if shared:
+            refuse(
+                key,
+                list(names),
+                f"{len(shared)} of its {len(prompts)} problems also stand in data.train_files, for instance "
+                f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on",
+                "remove them from one of the two",
+            )
 
 
 def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:

@@ -31,6 +31,12 @@ class ProblemKeys:
     keys: tuple[str, ...]
     lengths: tuple[int, ...]
     """Tokens of each key's row, prompt included."""
+    halves: tuple[int, ...] = ()
+    """The half that each key's row counts to, half 0 first."""
+
+    @property
+    def is_split(self) -> bool:
+        return len(set(self.halves)) == 2
 
     @property
     def size(self) -> ProblemSize:
@@ -78,16 +84,21 @@ def build_shares(
     problems: Sequence[ProblemKeys], dealt: Sequence[Sequence[str]], positions: Mapping[str, int]
 ) -> tuple[ProblemRows, ...]:
     """Return one rank's `ProblemRows`, given its dealt keys and the position of each key in its row table."""
-    return tuple(
-        ProblemRows(
-            uid=problem.uid,
-            rows=tuple(positions[key] for key in mine),
-            num_rows=problem.size.num_rows,
-            num_tokens=problem.size.num_tokens,
-            longest_row=problem.size.longest_row,
+    shares = []
+    for problem, mine in zip(problems, dealt, strict=True):
+        half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
+        shares.append(
+            ProblemRows(
+                uid=problem.uid,
+                rows=tuple(positions[key] for key in mine),
+                num_rows=problem.size.num_rows,
+                num_tokens=problem.size.num_tokens,
+                longest_row=problem.size.longest_row,
+                is_split=problem.is_split,
+                halves=tuple(half_of[key] for key in mine) if half_of else (),
+            )
         )
-        for problem, mine in zip(problems, dealt, strict=True)
-    )
+    return tuple(shares)
 
 
 def audited_problems(config: GradAlignConfig, num_problems: int, step: int, num_scorings: int) -> tuple[int, ...]:
@@ -103,42 +114,44 @@ def audited_problems(config: GradAlignConfig, num_problems: int, step: int, num_
         wanted = probe.canary_problems if due else 0
     else:
         wanted = probe.fidelity_problems
-    generator = random.Random(f"{config.seed} {step} audit")
-    return tuple(sorted(generator.sample(range(num_problems), min(wanted, num_problems))))
+    return drawn(f"{config.seed} {step} audit", wanted, num_problems)
+
+
+def drawn(seed: str, wanted: int, num_problems: int) -> tuple[int, ...]:
+    """Return so many of the problems' positions at random, ascending; all of them if there are not more."""
+    return tuple(sorted(random.Random(seed).sample(range(num_problems), min(wanted, num_problems))))
 
 
 def build_requests(
     batch: KVBatchMeta,
-    trusted: Sequence[Group],
+    trusted: Mapping[str, Sequence[Group]],
     candidates: Sequence[Group],
     dp_rank_of: Sequence[int],
     request: ScoringRequest,
 ) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
-    """Return what each worker receives: the keys of its rows, and `request` with its share of the problems."""
+    """Return what each worker receives: the keys of its rows, and `request` with its share of the problems.
+
+    `trusted` holds each trusted set's live groups by the set's name; `request.set_weights` says which sets there are.
+    """
     length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
-    tables = [
-        [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys)) for g in groups]
-        for groups in (trusted, candidates)
-    ]
+    names = list(request.set_weights)
+    tables = [_table(groups, length) for groups in (*(trusted.get(name, ()) for name in names), candidates)]
     dp_size = max(dp_rank_of) + 1
-    owners: list[list[int | None]] = [
-        [None] * len(tables[0]),
-        owners_of(tables[1], request.estimator, request.budget, dp_size),
-    ]
-    dealt_trusted, dealt_candidates = (deal(*pair, dp_size) for pair in zip(tables, owners, strict=True))
+    owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
+    owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size))
+    dealt = [deal(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
     spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
     metas, requests = [], []
     for dp_rank in dp_rank_of:
-        mine = [*dealt_trusted[dp_rank], *dealt_candidates[dp_rank]]
-        keys = [key for keys in mine for key in keys if key != spare] + [spare]
+        keys = [key for table in dealt for keys in table[dp_rank] for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
         metas.append(
             KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
         )
-        requests.append(
-            request.with_shares(
-                build_shares(tables[0], dealt_trusted[dp_rank], positions),
-                build_shares(tables[1], dealt_candidates[dp_rank], positions),
-            )
-        )
+        shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, dealt, strict=True)]
+        requests.append(request.with_shares(dict(zip(names, shares[:-1], strict=True)), shares[-1]))
     return metas, requests
+
+
+def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:
+    return [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves) for g in groups]

@@ -23,7 +23,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.scores import score_of
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
 ZERO_ADVANTAGE = 1e-6
@@ -37,6 +37,8 @@ class Problem:
     problem_id: int
     """Row in the train files (or in the trusted files)."""
     data_source: str
+    trusted_set: str | None = None
+    """Name of the trusted set it belongs to; None: a candidate."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,46 @@ class Group:
 
     problem: Problem
     keys: tuple[str, ...]
-    """In session order; empty if nothing was generated."""
+    """Sessions of even number first, which are one half of the group; empty if nothing was generated."""
     num_tokens: int
     """Of all trajectories, prompts included."""
     rewards: tuple[float, ...]
-    """One per response."""
+    """One per response, in the keys' order."""
     is_failed: bool
     is_live: bool
+    advantages: tuple[float, ...] = ()
+    """One per key; nan where its tokens have different ones."""
+    coefficients: tuple[float, ...] = ()
+    """Factor of each key's log-probability in the problem's objective; nan where its tokens have different ones."""
+
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Return the half of the group that each key counts to, 0 or 1."""
+        return tuple(session_of(key) % 2 for key in self.keys)
 
     def success_rate(self, threshold: float) -> float:
         """Return the share of responses with a reward above `threshold`; NaN without responses."""
         return float(np.mean([reward > threshold for reward in self.rewards])) if self.rewards else float("nan")
 
 
+def session_of(key: str) -> int:
+    """Return the session number of a trajectory's key."""
+    return int(key.rsplit("_", 2)[1])
+
+
+def natural_order(key: str) -> tuple[int, int]:
+    """Return what trajectory keys of a problem are sorted by: session, then output."""
+    _, session, output = key.rsplit("_", 2)
+    return int(session), int(output)
+
+
 def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return trajectory keys by their problem's uid, in session and output order."""
+    """Return trajectory keys by their problem's uid, even sessions first, each in session and output order."""
     by_uid: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         by_uid[key.split("_", 1)[0]].append(key)
     for members in by_uid.values():
-        members.sort(key=lambda key: tuple(map(int, key.rsplit("_", 2)[1:])))
+        members.sort(key=lambda key: (session_of(key) % 2, *natural_order(key)))
     return by_uid
 
 
@@ -82,17 +104,21 @@ def read_groups(
     keys = [key for members in usable.values() for key in members]
     rewards: dict[str, tuple[float, ...]] = {}
     live: set[str] = set()
+    per_key: dict[str, tuple[float, float]] = {}
     if keys:
-        fields = ["rm_scores", "response_mask", "input_ids"]
+        fields = ["rm_scores", "response_mask", "input_ids", *(["values"] if needs_values(config, verl_config) else [])]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         padded = data.to_padded_tensor()
         row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
         rewards = {uid: _response_rewards(members, row_rewards) for uid, members in usable.items()}
-        if SCORES[config.score].rank is None:
-            # Nothing will be scored: no advantages (they may need a critic's values), and nothing to store.
+        if not score_of(config.score).needs_gradients:
+            # Nothing will be scored in the actor: no advantages (they may need a critic's values), nothing to store.
             live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
         else:
-            coefficient_RT, live = _coefficients(padded, usable, config, verl_config)
+            advantage_RT = _advantages(padded, keys, config, verl_config)
+            coefficient_RT, live = _coefficients(padded, advantage_RT, usable, config, verl_config)
+            uniform = (_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT))
+            per_key = dict(zip(keys, zip(*uniform, strict=True), strict=True))
             column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
             tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
     return [
@@ -103,20 +129,38 @@ def read_groups(
             rewards=rewards.get(p.uid, ()),
             is_failed=p.uid not in usable,
             is_live=p.uid in live,
+            advantages=tuple(per_key[key][0] for key in usable.get(p.uid, ()) if key in per_key),
+            coefficients=tuple(per_key[key][1] for key in usable.get(p.uid, ()) if key in per_key),
         )
         for p in problems
     ]
 
 
+def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:
+    """Return whether the advantages that candidates are scored with need a critic's values."""
+    is_gae = verl_config.algorithm.adv_estimator == "gae" and config.advantage == "trainer"
+    return is_gae and score_of(config.score).needs_gradients
+
+
+def _uniform(values_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[float]:
+    """Return each row's value, nan where its masked tokens have different ones."""
+    first_R1 = values_RT.gather(1, mask_RT.long().argmax(dim=1, keepdim=True))
+    is_same_R = ((values_RT == first_R1) | ~mask_RT.bool()).all(dim=1)
+    return torch.where(is_same_R, first_R1.squeeze(1), torch.nan).tolist()
+
+
 def _coefficients(
-    padded: TensorDict, usable: dict[str, list[str]], config: GradAlignConfig, verl_config: DictConfig
+    padded: TensorDict,
+    advantage_RT: torch.Tensor,
+    usable: dict[str, list[str]],
+    config: GradAlignConfig,
+    verl_config: DictConfig,
 ) -> tuple[torch.Tensor, set[str]]:
     """Return the token coefficients of all rows (rows, tokens), and the uids of the live groups.
 
     `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero.
     """
     actor = verl_config.actor_rollout_ref.actor
-    advantage_RT = _advantages(padded, [key for members in usable.values() for key in members], config, verl_config)
     coefficient_RT = torch.zeros_like(advantage_RT)
     live: set[str] = set()
     start = 0
@@ -165,16 +209,15 @@ def _advantages(
         centred_R = reward_R - torch.stack([means[uid] for uid in uids])
         return centred_R.unsqueeze(1) * mask_RT
     algorithm = verl_config.algorithm
+    columns = {
+        "response_mask": padded["response_mask"],
+        "token_level_scores": padded["rm_scores"],
+        "token_level_rewards": padded["rm_scores"],
+    }
+    if needs_values(config, verl_config):
+        columns["values"] = padded["values"]
     data = DataProto(
-        batch=TensorDict(
-            {
-                "response_mask": padded["response_mask"],
-                "token_level_scores": padded["rm_scores"],
-                "token_level_rewards": padded["rm_scores"],
-            },
-            batch_size=len(keys),
-        ),
-        non_tensor_batch={"uid": np.array(uids, dtype=object)},
+        batch=TensorDict(columns, batch_size=len(keys)), non_tensor_batch={"uid": np.array(uids, dtype=object)}
     )
     data = compute_advantage_for_multi_trajectories(
         data,

@@ -1,41 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sampler that verl asks for a training batch: waits for all candidates, then lets the selector choose.
+"""The samplers that verl asks for a training batch: wait for the candidates, then let the selector choose.
 
-Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; `trainer_mode=gradalign` sets it by itself.
+Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes of this package set it by themselves.
+`sampler_kwargs`: `poll_interval_s`, how often running rollouts are looked at; `filter_groups_metric`, DAPO's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+SEPARATE_ASYNC_REFUSED = (
+    "trainer.v1.trainer_mode=separate_async: selection is not supported there. Its rollout devices are never idle and "
+    "receive weights over a device-to-device engine (nccl, nixl), which this package has not been shown to work with, "
+    "and its steps are cut into mini-batches that would each have to be selected apart. Remedy: set "
+    "trainer.v1.trainer_mode=gradalign (synchronous) or gradalign_colocate_async."
+)
 
 
 class Selector(Protocol):
-    """What the trainer attaches: it knows the step's problems and chooses among their groups."""
+    """What the trainer attaches: it knows the problems in flight and chooses among finished groups."""
 
     @property
-    def num_expected(self) -> int:
-        """Problems, candidates and trusted, that were sent to the rollout in this step."""
+    def num_candidates(self) -> int:
+        """Candidates that a selection is among."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Problems, candidates and trusted, that were sent to the rollout and not yet taken."""
+        ...
+
+    @property
+    def has_direction(self) -> bool:
+        """Whether candidates could be scored without the trusted problems in flight."""
+        ...
+
+    def is_trusted(self, uid: str) -> bool:
+        """Whether a problem in flight is a trusted one."""
+        ...
+
+    def trusted_in_flight(self) -> set[str]:
+        """Trusted problems that were sent to the rollout and not yet taken."""
         ...
 
     def select(
-        self, batch: KVBatchMeta, failed: set[str], num_kept: int, global_steps: int
+        self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], batch_size: int, step: int
     ) -> tuple[KVBatchMeta, dict[str, float]]:
-        """Return the rows to train on, and metrics. Everything else is cleared from TransferQueue."""
+        """Return the rows to train on, and metrics. Everything else of `uids` is cleared from TransferQueue."""
         ...
 
 
-class GradAlignSampler(ReplayBuffer):
-    """verl's synchronous replay buffer, whose training batches are chosen by alignment.
+def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
+    """Return verl's constructor arguments, with those that come through sampler_kwargs."""
+    if kwargs["trainer_mode"] == "separate_async":
+        raise ValueError(SEPARATE_ASYNC_REFUSED)
+    own = kwargs["sampler_kwargs"] or {}
+    options = {**kwargs, "poll_interval": own.get("poll_interval_s", 0.5)}
+    options["filter_groups_metric"] = own.get("filter_groups_metric")
+    if train_batch_size and options["filter_groups_metric"] is not None:
+        options |= {"train_batch_size": own["train_batch_size"], "gen_batch_size": 1}
+        options["max_inflight_gen_batches"] = own.get("max_inflight_gen_batches", 1)
+    return options
 
-    `sampler_kwargs.poll_interval_s` sets how often it looks at running rollouts.
-    """
+
+def _require(selector: Selector | None) -> Selector:
+    if selector is None:
+        raise RuntimeError(
+            "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with its "
+            "trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
+        )
+    return selector
+
+
+class GradAlignSampler(ReplayBuffer):
+    """verl's synchronous replay buffer, whose training batches are chosen by alignment."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs, poll_interval=(kwargs["sampler_kwargs"] or {}).get("poll_interval_s", 0.5))
+        super().__init__(**_options(kwargs, train_batch_size=True))
         self._selector: Selector | None = None
+        self._taken: list[str] = []
 
     def attach(self, selector: Selector) -> None:
         """Give the sampler its selector; the trainer does this once."""
@@ -48,12 +96,84 @@ class GradAlignSampler(ReplayBuffer):
         """
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
-        if self._selector is None:
-            raise RuntimeError(
-                "GradAlignSampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only "
-                "with its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
-            )
-        batch, metrics = super().sample(global_steps, partition_id, self._selector.num_expected)
+        selector = _require(self._selector)
+        batch, metrics = super().sample(global_steps, partition_id, selector.num_in_flight)
         failed = set(self.failure_keys[partition_id])
-        kept, own_metrics = self._selector.select(batch, failed, batch_size, global_steps)
+        kept, own_metrics = selector.select(batch, self._taken, failed, batch_size, global_steps)
         return kept, {**metrics, **own_metrics}
+
+    def _dapo_filtered_keys(self, partition_id: str) -> tuple[set[str], Counter[float]]:
+        """Leave trusted groups alone: they are not trained on, and a new prompt would not replace them."""
+        filtered, counts = super()._dapo_filtered_keys(partition_id)
+        return _without_trusted(self._selector, filtered), counts
+
+    def _select_prompt_uids(
+        self, partition_id: str, sampleable_keys: set[str], batch_size: int
+    ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
+        """Take all trusted groups, and candidates up to the number asked for."""
+        uids, snapshot, steps = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
+        if partition_id == "train" and self._selector is not None:
+            uids.sort(key=lambda uid: not self._selector.is_trusted(uid))
+            self._taken = uids = uids[:batch_size]
+        return uids[:batch_size], snapshot, steps
+
+
+class GradAlignAsyncSampler(ReplayBufferAsync):
+    """verl's asynchronous replay buffer: chooses among the oldest finished candidates while others are generated.
+
+    Staleness is verl's: groups beyond `max_off_policy_threshold` are evicted and replaced before the choice. Trusted
+    groups are used when all of a refresh are there; only the first direction is waited for.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**_options(kwargs, train_batch_size=False))
+        self._selector: Selector | None = None
+        self._taken: list[str] = []
+
+    def attach(self, selector: Selector) -> None:
+        """Give the sampler its selector; the trainer does this once."""
+        self._selector = selector
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+        """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own."""
+        if partition_id != "train":
+            return super().sample(global_steps, partition_id, batch_size)
+        selector = _require(self._selector)
+        batch, metrics = super().sample(global_steps, partition_id, selector.num_candidates)
+        failed = set(self.failure_keys[partition_id])
+        kept, own_metrics = selector.select(batch, self._taken, failed, batch_size, global_steps)
+        return kept, {**metrics, **own_metrics}
+
+    def _terminal_eviction_reasons(
+        self, global_steps: int, partition_id: str
+    ) -> tuple[set[str], set[str], set[str], Counter[float]]:
+        """Evict candidates only: a trusted group that failed or is old is still an answer."""
+        stale, filtered, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
+        stale, filtered, failed = (_without_trusted(self._selector, uids) for uids in (stale, filtered, failed))
+        return stale, filtered, failed, counts
+
+    def _has_enough_samples(
+        self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]
+    ) -> bool:
+        if partition_id != "train" or self._selector is None:
+            return super()._has_enough_samples(global_steps, partition_id, batch_size, sampleable_keys)
+        candidates = _without_trusted(self._selector, sampleable_keys)
+        if not super()._has_enough_samples(global_steps, partition_id, batch_size, candidates):
+            return False
+        return self._selector.has_direction or self._selector.trusted_in_flight() <= sampleable_keys
+
+    def _select_prompt_uids(
+        self, partition_id: str, sampleable_keys: set[str], batch_size: int
+    ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
+        """Take the oldest candidates, and the trusted groups if all of them are there."""
+        if partition_id != "train" or self._selector is None:
+            return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
+        candidates = _without_trusted(self._selector, sampleable_keys)
+        uids, snapshot, steps = super()._select_prompt_uids(partition_id, candidates, batch_size)
+        trusted = self._selector.trusted_in_flight()
+        self._taken = [*uids, *(sorted(trusted) if trusted <= sampleable_keys else ())]
+        return self._taken, snapshot, steps
+
+
+def _without_trusted(selector: Selector | None, uids: Iterable[str]) -> set[str]:
+    return {uid for uid in uids if selector is None or not selector.is_trusted(uid)}

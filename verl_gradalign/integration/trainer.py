@@ -1,91 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trainer.v1.trainer_mode=gradalign`: verl's synchronous trainer that chooses what it trains on.
+"""`trainer.v1.trainer_mode=gradalign`: verl's trainers that choose what they train on.
 
-Five of verl's methods are extended; everything else of a step (log-probs, advantages, update, weight push,
-checkpoints, validation) is verl's own.
+A few of verl's methods are extended; everything else of a step (log-probs, advantages, update, weight push,
+checkpoints, validation) is verl's own. `gradalign` is synchronous; `gradalign_colocate_async` chooses among finished
+groups while others are generated.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.rl_dataset import collate_fn
 
-from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.alignment import AlignmentSelector
+from verl_gradalign.integration.checkpoint import (
+    check_resume,
+    direction_file,
+    identity,
+    resume_folder,
+    state_file,
+)
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
-from verl_gradalign.integration.groups import Problem
-from verl_gradalign.integration.sampler import GradAlignSampler
+from verl_gradalign.integration.completion import add_values
+from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.worker import GradAlignWorker
 from verl_gradalign.metrics import named
 from verl_gradalign.report.selection_log import SelectionLog
-from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.checkpoint import load_state, save_state
+from verl_gradalign.selection.curriculum import Curriculum, Draw
+from verl_gradalign.selection.scores import score_of
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer
+else:
+    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
-PROBLEM_ID = "gradalign_problem_id"
-SAMPLER = {"path": "pkg://verl_gradalign.integration.sampler", "name": "GradAlignSampler"}
+SAMPLER_PATH = "pkg://verl_gradalign.integration.sampler"
 
 
-@register_trainer("gradalign")
-class GradAlignTrainer(PPOTrainerSync):
-    """Rolls out more candidates than it trains on, and the trusted set; trains on the best-aligned ones."""
+class ChoosesProblems(_Trainer):
+    """Rolls out more candidates than it trains on, and the trusted sets; trains on the best.
+
+    Mixed into a trainer of verl. `verl_mode` is that trainer's name, `sampler_class` what waits for its groups.
+    """
+
+    verl_mode: str
+    sampler_class: type[GradAlignSampler] | type[GradAlignAsyncSampler]
 
     def __init__(self, config: DictConfig) -> None:
-        self.gradalign: GradAlignConfig = read_config(config)
+        self.gradalign = read_config(config)
         check_verl_config(self.gradalign, config)
         check_data(self.gradalign, config)
-        _use_own_sampler(self.gradalign, config)
+        self._identity = identity(self.gradalign, config)
+        check_resume(self._identity, config)
+        self._use_own_sampler(config)
         super().__init__(config)
-        if not isinstance(self.replay_buffer, GradAlignSampler):
+        if not isinstance(self.replay_buffer, self.sampler_class):
             raise ValueError(
                 f"trainer.v1.sampler.custom_sampler.name={config.trainer.v1.sampler.custom_sampler.name}: "
-                "trainer_mode=gradalign needs a GradAlignSampler. Remedy: remove the override, or derive your sampler "
-                "from verl_gradalign.integration.sampler.GradAlignSampler."
+                f"this trainer mode needs a {self.sampler_class.__name__}. Remedy: remove the override, or derive your "
+                f"sampler from verl_gradalign.integration.sampler.{self.sampler_class.__name__}."
             )
-        log_dir = self.gradalign.log.dir or str(Path(config.trainer.default_local_dir) / "gradalign")
-        self._selector = AlignmentSelector(self.gradalign, config, SelectionLog(log_dir), self._free_rollout)
-        self.replay_buffer.attach(self._selector)
-        self._rollout_is_asleep = False
+        self._score = score_of(self.gradalign.score)
+        self._is_asleep = False
 
     @property
     def trainer_mode(self) -> str:
-        """verl compares this with "sync" to learn whether training is synchronous, and in this mode it is."""
-        return "sync"
+        """verl compares this with the names of its own modes to learn how training goes."""
+        return self.verl_mode
 
     @trainer_mode.setter
     def trainer_mode(self, _: str) -> None:
         return None
 
-    @property
-    def _num_candidates(self) -> int:
-        if SCORES[self.gradalign.score].rank is None:
-            return int(self.config.data.train_batch_size)
-        return math.ceil(self.gradalign.oversample * self.config.data.train_batch_size)
-
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
-        # The row in the train files identifies a problem; extra_info.index may be missing or repeated.
-        rows = self.train_dataset.dataframe
-        self.train_dataset.dataframe = rows.add_column(PROBLEM_ID, _rows_in_files(rows))
-        if SCORES[self.gradalign.score].needs_direction:
-            files = list(self.gradalign.validation.files)
-            self._trusted = create_rl_dataset(
-                files, self.config.data, self.tokenizer, self.processor, is_train=False, max_samples=-1
-            )
+        self._pool = PromptTable(self.train_dataset)
+        # verl's own data loader serves a plain random run, so it must tell problems apart too.
+        self.train_dataset.dataframe = self.train_dataset.dataframe.add_column(PROBLEM_ID, self._pool.problem_ids)
+        self._trusted = {
+            s.name: (PromptTable(self._dataset(s.files)), s.n)
+            for s in self.gradalign.validation.trusted_sets()
+            if self._score.needs_direction
+        }
+        batch_size = self.config.data.train_batch_size
+        is_plain = self._score.rank is None and self.gradalign.schedule == "step"
+        self._curriculum = None
+        if not is_plain:
+            chooses = self._score.rank is not None
+            self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
+        log_dir = self.gradalign.log.dir or str(Path(self.config.trainer.default_local_dir) / "gradalign")
+        num_problems = self._pool.num_rows
+        self._selector = AlignmentSelector(
+            self.gradalign, self.config, SelectionLog(log_dir), self, num_problems, self._curriculum
+        )
+        self.replay_buffer.attach(self._selector)
+
+    def _dataset(self, files: Any) -> Any:
+        data = self.config.data
+        return create_rl_dataset(list(files), data, self.tokenizer, self.processor, is_train=False, max_samples=-1)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -97,42 +123,93 @@ class GradAlignTrainer(PPOTrainerSync):
         """Connect the selector to the actor, now that there is one."""
         super().on_init_end()
         workers = self.actor_rollout_wg
-        if SCORES[self.gradalign.score].needs_direction:
+        if self._score.needs_gradients:
             workers.gradalign_check(self.gradalign.estimator, self.gradalign.probe)
         self._selector.attach_workers(workers.gradalign_score, list(workers._query_dispatch_info("actor")))
 
     def prepare_step(self) -> dict[str, Any]:
-        """Send the step's candidates, and the trusted set when the direction is stale, to the rollout."""
-        candidates = self._next_train_batch(self._num_candidates)
-        trusted = self._trusted_batch() if self._selector.needs_trusted(self.global_steps) else None
-        self._selector.expect(_problems(candidates), _problems(trusted) if trusted is not None else [])
-        self._submit_batch_to_rollout(candidates)
-        if trusted is not None:
-            self._submit_batch_to_rollout(trusted)
+        """Send the step's problems, and the trusted sets when the direction is stale, to the rollout."""
+        step, is_scored = self.global_steps, False
+        if self._curriculum is None:
+            batch = super()._next_train_batch()
+            self._selector.register(problems_of(batch))
+            self._selector.expect(Draw(tuple(batch[PROBLEM_ID].tolist()), 0))
+        else:
+            draw = self._curriculum.draw(step)
+            is_scored = draw.is_scored
+            self._selector.expect(draw)
+            n = self.gradalign.curriculum.n if is_scored and self.gradalign.schedule != "step" else None
+            batch = self._candidates(draw.problem_ids, n)
+        self._submit_batch_to_rollout(batch)
+        if is_scored and self._selector.needs_trusted(step) and not self._selector.trusted_in_flight():
+            for name, (table, n) in self._trusted.items():
+                trusted = table.batch(table.problem_ids.tolist(), step, n or self.config.actor_rollout_ref.rollout.n)
+                self._selector.register(problems_of(trusted, name))
+                self._submit_batch_to_rollout(trusted)
         return {}
 
-    def _trusted_batch(self) -> TensorDict:
-        """Return every trusted problem as a prompt row with its own group size."""
-        num = len(self._trusted)
-        columns = collate_fn([self._trusted[i] for i in range(num)])
-        columns["uid"] = np.array([str(uuid.uuid4()) for _ in range(num)], dtype=object)
-        columns[PROBLEM_ID] = np.arange(num)
-        n = self.gradalign.validation.n or self.config.actor_rollout_ref.rollout.n
-        columns["__rollout_n__"] = np.array([int(n)] * num, dtype=object)
-        batch = tu.get_tensordict(columns)
-        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step."""
+        if self._curriculum is None:
+            batch = super()._next_train_batch(num_prompts)
+            self._selector.register(problems_of(batch))
+            return batch
+        return self._candidates(self._curriculum.refill(num_prompts or self.config.data.train_batch_size), None)
+
+    def _candidates(self, problem_ids: tuple[int, ...], n: int | None) -> TensorDict:
+        batch = self._pool.batch(problem_ids, self.global_steps, n)
+        self._selector.register(problems_of(batch))
         return batch
 
-    def _free_rollout(self) -> None:
+    def free_rollout(self) -> None:
         """Put the rollout replicas to sleep before scoring, as verl does after sampling."""
-        super().on_sample_end()
-        self._rollout_is_asleep = True
+        if not self._is_asleep:
+            super().on_sample_end()
+        self._is_asleep = True
 
     def on_sample_end(self) -> None:
         """Put the replicas to sleep unless scoring has done it already."""
-        if not self._rollout_is_asleep:
-            super().on_sample_end()
-        self._rollout_is_asleep = False
+        self.free_rollout()
+        self._is_asleep = False
+
+    def complete(self, batch: KVBatchMeta) -> None:
+        """Add rewards of a colocated reward model, and a critic's values, to the rows of all candidates."""
+        if self.reward_loop_manager.reward_loop_worker_handles is None:
+            super()._compute_reward_colocate(batch)
+            self._rewarded = set(batch.keys)
+        if self.use_critic:
+            add_values(batch, super()._compute_values, self.actor_rollout_wg, self.tokenizer.eos_token_id)
+
+    def _compute_reward_colocate(self, batch: KVBatchMeta, metrics: dict[str, Any] | None = None) -> KVBatchMeta:
+        """Rewards that were computed before the selection are not computed again."""
+        if set(batch.keys) <= getattr(self, "_rewarded", set()):
+            return batch
+        return super()._compute_reward_colocate(batch, metrics)
+
+    def _save_checkpoint(self) -> None:
+        """Write the selection's state first: verl's tracker file, written last, makes both valid at once."""
+        folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
+        direction = direction_file(folder)
+        direction.unlink(missing_ok=True)
+        if self._score.needs_direction and self._needs_stored_direction():
+            self.actor_rollout_wg.gradalign_save_direction(str(direction))
+        save_state(state_file(folder), self._identity, self._selector.state())
+        super()._save_checkpoint()
+
+    def _needs_stored_direction(self) -> bool:
+        direction = self.gradalign.direction
+        return direction.refresh_interval > 1 or direction.ema > 0 or direction.on_degenerate == "previous"
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        folder = resume_folder(self.config)
+        if folder is None or not self.global_steps or not state_file(folder).exists():
+            return
+        direction = direction_file(folder)
+        if direction.exists():
+            self.actor_rollout_wg.gradalign_load_direction(str(direction), self.gradalign.direction.offload)
+        self._selector.restore(load_state(state_file(folder)), has_direction=direction.exists())
+        logger.info("resumed the selection of step %d from %s", self.global_steps, state_file(folder))
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
@@ -140,26 +217,43 @@ class GradAlignTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(named({"seconds/share_of_step": self._selector.last_selection_s / timing_raw["step"]}))
 
+    def _use_own_sampler(self, verl_config: DictConfig) -> None:
+        """Fill in the sampler keys, so that trainer_mode alone is enough."""
+        sampler = verl_config.trainer.v1.sampler
+        filter_groups: Any = verl_config.algorithm.get("filter_groups") or {}
+        own: dict[str, Any] = {"poll_interval_s": self.gradalign.poll_interval_s}
+        if filter_groups.get("enable"):
+            own |= {
+                "filter_groups_metric": str(filter_groups.metric),
+                "train_batch_size": verl_config.data.train_batch_size,
+                "max_inflight_gen_batches": filter_groups.get("max_inflight_gen_batches", 1),
+            }
+        with open_dict(sampler):
+            custom = sampler.custom_sampler
+            if not (custom.path and custom.name) or (custom.path, custom.name) == (SAMPLER_PATH, "GradAlignSampler"):
+                custom.update({"path": SAMPLER_PATH, "name": self.sampler_class.__name__})
+            sampler.sampler_kwargs = {**own, **(sampler.sampler_kwargs or {})}
 
-def _use_own_sampler(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Fill in the sampler keys, so that trainer_mode=gradalign alone is enough."""
-    sampler = verl_config.trainer.v1.sampler
-    with open_dict(sampler):
-        if not (sampler.custom_sampler.path and sampler.custom_sampler.name):
-            sampler.custom_sampler.update(SAMPLER)
-        sampler.sampler_kwargs = {"poll_interval_s": config.poll_interval_s, **(sampler.sampler_kwargs or {})}
+
+@register_trainer("gradalign")
+class GradAlignTrainer(ChoosesProblems, PPOTrainerSync):
+    """Synchronous: a step's candidates are rolled out, chosen among and trained on before the next step's begin."""
+
+    verl_mode = "sync"
+    sampler_class = GradAlignSampler
 
 
-def _rows_in_files(dataframe: Any) -> list[int]:
-    """Return the position of each row of a filtered `datasets.Dataset` in the concatenated train files."""
-    indices = dataframe._indices  # how datasets remembers a filter or a selection; None: all rows, in order
-    return list(range(len(dataframe))) if indices is None else indices.column(0).to_pylist()
+@register_trainer("gradalign_colocate_async")
+class GradAlignColocateAsyncTrainer(ChoosesProblems, PPOTrainerColocateAsync):
+    """Asynchronous on the training devices: chooses among the oldest finished groups while others are in flight."""
+
+    verl_mode = "colocate_async"
+    sampler_class = GradAlignAsyncSampler
 
 
-def _problems(batch: TensorDict) -> list[Problem]:
-    """Return the problems of a prompt batch, in order."""
-    sources = batch["data_source"] if "data_source" in batch.keys() else ["unknown"] * len(batch)
-    return [
-        Problem(uid=str(uid), problem_id=int(problem_id), data_source=str(source))
-        for uid, problem_id, source in zip(batch["uid"], batch[PROBLEM_ID], sources, strict=True)
-    ]
+@register_trainer("gradalign_separate_async")
+class GradAlignSeparateAsyncTrainer(PPOTrainerSeparateAsync):
+    """Refused: says why, instead of verl's "unknown trainer"."""
+
+    def __init__(self, config: DictConfig) -> None:
+        raise ValueError(SEPARATE_ASYNC_REFUSED)

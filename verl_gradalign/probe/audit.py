@@ -24,6 +24,7 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators import ScoreEstimator
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
 from verl_gradalign.probe.passes import size_of
+from verl_gradalign.rank_correlation import spearman
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,6 @@ def relative_error(scores: ProblemScores, reference: ProblemScores, places: Tens
     return (errors_P / norm_P)[is_known_P].nan_to_num(nan=torch.inf).max().item()
 
 
-def spearman(first_P: Tensor, second_P: Tensor) -> float:
-    """Return the rank correlation of two sequences without ties; nan for fewer than two."""
-    ranks_2P = torch.stack([values_P.argsort().argsort().double() for values_P in (first_P, second_P)])
-    return torch.corrcoef(ranks_2P)[0, 1].item() if ranks_2P.shape[1] > 1 else float("nan")
-
-
 def _merged(problems: Sequence[ProblemRows], scores: ProblemScores, rest: ProblemScores) -> ProblemScores:
     """Return the scores of both in the order of `problems`; the rest has no response derivatives."""
     place_of = {uid: place for place, uid in enumerate([*scores.uid, *rest.uid])}
@@ -112,6 +107,9 @@ def _merged(problems: Sequence[ProblemRows], scores: ProblemScores, rest: Proble
     if derivative_PR is not None:
         unknown_PR = torch.full((len(rest.uid), derivative_PR.shape[1]), torch.nan, dtype=derivative_PR.dtype)
         derivative_PR = torch.cat([derivative_PR, unknown_PR])[order_P]
+    half_dot_P2 = None
+    if scores.half_dot_P2 is not None and rest.half_dot_P2 is not None:
+        half_dot_P2 = torch.cat([scores.half_dot_P2, rest.half_dot_P2])[order_P]
     return replace(
         scores,
         uid=tuple(problem.uid for problem in problems),
@@ -119,4 +117,5 @@ def _merged(problems: Sequence[ProblemRows], scores: ProblemScores, rest: Proble
         norm_P=norm_P,
         num_tokens_P=torch.cat([scores.num_tokens_P, rest.num_tokens_P])[order_P],
         response_derivative_PR=derivative_PR,
+        half_dot_P2=half_dot_P2,
     )

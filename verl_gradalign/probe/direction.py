@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import clear_gradients, local_grad, require_no_gradients, trainable_parameters
+from verl_gradalign.probe.gradient import local_grad, require_no_gradients, trainable_parameters
+from verl_gradalign.probe.shards import Shards, inner, mapped, take_gradient
 from verl_gradalign.types import ProblemRows
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "dot_with_gradient",
     "on_cpu",
     "require_same_shards",
+    "no_direction",
     "squared_gradient_norm",
-    "with_adam_metric",
+    "summed_gradient",
+    "unit_direction",
 ]
 
 
@@ -38,11 +41,13 @@ __all__ = [
 class Direction:
     """v / |v|, sharded as the gradient is."""
 
-    shards: tuple[Tensor | None, ...]
+    shards: Shards
     """One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
     shard; None where this rank had no gradient. All zeros if the direction is degenerate."""
     norm: float
     """|v| before it was normalised, over all shards, in units of the gradient (gradient scale removed)."""
+    num_refreshes: int = 1
+    """Directions that were averaged into this one."""
 
     @property
     def is_degenerate(self) -> bool:
@@ -57,26 +62,33 @@ def compute_direction(engine: GradientEngine, problems: Sequence[ProblemRows]) -
 
     Raises: ValueError without problems; RuntimeError if gradients are present on entry.
     """
+    return unit_direction(engine, summed_gradient(engine, problems), engine.gradient_scale)
+
+
+def summed_gradient(engine: GradientEngine, problems: Sequence[ProblemRows]) -> Shards:
+    """Return the summed gradient of `problems`, in units of `.grad`; the gradients are None afterwards. Collective.
+
+    Raises: ValueError without problems; RuntimeError if gradients are present on entry.
+    """
     if not problems:
         raise ValueError("the trusted set is empty; give at least one problem to take the direction from")
     require_no_gradients(engine.module)
     engine.backward(problems)
-    parameters = trainable_parameters(engine.module)
-    squared_norm = squared_gradient_norm(engine)
-    if engine.shard_group is not None:
-        torch.distributed.all_reduce(squared_norm, group=engine.shard_group)
-    raw_norm = math.sqrt(squared_norm.item())
-    norm = raw_norm * engine.gradient_scale
+    return take_gradient(engine.module)
+
+
+def unit_direction(engine: GradientEngine, gradient: Shards, scale: float = 1.0) -> Direction:
+    """Return the direction of a gradient; its norm is in units of the gradient times `scale`. Collective."""
+    squared_norm = inner(engine, gradient, gradient)
+    raw_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
     usable = math.isfinite(raw_norm) and raw_norm > 0.0
-    shards: list[Tensor | None] = []
-    for _, parameter in parameters:
-        shard = local_grad(parameter)
-        if shard is not None:
-            shard = shard.detach() / raw_norm if usable else torch.zeros_like(shard)
-        shards.append(shard)
-        parameter.grad = None
-    clear_gradients(engine.module)
-    return Direction(shards=tuple(shards), norm=norm)
+    shards = mapped(lambda shard: shard / raw_norm if usable else torch.zeros_like(shard), gradient)
+    return Direction(shards=shards, norm=raw_norm * scale)
+
+
+def no_direction(module: nn.Module) -> Direction:
+    """Return a degenerate direction, along which estimators give dot products of zero and the true norms."""
+    return Direction(shards=(None,) * len(trainable_parameters(module)), norm=0.0)
 
 
 def dot_with_gradient(engine: GradientEngine, direction: Direction) -> Tensor:
@@ -112,51 +124,23 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
             )
 
 
-def with_adam_metric(direction: Direction, engine: GradientEngine, optimizer: torch.optim.Optimizer) -> Direction:
-    """Return v / (sqrt(v_hat) + eps), normalised, with Adam's bias-corrected second moments v_hat. Collective.
-
-    Before the optimizer's first step there are no moments: the direction is returned as it is. Its `norm` stays that
-    of the plain v.
-
-    Raises: ValueError if the optimizer keeps no second moments.
-    Source: GradAlign's `use_optimizer` and LESS (arXiv 2402.04333) section 3, there for the trusted side too.
-    """
-    if direction.is_degenerate or not optimizer.state:
-        return direction
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    shards: list[Tensor | None] = []
-    for (name, parameter), shard in zip(trainable_parameters(engine.module), direction.shards, strict=True):
-        state = optimizer.state.get(parameter, {})
-        if shard is not None and "exp_avg_sq" not in state:
-            raise ValueError(
-                f"gradalign.direction.metric=adam: {type(optimizer).__name__} keeps no second moments of {name}. "
-                "Remedy: use an Adam optimizer, or set gradalign.direction.metric=none."
-            )
-        if shard is not None:
-            group = groups[id(parameter)]
-            moment = state["exp_avg_sq"]
-            moment = (moment.to_local() if isinstance(moment, DTensor) else moment).to(shard.device)
-            shard = shard / (moment / (1 - group["betas"][1] ** float(state["step"]))).sqrt().add_(group["eps"])
-        shards.append(shard)
-    squared_norm = _total([torch.sum(s * s, dtype=torch.float64) for s in shards if s is not None], engine)
-    if engine.shard_group is not None:
-        torch.distributed.all_reduce(squared_norm, group=engine.shard_group)
-    norm = math.sqrt(squared_norm.item())
-    return replace(direction, shards=tuple(None if s is None else s / norm for s in shards))
-
-
 def on_cpu(direction: Direction) -> Direction:
     """Return the direction with its shards in CPU memory; they are brought back where they are used."""
-    return replace(direction, shards=tuple(None if shard is None else shard.cpu() for shard in direction.shards))
+    return replace(direction, shards=mapped(lambda shard: shard.cpu(), direction.shards))
 
 
-def squared_gradient_norm(engine: GradientEngine) -> Tensor:
-    """Return |.grad|^2 over this rank's shards, a float64 scalar on the parameters' device.
+def squared_gradient_norm(engine: GradientEngine, besides: Shards | None = None) -> Tensor:
+    """Return |.grad + besides|^2 over this rank's shards, a float64 scalar on the parameters' device.
 
     Units: those of `.grad` squared; multiply by `engine.gradient_scale` squared after summing over the shard group.
     """
-    grads = (local_grad(parameter) for _, parameter in trainable_parameters(engine.module))
-    return _total([torch.sum(grad * grad, dtype=torch.float64) for grad in grads if grad is not None], engine)
+    terms = []
+    for index, (_, parameter) in enumerate(trainable_parameters(engine.module)):
+        grad, other = local_grad(parameter), None if besides is None else besides[index]
+        if grad is not None or other is not None:
+            whole = other if grad is None else grad if other is None else grad + other
+            terms.append(torch.sum(whole * whole, dtype=torch.float64))  # type: ignore[operator]
+    return _total(terms, engine)
 
 
 def _total(terms: list[Tensor], engine: GradientEngine) -> Tensor:

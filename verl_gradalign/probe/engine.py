@@ -76,7 +76,7 @@ class GradientEngine(Protocol):
         """Add to every trainable parameter's `.grad` the gradient of sum_t c_t log pi(y_t). Collective.
 
         The sum runs over the rows of `problems` on *all* ranks, with the token coefficients c_t that came with the
-        rows (`objective.token_coefficients`), times each problem's `scale`. Every rank of the job must call it with the same problems, also where
-        it holds none of their rows.
+        rows (`objective.token_coefficients`), times each problem's `scale`. Every rank of the job must call it with
+        the same problems, also where it holds none of their rows.
         """
         ...

@@ -166,7 +166,9 @@ def _abandon_pass(module: nn.Module) -> None:
     if units:
         _abandon_pass_fsdp2(units)
     for unit, handle in _fsdp1_handles(module):
-        _abandon_pass_fsdp1(unit, handle)
+        # Before its first pass there is nothing to abandon.
+        if hasattr(handle.flat_param, "_local_shard"):
+            _abandon_pass_fsdp1(unit, handle)
     clear_gradients(module)
 
 
@@ -174,7 +176,8 @@ def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:
     root = units[0]
     root.set_requires_gradient_sync(True)
     # Public since torch 2.13; before, an interrupted FSDP2 pass cannot be recovered from with public calls.
-    if hasattr(root, "reset_iter_state"):
+    # Before the first pass nobody is root yet, and there is nothing to recover from.
+    if hasattr(root, "reset_iter_state") and root._get_fsdp_state()._is_root is not None:
         root.reset_iter_state()
     for unit in units:
         unit.reshard()

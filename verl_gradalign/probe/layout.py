@@ -58,12 +58,13 @@ class Layout:
         """Return the flattened positions of consecutive rows."""
         return slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
 
-    def merged(self) -> Layout:
-        """Return the layout in which each problem is a single row."""
-        row_bounds = tuple(self.row_bounds[row] for row in self.problem_bounds)
+    def merged(self, parts: Sequence[Sequence[int]]) -> Layout:
+        """Return the layout in which some consecutive rows of a problem are one: `parts` counts them, per problem."""
+        first_rows = accumulate((num_rows for problem in parts for num_rows in problem), initial=0)
+        row_bounds = tuple(self.row_bounds[row] for row in first_rows)
         widths = {end - start for start, end in pairwise(row_bounds)}
-        shape = (self.num_problems, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
-        return Layout(shape, row_bounds, tuple(range(self.num_problems + 1)))
+        shape = (len(row_bounds) - 1, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
+        return Layout(shape, row_bounds, tuple(accumulate(map(len, parts), initial=0)))
 
     def alike(self, max_rows: int) -> Iterator[slice]:
         """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""

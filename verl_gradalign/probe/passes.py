@@ -31,6 +31,8 @@ class MicroBatch:
     """Positions in the scoring call's sequence of problems."""
     rows: tuple[int, ...]
     rows_per_problem: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    """Rows of each problem's halves, or of the whole problem where it is not split."""
 
 
 def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> list[MicroBatch]:
@@ -50,10 +52,17 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     for members in packed:
         chosen = tuple(mine[member] for member in members)
         rows = tuple(row for index in chosen for row in problems[index].rows)
-        batches.append(MicroBatch(chosen, rows, tuple(len(problems[index].rows) for index in chosen)))
-    company = MicroBatch((), (engine.spare_row,), (1,))
+        rows_per_problem = tuple(len(problems[index].rows) for index in chosen)
+        batches.append(MicroBatch(chosen, rows, rows_per_problem, tuple(parts_of(problems[i]) for i in chosen)))
+    company = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
     return batches + [company] * (num_batches - len(batches))
+
+
+def parts_of(problem: ProblemRows) -> tuple[int, ...]:
+    """Return the rows of each half of a problem that is whole on this rank, or of all of it if it is not split."""
+    num_second = sum(problem.halves) if problem.is_split else 0
+    return tuple(n for n in (len(problem.rows) - num_second, num_second) if n)
 
 
 def size_of(problem: ProblemRows) -> ProblemSize:
@@ -74,16 +83,16 @@ class RowWeights:
 
 
 def problem_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
-    """Return the coefficients as weights, and scale 1 for each *problem*, where responses are not told apart.
+    """Return the coefficients as weights, and scale 1 for each *part*, where responses are not told apart.
 
-    Shapes: (rows, width), (problems,), (problems,); on the CPU.
+    Shapes: (rows, width), (parts,), (parts,); on the CPU.
     """
     weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
     for index, row in enumerate(batch.rows if batch.problems else ()):
         coefficient_T, _ = engine.coefficients(row)
         weight_RT[index, : len(coefficient_T)] = coefficient_T
-    num_problems = len(batch.rows_per_problem)
-    return RowWeights(weight_RT, torch.ones(num_problems, dtype=dtype), torch.zeros(num_problems, dtype=torch.bool))
+    num_parts = sum(map(len, batch.parts))
+    return RowWeights(weight_RT, torch.ones(num_parts, dtype=dtype), torch.zeros(num_parts, dtype=torch.bool))
 
 
 def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
@@ -106,45 +115,64 @@ def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: to
     return RowWeights(weight_RT, scale_R, gives_R)
 
 
+@dataclass(frozen=True)
+class ReducedSums:
+    """Sums over all ranks, on the CPU."""
+
+    dot_P: Tensor
+    squared_norm_P: Tensor
+    half_dot_P2: Tensor
+    """nan for problems that are not split."""
+    derivative_PR: Tensor
+    """nan beyond a problem's rows."""
+
+
 class ProblemSums:
     """Adds up what micro-batches give for rows and problems, on this rank and then over all ranks."""
 
     def __init__(self, problems: Sequence[ProblemRows]) -> None:
         num_rows = max((problem.num_rows for problem in problems), default=0)
         self._problems = problems
-        # One tensor, so that one reduction brings all of it together.
-        self._sums = torch.zeros(len(problems), 2 + num_rows, dtype=torch.float64)
+        # One tensor, so that one reduction brings all of it together: the halves' dots, the squared norm, derivatives.
+        self._sums = torch.zeros(len(problems), 3 + num_rows, dtype=torch.float64)
 
     def add_rows(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor) -> None:
         """Note each row's part of its problem's dot product, and its derivative."""
-        start = 0
         dot_R, derivative_R = dot_R.double().cpu(), derivative_R.double().cpu()
-        for place, index in enumerate(batch.problems):
-            rows = slice(start, start + batch.rows_per_problem[place])
-            start = rows.stop
-            self._sums[index, 0] += dot_R[rows].sum()
-            self._sums[index, 2 : 2 + rows.stop - rows.start] = derivative_R[rows]
+        rows = torch.split(torch.arange(sum(batch.rows_per_problem)), list(batch.rows_per_problem))
+        for index, mine in zip(batch.problems, rows, strict=False):
+            self._sums[index, 3 : 3 + len(mine)] = derivative_R[mine]
+        self.add_parts(batch, torch.cat([torch.stack([p.sum() for p in part]) for part in self._parts(batch, dot_R)]))
 
-    def add_problems(self, batch: MicroBatch, dot_P: Tensor | None, squared_norm_P: Tensor | None) -> None:
-        """Note each problem's dot product and squared norm, where they come whole."""
-        for column, values_P in ((0, dot_P), (1, squared_norm_P)):
-            if values_P is not None and batch.problems:
-                self._sums[list(batch.problems), column] += values_P.double().cpu()
+    def add_parts(self, batch: MicroBatch, dot_of_parts: Tensor) -> None:
+        """Note the dot products of each problem's parts, (parts,): its halves, or all of it."""
+        parts = torch.split(dot_of_parts.double().cpu(), [len(part) for part in batch.parts])
+        for index, part in zip(batch.problems, parts, strict=False):
+            self._sums[index, : len(part)] += part
 
-    def reduce(self, engine: GradientEngine) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dot_P, squared_norm_P, derivative_PR) over all ranks, on the CPU. Collective.
+    def add_norms(self, batch: MicroBatch, squared_norm_P: Tensor) -> None:
+        """Note each problem's squared norm."""
+        if batch.problems:
+            self._sums[list(batch.problems), 2] += squared_norm_P.double().cpu()
 
-        Derivatives are nan beyond a problem's rows.
-        """
+    def reduce(self, engine: GradientEngine) -> ReducedSums:
+        """Return the sums over all ranks. Collective."""
         sums = self._sums
         if engine.data_group is not None:
             sums = sums.to(next(engine.module.parameters()).device)
             torch.distributed.all_reduce(sums, group=engine.data_group)
             sums = sums.cpu()
-        derivative_PR = sums[:, 2:]
+        derivative_PR, half_dot_P2 = sums[:, 3:], sums[:, :2].clone()
         for index, problem in enumerate(self._problems):
             derivative_PR[index, problem.num_rows :] = torch.nan
-        return sums[:, 0], sums[:, 1], derivative_PR
+            if not problem.is_split:
+                half_dot_P2[index] = torch.nan
+        return ReducedSums(sums[:, :2].sum(dim=1), sums[:, 2], half_dot_P2, derivative_PR)
+
+    @staticmethod
+    def _parts(batch: MicroBatch, values_R: Tensor) -> list[tuple[Tensor, ...]]:
+        by_problem = torch.split(values_R, list(batch.rows_per_problem))
+        return [torch.split(values, list(part)) for values, part in zip(by_problem, batch.parts, strict=True)]
 
 
 def largest_of_ranks(value: int, group: ProcessGroup | None, device: torch.device | int) -> int:

@@ -53,7 +53,7 @@ class Placement:
 def trainable_placements(root: nn.Module) -> list[Placement]:
     """Return every use of a trainable parameter in `root`, in the order of its modules. Call it while sharded."""
     index_of = {id(parameter): index for index, (_, parameter) in enumerate(trainable_parameters(root))}
-    names = {id(module): _unwrapped(name) for name, module in root.named_modules()}
+    names = {id(module): name for name, module in root.named_modules()}
     flat_uses = {use[:2]: use for use in _flat_uses(root)}
     flat = {id(handle.flat_param) for handle in _handles(root)}
     placements = []
@@ -179,7 +179,7 @@ def _dtype(shards: tuple[Tensor | None, ...]) -> torch.dtype:
 
 
 def _join(prefix: str, attribute: str) -> str:
-    return f"{prefix}.{attribute}" if prefix else attribute
+    return _unwrapped(f"{prefix}.{attribute}" if prefix else attribute)
 
 
 def _unwrapped(name: str) -> str:

@@ -106,13 +106,13 @@ class Taps:
         self._scores: LayerScores | None = None
         self._seen: set[int] = set()
 
-    def begin(self, layout: Layout, scale_R: Tensor, per_row: bool = True) -> None:
+    def begin(self, layout: Layout, scale_R: Tensor, parts: Sequence[Sequence[int]] | None = None) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
 
-        Without `per_row` each problem counts as a single row: `scale_R` has one number for each, and so has the
-        result's `derivative_R`.
+        With `parts` some rows of each problem count as one (`Layout.merged`): `scale_R` has one number for each part,
+        and so has the result's `derivative_R`.
         """
-        self._shape, self._layout = layout.shape, layout if per_row else layout.merged()
+        self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
         self._scale_R, self._seen = scale_R, set()
         self._scores = LayerScores(torch.zeros_like(scale_R), scale_R.new_zeros(layout.num_problems))
 

@@ -7,7 +7,7 @@ table = read_selection_log("checkpoints/project/run/gradalign")
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ class SelectionLog:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def write(self, step: int, rows: Sequence[dict[str, Any]]) -> Path:
-        """Write the rows of one step (keys as in SCHEMA) and return the part's path. A repeated step is replaced."""
+    def write(self, step: int, columns: Mapping[str, Any]) -> Path:
+        """Write one step's columns (as in SCHEMA; nan: null), replacing an earlier part, and return the part's path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"selection-{step:08d}.parquet"
         unfinished = path.with_suffix(".unfinished")
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), unfinished)
+        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]
+        pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), unfinished)
         os.replace(unfinished, path)
         return path
 

@@ -1,48 +1,206 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What candidates are ranked by. A score is a pure function of `ProblemScores`; higher is better.
+"""What candidates are ranked by. A score is a pure function of `Measurements`; higher is better, dead groups are 0.
 
-Shape legend: P problems.
+Your own, in a file of yours, named by `gradalign.score=path/to/my_scores.py:promising`:
+
+    from verl_gradalign import Measurements, Score
+
+    def promising(m: Measurements):
+        return m.cosine_P * (m.success_rate_P < 0.5)
+
+A plain function is given a trusted direction and norms. What else it needs it says as a `Score`:
+
+    promising = Score(lambda m, options: ..., direction="trusted", needs_norm=True, needs_response_derivatives=True)
+
+Formulas: s_i = <g_i, v> / (|g_i| |v|); p_i = success rate; rho_i: `correlation`.
+
+Shape legend: P problems, R responses.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from verl_gradalign.types import ProblemScores
+from verl_gradalign.config import ScoreOptions
+from verl_gradalign.types import Measurements, ratio
+
+__all__ = ["SCORES", "Score", "score_of"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A named ranking.
+    """A named ranking, and what it needs to be measured."""
 
-    `rank` is None for a score that needs no gradients: then no candidates beyond the batch are rolled out, and
-    nothing is measured.
-    """
-
-    rank: Callable[[ProblemScores], Tensor] | None
-    needs_direction: bool
-    needs_norm: bool
+    rank: Callable[[Measurements, ScoreOptions], Tensor] | None
+    """Gives each problem's score, (problems,). None: there is no ranking; kept problems are drawn at random."""
+    direction: str | None = None
+    """What v is made of: `trusted` (the trusted set), `pool` (all candidates' gradients), `learnability` (their unit
+    gradients weighted by p(1-p)); None: gradients are not compared with anything."""
+    needs_norm: bool = False
     needs_response_derivatives: bool = False
+    is_split: bool = True
+    """Whether the score of half a group is an estimate of the whole's that the other half does not enter."""
+
+    @property
+    def needs_direction(self) -> bool:
+        """Whether a trusted set must be there."""
+        return self.direction == "trusted"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the actor measures anything at all."""
+        return self.direction is not None or self.needs_norm
 
 
-def cosine(scores: ProblemScores) -> Tensor:
-    """Return <g_i, v> / (|g_i| |v|) of each problem, 0 where the gradient is exactly zero.
+def cosine(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return s_i. Source: GradAlign (arXiv 2602.21492), its default score."""
+    return m.cosine_P
 
-    Source: GradAlign (arXiv 2602.21492), its default score.
+
+def dot(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return <g_i, v / |v|>. Source: GradAlign's `dot` variant."""
+    return m.dot_P
+
+
+def cosine_learnability(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return 4 p_i (1 - p_i) s_i. Source: `simacc` of GradAlign's reference code."""
+    return 4 * learnability(m) * m.cosine_P
+
+
+def negative_cosine(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return -s_i: the control that keeps what points away."""
+    return -m.cosine_P
+
+
+def norm(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return |g_i|: the control that keeps what moves most."""
+    return m.norm_P
+
+
+def learnalign(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return mean_j V_i V_j cos(g_i, g_j) over all candidates, self included, with V = p (1 - p).
+
+    It equals V_i <g_i, u> / (|g_i| n) with u = sum_j V_j g_j / |g_j|, which is the direction here; a dead group's V
+    is 0. Source: LearnAlign (arXiv 2506.11480) section 3.
     """
-    return scores.cosine_P
+    return learnability(m) * m.cosine_P * m.direction_norm / m.num_candidates
 
 
-def dot(scores: ProblemScores) -> Tensor:
-    """Return <g_i, v / |v|> of each problem. Source: GradAlign's `dot` variant."""
-    return scores.dot_P
+def accuracy_greedy(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return 0.5 - |p_i - 0.5|: 0 for problems always or never solved. Source: AccGreedy, GradAlign's baseline."""
+    return 0.5 - (m.success_rate_P - 0.5).abs()
+
+
+def accuracy_band(m: Measurements, options: ScoreOptions) -> Tensor:
+    """Return 1 inside the band of success rates, else 0; ties are broken at random, so the choice is uniform inside."""
+    p_P = m.success_rate_P
+    return ((p_P >= options.band_low) & (p_P <= options.band_high)).double()
+
+
+def correlation(m: Measurements, _: ScoreOptions) -> Tensor:
+    """Return rho_i, the correlation within the group of advantages A_ij with -d_ij; 0 where either has no spread.
+
+    -d_ij is how much a step along the trusted set's descent raises the response's log-probability.
+    """
+    is_there_PR = m.half_PR >= 0
+    advantage_PR = centred(m.advantage_PR, is_there_PR)
+    derivative_PR = centred(-m.derivative_PR, is_there_PR)
+    spread_P = (advantage_PR.square().sum(1) * derivative_PR.square().sum(1)).sqrt()
+    return ratio((advantage_PR * derivative_PR).sum(1), spread_P)
+
+
+def confident_cosine(m: Measurements, options: ScoreOptions) -> Tensor:
+    """Return s_i max(rho_i, 0): aligned, and by more than the noise of the responses along v explains."""
+    return m.cosine_P * correlation(m, options).clamp(min=0)
+
+
+def lower_bound(m: Measurements, options: ScoreOptions) -> Tensor:
+    """Return (dot_i - z times its standard error) / |g_i|, from the spread of the responses' contributions.
+
+    Of n contributions x_ij that add up to the dot product, the sum's standard error is sqrt(n) std(x). z = 0 is cosine.
+    A group of one response has an unknown error, so its score is nan.
+    """
+    is_there_PR = m.half_PR >= 0
+    num_P = is_there_PR.sum(1)
+    variance_P = centred(m.contribution_PR, is_there_PR).square().sum(1) / (num_P - 1)
+    error_P = (num_P * variance_P).sqrt()
+    return ratio(m.dot_P - options.z * error_P, m.norm_P.masked_fill(error_P.isnan(), torch.nan))
+
+
+def learnability(m: Measurements) -> Tensor:
+    """Return p_i (1 - p_i)."""
+    p_P = m.success_rate_P
+    return p_P * (1 - p_P)
+
+
+def centred(values_PR: Tensor, is_there_PR: Tensor) -> Tensor:
+    """Return the values minus their row's mean, 0 where there is no response; nan values make their row nan."""
+    kept_PR = torch.where(is_there_PR, values_PR, torch.zeros_like(values_PR))
+    mean_P1 = kept_PR.sum(1, keepdim=True) / is_there_PR.sum(1, keepdim=True)
+    return torch.where(is_there_PR, kept_PR - mean_P1, torch.zeros_like(kept_PR))
 
 
 SCORES: dict[str, Score] = {
-    "cosine": Score(cosine, needs_direction=True, needs_norm=True),
-    "dot": Score(dot, needs_direction=True, needs_norm=False),
-    "random": Score(None, needs_direction=False, needs_norm=False),
+    "cosine": Score(cosine, "trusted", needs_norm=True),
+    "dot": Score(dot, "trusted"),
+    "confident_cosine": Score(confident_cosine, "trusted", needs_norm=True, needs_response_derivatives=True),
+    "correlation": Score(correlation, "trusted", needs_response_derivatives=True),
+    "lower_bound": Score(lower_bound, "trusted", needs_norm=True, needs_response_derivatives=True),
+    "cosine_learnability": Score(cosine_learnability, "trusted", needs_norm=True),
+    "negative_cosine": Score(negative_cosine, "trusted", needs_norm=True),
+    "learnalign": Score(learnalign, "learnability", needs_norm=True, is_split=False),
+    "pool_cosine": Score(cosine, "pool", needs_norm=True, is_split=False),
+    "norm": Score(norm, needs_norm=True, is_split=False),
+    "accuracy_greedy": Score(accuracy_greedy),
+    "accuracy_band": Score(accuracy_band),
+    "random": Score(None),
 }
+
+
+@lru_cache
+def score_of(name: str) -> Score:
+    """Return the score of that name, or the user's own (`module:attribute` or `file.py:attribute`).
+
+    Raises: ValueError that says what is wrong with the name, the module or the attribute.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        known = ", ".join(SCORES)
+        raise ValueError(
+            f"gradalign.score={name!r}: unknown; known are {known}. Remedy: use one of them, or name your own function "
+            "as my_package.my_module:function or path/to/file.py:function."
+        )
+    try:
+        found = getattr(_module(where), attribute)
+    except Exception as error:
+        raise ValueError(
+            f"gradalign.score={name!r}: cannot be loaded ({type(error).__name__}: {error}). Remedy: give an importable "
+            "module or an existing file, and the name of a function or Score in it."
+        ) from error
+    if isinstance(found, Score):
+        return found
+    if not callable(found):
+        raise ValueError(f"gradalign.score={name!r}: is a {type(found).__name__}. Remedy: name a function or a Score.")
+    return Score(lambda m, _: found(m), "trusted", needs_norm=True)
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    path = Path(where).expanduser()
+    spec = importlib.util.spec_from_file_location(f"gradalign_score_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the problems to train on, with a reason for each that is not chosen."""
+"""Choose the problems to train on, with a reason for each that is not chosen.
+
+    candidates = Candidates(problem_id_P, is_failed_P, is_live_P, score_P)
+    selection = select_top(candidates, num_kept=128, dead_groups="drop", seed=(0, step))
+
+Shape legend: P candidates.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +20,7 @@ from verl_gradalign.types import Selection
 TOP = "top"
 FILLER = "filler"
 RANDOM = "random"
+SCHEDULED = "scheduled"
 # ... or rejected.
 LOW_SCORE = "low_score"
 DEAD = "dead"
@@ -22,68 +28,72 @@ FAILED = "failed"
 NON_FINITE = "non_finite"
 NOT_DRAWN = "not_drawn"
 
-KEPT_REASONS = (TOP, FILLER, RANDOM)
+KEPT_REASONS = (TOP, FILLER, RANDOM, SCHEDULED)
 REJECTED_REASONS = (LOW_SCORE, DEAD, FAILED, NON_FINITE, NOT_DRAWN)
 REASONS = KEPT_REASONS + REJECTED_REASONS
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What the choice depends on, for one problem."""
+class Candidates:
+    """What the choice depends on, one entry per candidate."""
 
-    uid: str
-    problem_id: int
-    """Row in the train files: the tie-break depends on it, never on the order of arrival."""
-    is_failed: bool
+    problem_id_P: np.ndarray
+    """Row in the train files, int64: the tie-break depends on it, never on the order of arrival."""
+    is_failed_P: np.ndarray
     """At least one of its responses could not be generated."""
-    is_live: bool
+    is_live_P: np.ndarray
     """At least one of its responses has a non-zero advantage."""
-    score: float | None
-    """None: not scored (a dead or failed group, or a step without a direction)."""
+    score_P: np.ndarray
+    """float64; nan: not scored (a dead or failed group, or a step without a direction)."""
+
+    def __len__(self) -> int:
+        return len(self.problem_id_P)
 
 
-def select_top(candidates: Sequence[Candidate], num_kept: int, dead_groups: str, seed: Sequence[int]) -> Selection:
+def select_top(candidates: Candidates, num_kept: int, dead_groups: str, seed: Sequence[int]) -> Selection:
     """Return the `num_kept` best candidates by score.
 
     Ties are broken by a shuffle seeded with `seed`. Failed groups and scores that are not finite are never kept.
     With dead_groups="drop" dead groups only fill places that live ones leave empty; with "rank" they score 0.
     """
-    reasons: dict[str, str] = {}
-    ranked: list[tuple[float, Candidate]] = []
-    dead: list[Candidate] = []
-    for candidate in _shuffled(candidates, seed):
-        if candidate.is_failed:
-            reasons[candidate.uid] = FAILED
-        elif not candidate.is_live:
-            if dead_groups == "rank":
-                ranked.append((0.0, candidate))
-            else:
-                dead.append(candidate)
-        elif candidate.score is None or not math.isfinite(candidate.score):
-            reasons[candidate.uid] = NON_FINITE
-        else:
-            ranked.append((candidate.score, candidate))
-    ranked.sort(key=lambda pair: -pair[0])  # stable: the shuffle decides between equal scores
-    top = [candidate for _, candidate in ranked[:num_kept]]
+    reason_P = np.full(len(candidates), REASONS.index(LOW_SCORE), dtype=np.int8)
+    order = _shuffled(candidates, seed)
+    is_dead_P = ~candidates.is_live_P & ~candidates.is_failed_P
+    score_P = np.where(is_dead_P, 0.0, candidates.score_P)
+    is_unknown_P = candidates.is_live_P & ~candidates.is_failed_P & ~np.isfinite(score_P)
+    reason_P[candidates.is_failed_P] = REASONS.index(FAILED)
+    reason_P[is_unknown_P] = REASONS.index(NON_FINITE)
+    is_ranked_P = ~candidates.is_failed_P & ~is_unknown_P
+    dead = order[:0]
+    if dead_groups == "drop":
+        dead = order[is_dead_P[order]]
+        is_ranked_P &= ~is_dead_P
+        reason_P[is_dead_P] = REASONS.index(DEAD)
+    ranked = order[is_ranked_P[order]]
+    ranked = ranked[np.argsort(-score_P[ranked], kind="stable")]  # the shuffle decides between equal scores
+    top = ranked[:num_kept]
     filler = dead[: max(0, num_kept - len(top))]
-    reasons.update({candidate.uid: LOW_SCORE for _, candidate in ranked})
-    reasons.update({candidate.uid: DEAD for candidate in dead})
-    reasons.update({candidate.uid: TOP for candidate in top})
-    reasons.update({candidate.uid: FILLER for candidate in filler})
-    return Selection(kept=tuple(c.uid for c in (*top, *filler)), reasons=reasons)
+    reason_P[top] = REASONS.index(TOP)
+    reason_P[filler] = REASONS.index(FILLER)
+    return Selection(np.concatenate([top, filler]), reason_P)
 
 
-def select_random(candidates: Sequence[Candidate], num_kept: int, seed: Sequence[int]) -> Selection:
+def select_random(candidates: Candidates, num_kept: int, seed: Sequence[int]) -> Selection:
     """Return `num_kept` candidates drawn uniformly, seeded, from those whose responses could be generated."""
-    reasons = {c.uid: FAILED for c in candidates if c.is_failed}
-    drawable = [c for c in _shuffled(candidates, seed) if not c.is_failed]
-    reasons.update({c.uid: NOT_DRAWN for c in drawable})
-    kept = drawable[:num_kept]
-    reasons.update({c.uid: RANDOM for c in kept})
-    return Selection(kept=tuple(c.uid for c in kept), reasons=reasons)
+    reason_P = np.where(candidates.is_failed_P, REASONS.index(FAILED), REASONS.index(NOT_DRAWN)).astype(np.int8)
+    order = _shuffled(candidates, seed)
+    kept = order[~candidates.is_failed_P[order]][:num_kept]
+    reason_P[kept] = REASONS.index(RANDOM)
+    return Selection(kept, reason_P)
 
 
-def _shuffled(candidates: Sequence[Candidate], seed: Sequence[int]) -> list[Candidate]:
-    """Return the candidates in an order that depends on their problem ids and the seed only."""
-    by_identity = sorted(candidates, key=lambda c: (c.problem_id, c.uid))
-    return [by_identity[i] for i in np.random.default_rng(list(seed)).permutation(len(by_identity))]
+def select_all(candidates: Candidates, reason: str) -> Selection:
+    """Return every candidate whose responses could be generated, in the order given, kept for `reason`."""
+    reason_P = np.where(candidates.is_failed_P, REASONS.index(FAILED), REASONS.index(reason)).astype(np.int8)
+    return Selection(np.flatnonzero(~candidates.is_failed_P), reason_P)
+
+
+def _shuffled(candidates: Candidates, seed: Sequence[int]) -> np.ndarray:
+    """Return the positions in an order that depends on the problem ids and the seed only."""
+    by_identity = np.argsort(candidates.problem_id_P, kind="stable")
+    return by_identity[np.random.default_rng(list(seed)).permutation(len(candidates))]

@@ -2,7 +2,7 @@
 """The reference estimator: one ordinary backward pass for each problem, on all ranks together.
 
 Exact on whatever the engine can train, at the compute of an update over the same tokens plus one round of parameter
-communication for each problem. It cannot tell responses apart.
+communication for each problem (two for one whose halves are told apart). It cannot tell responses apart.
 
     scores = BackwardEstimator().score(engine, candidates, direction)
 
@@ -21,6 +21,7 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, dot_with_gradient, squared_gradient_norm
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients
+from verl_gradalign.probe.shards import Shards, take_gradient
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -49,20 +50,29 @@ class BackwardEstimator:
         """
         require_no_gradients(engine.module)
         device = next(engine.module.parameters()).device
-        sum_P2 = torch.zeros(len(problems), 2, dtype=torch.float64, device=device)
+        sum_P3 = torch.zeros(len(problems), 3, dtype=torch.float64, device=device)
         for index, problem in enumerate(problems):
+            first: Shards | None = None
+            if problem.is_split:
+                engine.backward([problem.half(0)])
+                sum_P3[index, 0] = dot_with_gradient(engine, direction)
+                first = take_gradient(engine.module)
+                problem = problem.half(1)
             engine.backward([problem])
-            sum_P2[index, 0] = dot_with_gradient(engine, direction)
-            sum_P2[index, 1] = squared_gradient_norm(engine)
+            sum_P3[index, 1] = dot_with_gradient(engine, direction)
+            sum_P3[index, 2] = squared_gradient_norm(engine, first)
             clear_gradients(engine.module)
         if engine.shard_group is not None:
-            torch.distributed.all_reduce(sum_P2, group=engine.shard_group)
-        sum_P2 = sum_P2.cpu()
+            torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
+        sum_P3 = sum_P3.cpu()
+        half_dot_P2 = sum_P3[:, :2] * engine.gradient_scale
+        is_split_P = torch.tensor([problem.is_split for problem in problems], dtype=torch.bool)
         return ProblemScores(
             uid=tuple(problem.uid for problem in problems),
-            dot_P=sum_P2[:, 0] * engine.gradient_scale,
-            norm_P=sum_P2[:, 1].sqrt() * engine.gradient_scale,
+            dot_P=half_dot_P2.sum(dim=1),
+            norm_P=sum_P3[:, 2].sqrt() * engine.gradient_scale,
             num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
             response_derivative_PR=None,
             direction_norm=direction.norm,
+            half_dot_P2=half_dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
         )

@@ -83,7 +83,7 @@ def tapped_scores(
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
             weigh = row_weights if per_response else problem_weights
             weights = weigh(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
-            taps.begin(layout, weights.scale_R.to(device), per_row=per_response)
+            taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             scores = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
@@ -92,13 +92,16 @@ def tapped_scores(
             if per_response:
                 known_R = derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan)
                 sums.add_rows(batch, derivative_R * weights.scale_R, known_R)
-            sums.add_problems(batch, None if per_response else derivative_R, scores.squared_norm_P)
-    dot_P, squared_norm_P, derivative_PR = sums.reduce(engine)
+            else:
+                sums.add_parts(batch, derivative_R)
+            sums.add_norms(batch, scores.squared_norm_P)
+    reduced = sums.reduce(engine)
     return ProblemScores(
         uid=tuple(problem.uid for problem in problems),
-        dot_P=dot_P,
-        norm_P=squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
+        dot_P=reduced.dot_P,
+        norm_P=reduced.squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
         num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-        response_derivative_PR=derivative_PR if per_response else None,
+        response_derivative_PR=reduced.derivative_PR if per_response else None,
         direction_norm=direction.norm,
+        half_dot_P2=reduced.half_dot_P2,
     )

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a bad value is refused: with the key, the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+
+def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
+    """Raise ValueError "gradalign.<key>=<value>: <rule>. Remedy: <remedy>" unless `holds`."""
+    if not holds:
+        raise ValueError(f"gradalign.{key}={value!r}: {rule}. Remedy: {remedy}.")
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    require(
+        value in choices, key, value, f"unknown; known are {', '.join(choices)}", f"set gradalign.{key}={choices[0]}"
+    )

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates compared with their own pool in one pass: a random projection of every candidate's gradient is kept.
+
+A matrix's gradient G (O x I) becomes S = P_O^T G P_I = sum_t (delta_t P_O)^T (input_t P_I), K x K numbers, with normal
+entries of variance 1/K in P_O and P_I; a vector's becomes as many by one projection. E<S_i, S_j> = <G_i, G_j>. G is
+never formed for it, though it is for the norms, which are exact: taps and rules are those of `ghost`.
+
+    scores = sketched_scores(engine, candidates, weights, rank=16, seed=0)
+    learnalign_P = weight_P * scores.cosine_P * scores.direction_norm / len(candidates)
+
+The projections depend on the seed and the parameter's name only, so all ranks and passes have the same, and a tied
+weight's two uses add up. They are drawn where a layer's backward passes, and dropped: K (O + I) numbers, little beside
+the layer's own work. Each candidate keeps K^2 numbers for each parameter tensor, in CPU memory.
+
+Shape legend: N flattened positions, O output features (or tokens of the vocabulary), I input features, D numbers of a
+vector, K the rank, F = K * K, R rows, P problems, L parameter tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from verl_gradalign.probe.audit import MIN_RANKED
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.gradient import require_no_gradients, reshard
+from verl_gradalign.probe.layer_rules import (
+    LayerCall,
+    LayerRule,
+    LayerScores,
+    embedding,
+    layer_norm,
+    linear,
+    rms_norm,
+    without_padding_index,
+)
+from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, size_of
+from verl_gradalign.probe.taps import TapPoint, tap_points, tapped
+from verl_gradalign.rank_correlation import spearman, spearman_brown
+from verl_gradalign.types import ProblemRows, ProblemScores, ratio
+
+__all__ = ["sketch_gradients", "sketch_points", "sketched_scores"]
+
+REMEDY = "Remedy: set gradalign.probe.pool_dots=exact"
+
+
+def sketched_scores(
+    engine: GradientEngine, problems: Sequence[ProblemRows], weights: Sequence[float] | None, rank: int, seed: int
+) -> ProblemScores:
+    """Return estimated scores of `problems` along u = sum_j w_j g_j / |g_j| of their own. Collective.
+
+    Without weights, u = sum_j g_j. Norms are exact, and so is each problem's part in its own product with u; |u|, the
+    direction's norm, is estimated too. Problems whose norm is zero or not finite are left out of u. Each problem's
+    rows lie on one rank.
+
+    Diagnostics: `fidelity/spearman`, the rank correlation of the sketched scores w_i <g_i, u> / |g_i| with the exact
+    ones, as far as the sketch can tell from itself (`_fidelity`); nan below three problems.
+
+    Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
+    Raises: ValueError that names the layer or the problem, and the remedy, if a layer has no sketch or a problem
+        exceeds the budget; RuntimeError as `ghost.tapped_scores`.
+    Source: LearnAlign (arXiv 2506.11480) section 3; the two-sided projection is LoGra's (arXiv 2405.13954).
+    """
+    assert rank >= 2 and rank % 2 == 0, "ProbeConfig sees to it"
+    _require_fitting(engine, problems)
+    sketcher = Sketcher(sketch_points(engine.module), rank, seed)
+    # Halves are not told apart: each problem counts as one row.
+    whole = [replace(problem, is_split=False, halves=()) for problem in problems]
+    sketches, norm_P = sketch_gradients(engine, whole, sketcher)
+    is_known_P = norm_P.isfinite() & (norm_P > 0)
+    weight_P = torch.ones_like(norm_P) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    unit_P = torch.where(is_known_P, ratio(weight_P, norm_P), 0.0)
+    factor_P = is_known_P.double() if weights is None else unit_P
+    product_P3, total_norm = _products(engine, sketches, factor_P, norm_P, sketcher.shape)
+    squared_norm = (factor_P * product_P3[:, 0])[is_known_P].sum().item()
+    # Noise may outweigh a short sum. All scores are divided by the same number, which ranks nothing.
+    direction_norm = squared_norm**0.5 if squared_norm > 0 else total_norm
+    dot_P = product_P3[:, 0] / direction_norm if direction_norm > 0 else torch.zeros_like(norm_P)
+    quarter_P2 = (product_P3[:, 1:] * unit_P.unsqueeze(1))[is_known_P]
+    return ProblemScores(
+        uid=tuple(problem.uid for problem in problems),
+        dot_P=torch.where(norm_P == 0, 0.0, dot_P),
+        norm_P=norm_P,
+        num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
+        response_derivative_PR=None,
+        direction_norm=direction_norm,
+        diagnostics={"fidelity/spearman": _fidelity(quarter_P2)},
+    )
+
+
+def sketch_points(module: nn.Module) -> list[TapPoint]:
+    """Return the taps of `ghost`.
+
+    Raises: ValueError that names the layer and the remedy, if a layer has no rule, or none that a sketch is known for.
+    """
+    points = tap_points(module)
+    for point in points:
+        has_matrix = any(len(placement.shape) > 1 for placement in point.placements)
+        if point.rule not in FACTORS and (has_matrix or point.rule not in VECTOR_RULES):
+            raise ValueError(
+                f"{point.name} ({type(point.module).__name__}) has a layer rule of its own, which gives products and "
+                f"norms but no sketch. {REMEDY}."
+            )
+    return points
+
+
+class Sketcher:
+    """Sketches a micro-batch's problems, each of which counts as one row of scale 1, where the layers' rules run."""
+
+    def __init__(self, points: Sequence[TapPoint], rank: int, seed: int) -> None:
+        self._rank, self._seed = rank, seed
+        names: dict[tuple[int, int], str] = {}
+        for placement in (placement for point in points for placement in point.placements):
+            names.setdefault(placement.identity, placement.name)
+        self.names = list(names.values())
+        """Of the parameters in the order of the sketches; a tied one is there once."""
+        self._place_of = {identity: place for place, identity in enumerate(names)}
+        self.points = [replace(point, rule=partial(self._measure, point)) for point in points]
+        self.sketch_PLKK = torch.zeros(0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one problem's sketch."""
+        return len(self.names), self._rank, self._rank
+
+    def begin(self, scale_R: Tensor) -> None:
+        """Start the backward pass of a micro-batch."""
+        self.sketch_PLKK = scale_R.new_zeros(len(scale_R), *self.shape)
+
+    def _measure(self, point: TapPoint, call: LayerCall) -> LayerScores:
+        """Add the layer's parameters to the sketches, and return its squared norms."""
+        squared_norm_P = torch.zeros_like(call.scale_R)
+        for placement in point.placements:
+            place = self._place_of[placement.identity]
+            name = self.names[place]
+            if len(placement.shape) == 1:
+                # Rules multiply a vector's gradient from the right, so they take all projections at once.
+                direction = self._projection(f"{name} vector", (placement.shape[0], self._rank**2), call)
+            else:
+                direction = call.direction[placement.attribute]
+                self.sketch_PLKK[:, place] += self._matrix_sketch(point.rule, name, placement.shape, call)
+            scores = point.rule(replace(call, direction={placement.attribute: direction}))
+            if len(placement.shape) == 1:
+                self.sketch_PLKK[:, place] += scores.derivative_R.view(-1, self._rank, self._rank)
+            squared_norm_P += scores.squared_norm_P
+        return LayerScores(torch.zeros_like(call.scale_R), squared_norm_P)
+
+    def _matrix_sketch(self, rule: LayerRule, name: str, shape: torch.Size, call: LayerCall) -> Tensor:
+        """Return (delta P_O)^T (input P_I) of each problem, (problems, K, K)."""
+        left_OK = self._projection(f"{name} left", (shape[0], self._rank), call)
+        right_IK = self._projection(f"{name} right", (shape[1], self._rank), call)
+        left_NK, right_NK = FACTORS[rule](call, left_OK, right_IK)
+        if call.layout.is_padded:
+            num_rows = call.layout.num_rows
+            left_PTK, right_PTK = (factor.view(num_rows, -1, self._rank) for factor in (left_NK, right_NK))
+            return left_PTK.transpose(1, 2) @ right_PTK
+        return torch.stack([left_NK[row].T @ right_NK[row] for row in call.layout.rows()])
+
+    def _projection(self, name: str, shape: tuple[int, int], call: LayerCall) -> Tensor:
+        return normal_matrix(self._seed, name, shape, call.delta.device)
+
+
+def normal_matrix(seed: int, name: str, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Return normal numbers of variance 1 / columns, the same for the same seed, name and kind of device."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[1])
+
+
+def linear_factors(call: LayerCall, left_OK: Tensor, right_IK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the projected output gradients and inputs of a linear layer."""
+    return _project(call.delta, left_OK, call.dtype), _project(call.input, right_IK, call.dtype)
+
+
+def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the projected tokens, one-hot vectors in effect, and the projected output gradients of an embedding."""
+    delta_NH = without_padding_index(call.delta, call.input, call.module.padding_idx)  # type: ignore[arg-type]
+    return left_VK[call.input].to(call.dtype), _project(delta_NH, right_HK, call.dtype)
+
+
+FACTORS: dict[LayerRule, Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    linear: linear_factors,
+    embedding: embedding_factors,
+}
+"""By the rule of the layer, how its matrix's gradient is projected on both sides."""
+VECTOR_RULES = (rms_norm, layer_norm)
+"""Rules of layers that have vectors only."""
+
+
+def _project(values_NF: Tensor, projection_FK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product, computed in the layer's dtype."""
+    return (values_NF @ projection_FK.to(values_NF.dtype)).to(dtype)
+
+
+@dataclass(frozen=True)
+class BatchSketch:
+    """The sketches of the problems of one micro-batch of this rank."""
+
+    problems: list[int]
+    """Positions in the call's sequence of problems."""
+    sketch_PLKK: Tensor
+    """In the accumulation dtype, on the CPU."""
+
+
+def sketch_gradients(
+    engine: GradientEngine, problems: Sequence[ProblemRows], sketcher: Sketcher
+) -> tuple[list[BatchSketch], Tensor]:
+    """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
+    require_no_gradients(engine.module)
+    device = next(engine.module.parameters()).device
+    # Products with a direction are not wanted; a zero that takes no memory stands for it.
+    zero = torch.zeros((), device=device)
+    sums, sketches = ProblemSums(problems), []
+    with tapped(engine.module, sketcher.points, lambda placement: zero.expand(placement.shape)) as taps:
+        for batch in micro_batches(engine, problems):
+            log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
+            weights = problem_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
+            scale_R = weights.scale_R.to(device)
+            sketcher.begin(scale_R)
+            taps.begin(layout, scale_R, batch.parts)
+            (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
+            sums.add_norms(batch, taps.end().squared_norm_P)
+            reshard(engine.module)
+            if batch.problems:
+                sketches.append(BatchSketch(list(batch.problems), sketcher.sketch_PLKK.cpu()))
+    return sketches, sums.reduce(engine).squared_norm_P.clamp(min=0).sqrt()
+
+
+def _products(
+    engine: GradientEngine, sketches: Sequence[BatchSketch], factor_P: Tensor, norm_P: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor, float]:
+    """Return estimates of <g_i, u> with u = sum_j factor_j g_j, and the length of u's sketch. Collective.
+
+    Shapes: (problems, 3): by the whole sketches, and by two independent quarters of them.
+    """
+    total_LKK = torch.zeros(shape, dtype=torch.float64)
+    for batch in sketches:
+        is_in_P = factor_P[batch.problems] != 0  # others may not be finite
+        total_LKK += torch.tensordot(factor_P[batch.problems][is_in_P], batch.sketch_PLKK[is_in_P].double(), dims=1)
+    total_LKK = _summed_over_ranks(engine, total_LKK)
+    rank = shape[-1]
+    product_P3 = torch.zeros(len(factor_P), 3, dtype=torch.float64)
+    for index, block in enumerate((slice(0, rank), slice(0, rank // 2), slice(rank // 2, rank))):
+        # A quarter of the numbers has a quarter of the product.
+        share = ((block.stop - block.start) / rank) ** 2
+        total_G = total_LKK[:, block, block].flatten()
+        for batch in sketches:
+            part_PG = batch.sketch_PLKK[:, :, block, block].flatten(1).double()
+            factor, norm = factor_P[batch.problems], norm_P[batch.problems]
+            others = part_PG @ total_G - factor * part_PG.square().sum(dim=1)
+            product_P3[batch.problems, index] = others / share + factor * norm.square()
+    return _summed_over_ranks(engine, product_P3), total_LKK.norm().item()
+
+
+def _summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
+    """Return the sum over the ranks that hold different rows, on the CPU. Collective."""
+    if engine.data_group is None:
+        return values
+    on_device = values.to(next(engine.module.parameters()).device)
+    torch.distributed.all_reduce(on_device, group=engine.data_group)
+    return on_device.cpu()
+
+
+def _fidelity(quarter_P2: Tensor) -> float:
+    """Return the rank correlation with the exact scores, as the agreement of two quarters' scores tells it.
+
+    Spearman-Brown's is that of the whole sketch with another one; with what both estimate it is the square root.
+    Quarters, not halves: halves share the projections of one side, so their errors agree
+    (tests/numerics/test_sketch.py).
+    """
+    if len(quarter_P2) < MIN_RANKED:
+        return math.nan
+    correlation = spearman(quarter_P2[:, 0], quarter_P2[:, 1])
+    return correlation if math.isnan(correlation) else math.sqrt(max(0.0, spearman_brown(correlation)))
+
+
+def _require_fitting(engine: GradientEngine, problems: Sequence[ProblemRows]) -> None:
+    """Raise ValueError, on every rank, if a problem is larger than a micro-batch."""
+    for problem in problems:
+        if not engine.budget.holds([size_of(problem)]):
+            raise ValueError(
+                f"problem {problem.uid} takes {engine.budget.positions([size_of(problem)])} positions, more than the "
+                f"{engine.budget.max_tokens} of a micro-batch. {REMEDY}, or raise gradalign.probe.max_tokens_per_rank."
+            )
