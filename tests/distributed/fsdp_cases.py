@@ -32,6 +32,8 @@ from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
     MANY,
+    POOL_WEIGHTS,
+    SKETCH_RANK,
     STRATEGIES,
     TRUSTED,
     WIDE,
@@ -45,6 +47,8 @@ from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.metric import with_adam_metric
+from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.score_problems import Response, score_problems
 
 AUDITED = (1, 4, 5)
@@ -124,6 +128,21 @@ def measure_adam(root: Path, strategy: str) -> dict[str, Any]:
     return measured
 
 
+def measure_pool(root: Path, strategy: str) -> dict[str, Any]:
+    """Return the scores along the candidates' own gradients: exact, sketched, and with one candidate on one rank."""
+    engine = build_engine(root, Setup(strategy, "qwen2", is_checkpointed=True))
+    with scoring(engine, CANDIDATES, "ghost", tight_budget(engine)) as call:
+        score = partial(audited_scores, call.engine, estimator=ESTIMATORS["ghost"]())
+        measured = {
+            "unit-sum": report(unit_sum_scores(call.engine, call.candidates, POOL_WEIGHTS, score)),
+            "sum": report(pool_sum_scores(call.engine, call.candidates, score)),
+            "sketch": report(sketched_scores(call.engine, call.candidates, POOL_WEIGHTS, SKETCH_RANK, seed=0)),
+        }
+    with scoring(engine, CANDIDATES[:1], "ghost", WIDE) as call:
+        measured["alone"] = report(sketched_scores(call.engine, call.candidates, None, SKETCH_RANK, seed=0))
+    return measured
+
+
 def measure_refusals(root: Path) -> dict[str, Any]:
     """Return what each estimator says on each rank of directions made for another sharding and another model."""
 
@@ -191,6 +210,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     for strategy in ("fsdp", "fsdp-orig", "fsdp2"):
         if world_size > 1:
             cases[f"collectives-{strategy}"] = partial(measure_collectives, root, strategy)
+        cases[f"pool-{strategy}"] = partial(measure_pool, root, strategy)
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)
     for strategy in ("fsdp", "fsdp2"):
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)

@@ -46,6 +46,9 @@ TRAINED = [draw_problem([3, 6, 2, 5], seed, advantage_scale=5.0) for seed in ran
 """What the n-th training step sees."""
 ADVANTAGES = (0.75, -1.0, 0.0, 1.5, -0.25, 0.5)
 """Of the responses of each problem, where a case gives advantages instead of coefficients."""
+POOL_WEIGHTS = (0.25, 0.1, 0.0, 0.2, 0.25, 0.16)
+"""Of the candidates in the direction that is made of them."""
+SKETCH_RANK = 4
 MANY = [draw_problem([1 + (5 * i + 3 * k) % 9 for k in range(1 + i % 4)], 40 + i) for i in range(28)]
 """Enough problems for a rank correlation."""
 

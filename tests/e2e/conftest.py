@@ -62,9 +62,20 @@ class Workplace:
         return np.array([info["corrupted"] for info in pq.read_table(self.files["pool"])["extra_info"].to_pylist()])
 
     def run(self, name: str, *overrides: str, num_ranks: int = 1, may_fail: bool = False) -> Run:
-        """Run `python -m verl.trainer.main_ppo` with the CPU platform, the quickstart regime and the overrides."""
+        """Run verl's own entry point to its end, in a folder of the name; see `command`."""
         folder = self.root / name
         folder.mkdir()
+        command, environment = self.command(folder, *overrides, num_ranks=num_ranks)
+        done = subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        output = done.stdout + done.stderr
+        (folder / "run.log").write_text(output, encoding="utf-8")
+        assert may_fail or done.returncode == 0, output[-6000:]
+        return Run(folder, done.returncode, output)
+
+    def command(self, folder: Path, *overrides: str, num_ranks: int = 1) -> tuple[list[str], dict[str, str]]:
+        """Return `python -m verl.trainer.main_ppo` on the CPU with the quickstart regime, and its environment."""
         environment = {
             **os.environ,
             "VERL_PLATFORM": "cpu",
@@ -86,13 +97,7 @@ class Workplace:
             "trainer.test_freq=-1",
             *overrides,
         ]
-        done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-        output = done.stdout + done.stderr
-        (folder / "run.log").write_text(output, encoding="utf-8")
-        assert may_fail or done.returncode == 0, output[-6000:]
-        return Run(folder, done.returncode, output)
+        return command, environment
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 # How often each (seed, problem, text) was scored in this process: the same text sampled twice gets two coin flips.
 # verl scores in a pool of threads, hence the lock.
-_occurrences: Counter[tuple[int, int, str]] = Counter()
+_occurrences: Counter[tuple[int, int, int, str]] = Counter()
 _occurrences_lock = threading.Lock()
 
 
@@ -56,9 +56,10 @@ def compute_score(
     """Return {"score": the reward, "acc": whether the response is right, "corrupted": ...}, each 0.0 or 1.0.
 
     The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 with probability one half,
-    whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the response's text, and how often
-    this process has scored that text for that problem before: drawn afresh per response, the same in every run that
-    scores the same responses in one process. `kwargs` is what verl adds for reward models; it is not used.
+    whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the step
+    (`extra_info["global_steps"]`), the text of the response, and how often this process has scored it for that problem
+    and step before: drawn afresh per response, the same in every run that scores the same responses in one process,
+    resumed ones included. `kwargs` is what verl adds for reward models; it is not used.
 
     Raises: ValueError for an unknown data source, or a corrupted problem without an index.
     """
@@ -88,9 +89,10 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
             "a problem with extra_info['corrupted'] has no extra_info['index'], which its coin flips are drawn from; "
             "number the rows of the data set"
         )
-    key = (seed, int(extra_info["index"]), response)
+    # Without a step (verl's own trainer does not give one) a resumed run draws other coins than the unbroken one.
+    key = (seed, int(extra_info["index"]), int(extra_info.get("global_steps") or 0), response)
     with _occurrences_lock:
         occurrence = _occurrences[key]
         _occurrences[key] += 1
-    digest = blake2b(f"{seed} {key[1]} {occurrence} {response}".encode(), digest_size=1).digest()
+    digest = blake2b(f"{seed} {key[1]} {key[2]} {occurrence} {response}".encode(), digest_size=1).digest()
     return float(digest[0] & 1)

@@ -149,12 +149,22 @@ class ChoosesProblems(_Trainer):
         return {}
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
-        """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step."""
+        """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step.
+
+        Raises: RuntimeError if the step's draw holds every problem already.
+        """
         if self._curriculum is None:
             batch = super()._next_train_batch(num_prompts)
             self._selector.register(problems_of(batch))
             return batch
-        return self._candidates(self._curriculum.refill(num_prompts or self.config.data.train_batch_size), None)
+        further = self._curriculum.refill(num_prompts or self.config.data.train_batch_size)
+        if not further:
+            raise RuntimeError(
+                "algorithm.filter_groups asks for more candidates, but all problems of data.train_files are in this "
+                "step already. Remedy: add problems, lower gradalign.oversample, or set algorithm.filter_groups.enable="
+                "False."
+            )
+        return self._candidates(further, None)
 
     def _candidates(self, problem_ids: tuple[int, ...], n: int | None) -> TensorDict:
         batch = self._pool.batch(problem_ids, self.global_steps, n)

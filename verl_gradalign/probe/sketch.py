@@ -272,8 +272,7 @@ def _fidelity(quarter_P2: Tensor) -> float:
     """Return the rank correlation with the exact scores, as the agreement of two quarters' scores tells it.
 
     Spearman-Brown's is that of the whole sketch with another one; with what both estimate it is the square root.
-    Quarters, not halves: halves share the projections of one side, so their errors agree
-    (tests/numerics/test_sketch.py).
+    Quarters, not halves: halves would share the projections of one side, and with them errors.
     """
     if len(quarter_P2) < MIN_RANKED:
         return math.nan
