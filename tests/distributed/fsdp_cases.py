@@ -48,8 +48,8 @@ from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.metric import with_adam_metric
 from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
-from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.score_problems import Response, score_problems
+from verl_gradalign.probe.sketch import sketched_scores
 
 AUDITED = (1, 4, 5)
 """Candidates that the canary rescores: a group of one, one without advantages; and one too large for it."""

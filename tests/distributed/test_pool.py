@@ -22,7 +22,7 @@ from verl_gradalign.probe.sketch import sketched_scores
 
 pytestmark = pytest.mark.dist
 
-RTOL_FLOAT64 = 1e-10  # measured 1e-13
+RTOL_FLOAT64 = 1e-10  # measured 8e-15
 SHARDINGS = ("fsdp", "fsdp-orig", "fsdp2")
 
 

@@ -172,6 +172,17 @@ def test_a_completion_ends_with_its_end_of_sequence_token(generator, prompts):
         assert completion.stop_reason == "stop" or len(completion.token_ids) == 16
 
 
+@pytest.mark.parametrize(("num_tokens", "reason"), [(1, "aborted"), (3, "aborted"), (6, "length")])
+def test_a_stopped_batch_keeps_the_tokens_it_has(generator, prompts, num_tokens, reason):
+    free = generator.generate(prompts, until_length(), seeds=range(4))
+    answers = iter([False] * (num_tokens - 1) + [True])
+    stopped = generator.generate(prompts, until_length(), seeds=range(4), should_stop=lambda: next(answers))
+    for whole, part in zip(free, stopped, strict=True):
+        assert part.token_ids == whole.token_ids[:num_tokens]
+        assert part.log_probs == whole.log_probs[:num_tokens]
+        assert part.stop_reason == reason
+
+
 def test_ignore_eos_goes_on_to_the_length_limit(generator, prompts):
     end = generator.tokenizer.eos_token_id
     completions = generator.generate([prompts[0]], until_length(max_tokens=16, n=300), seeds=range(300))

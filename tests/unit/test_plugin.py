@@ -255,3 +255,20 @@ def test_the_check_that_keeps_fsdp1_off_the_cpu_is_still_where_the_shim_expects_
     check = _init_utils._check_module_states_for_sync_module_states
     with pytest.raises(ValueError, match="sync_module_states"):
         check([torch.zeros(1)])
+
+
+def test_verl_still_asks_for_flash_attention_where_the_shim_expects_it(monkeypatch):
+    """A critic on the CPU is built with torch's own attention, whatever verl names."""
+    from transformers import AutoModelForTokenClassification
+    from verl.utils.model import load_valuehead_model
+
+    from verl_gradalign.cpu.engines import critics_need_no_flash_attention
+
+    asked = []
+    monkeypatch.setattr(AutoModelForTokenClassification, "from_pretrained", lambda **call: asked.append(call) or call)
+    original = AutoModelForTokenClassification.from_pretrained
+    load_valuehead_model("folder", None, None, False)
+    with critics_need_no_flash_attention():
+        load_valuehead_model("folder", None, None, False)
+    assert [call["attn_implementation"] for call in asked] == ["flash_attention_2", "sdpa"]
+    assert AutoModelForTokenClassification.from_pretrained is original

@@ -28,6 +28,10 @@ from verl_gradalign.cpu.generate import Completion, SamplingParams, SequenceGene
 # milliseconds of each other; a batch takes tens of milliseconds at least.
 BATCH_WINDOW_S = 0.02
 
+# Calls that Ray lets into the server at once. A paused server holds every request that arrives, and the call that ends
+# the pause must still get in; verl's own limit (max_num_seqs + 16) is a deadlock with more requests than that.
+MAX_CALLS = 100_000
+
 NOT_BEGUN = Completion(token_ids=[], log_probs=[], stop_reason="aborted")
 
 
@@ -202,7 +206,7 @@ class HFReplica(RolloutReplica):
             .options(
                 name=server_name(self.replica_rank, self.name_suffix),
                 num_cpus=0,
-                max_concurrency=self.max_concurrency,
+                max_concurrency=MAX_CALLS,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
             )
             .remote(

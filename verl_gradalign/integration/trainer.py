@@ -131,9 +131,8 @@ class ChoosesProblems(_Trainer):
         """Send the step's problems, and the trusted sets when the direction is stale, to the rollout."""
         step, is_scored = self.global_steps, False
         if self._curriculum is None:
-            batch = super()._next_train_batch()
-            self._selector.register(problems_of(batch))
-            self._selector.expect(Draw(tuple(batch[PROBLEM_ID].tolist()), 0))
+            batch = self._next_train_batch()
+            self._selector.expect(Draw(tuple(problem.problem_id for problem in problems_of(batch)), 0))
         else:
             draw = self._curriculum.draw(step)
             is_scored = draw.is_scored

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which finished groups a selection is among, with TransferQueue replaced by what it would list."""
+
+from collections import Counter
+
+import pytest
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler
+
+
+class Chooser:
+    """Takes everything; candidates begin with c, trusted problems with t."""
+
+    def __init__(self, in_flight, num_candidates, has_direction=True):
+        self.in_flight, self.num_candidates, self.has_direction = set(in_flight), num_candidates, has_direction
+        self.asked = []
+
+    @property
+    def num_in_flight(self):
+        return len(self.in_flight)
+
+    def is_trusted(self, uid):
+        return uid.startswith("t")
+
+    def trusted_in_flight(self):
+        return {uid for uid in self.in_flight if self.is_trusted(uid)}
+
+    def select(self, batch, uids, failed, batch_size, step):
+        self.asked.append((sorted(uids), sorted(failed), batch_size, step))
+        return batch, {"gradalign/kept": 1.0}
+
+
+def make(sampler, mode, **own):
+    return sampler(
+        trainer_mode=mode,
+        trainer_config={},
+        max_off_policy_threshold=2,
+        max_off_policy_strategy="drop",
+        sampler_kwargs={"poll_interval_s": 0.01, **own},
+        refill_fn=lambda num: num,
+    )
+
+
+def finish(buffer, uids, steps=None, failed=()):
+    """Let the groups be finished; older ones have smaller steps."""
+
+    def sync():
+        for uid in uids:
+            (buffer.failure_keys if uid in failed else buffer.finished_keys)["train"].add(uid)
+            buffer.prompt_global_steps["train"][uid] = (steps or {}).get(uid, 1)
+            buffer.partitions["train"][f"{uid}_0_0"] = {"status": "success"}
+
+    buffer._sync_metadata_from_transfer_queue = sync
+
+
+@pytest.fixture(autouse=True)
+def no_transfer_queue(monkeypatch):
+    for cls in (ReplayBuffer, ReplayBufferAsync):
+        monkeypatch.setattr(cls, "_clear_groups", lambda *_: None)
+
+    def materialize(self, partition, uids, snapshot):
+        return KVBatchMeta(keys=[f"{uid}_0_0" for uid in uids], tags=[{}] * len(uids), partition_id=partition)
+
+    monkeypatch.setattr(ReplayBuffer, "_materialize_batch", materialize)
+
+
+def test_a_synchronous_selection_is_among_all_groups_of_the_step_failed_ones_included():
+    buffer = make(GradAlignSampler, "sync")
+    chooser = Chooser(["c1", "c2", "t1"], 2)
+    buffer.attach(chooser)
+    finish(buffer, ["c1", "c2", "t1"], failed=["c2"])
+    batch, metrics = buffer.sample(3, "train", 1)
+    assert chooser.asked == [(["c1", "c2", "t1"], ["c2"], 1, 3)] and metrics["gradalign/kept"] == 1.0
+
+
+def test_dapos_filter_never_takes_a_trusted_group_and_surplus_candidates_give_way(monkeypatch):
+    buffer = make(GradAlignSampler, "sync", filter_groups_metric="reward", train_batch_size=2)
+    buffer.attach(Chooser(["c1", "c2", "t1"], 2))
+    monkeypatch.setattr(ReplayBuffer, "_dapo_filtered_keys", lambda *_: ({"c1", "t1"}, Counter()))
+    assert buffer._dapo_filtered_keys("train")[0] == {"c1"}
+    finish(buffer, ["c1", "c2", "c3", "t1"])
+    buffer._sync_metadata_from_transfer_queue()
+    uids, _, _ = buffer._select_prompt_uids("train", {"c1", "c2", "c3", "t1"}, 3)
+    assert "t1" in uids and len(uids) == 3
+
+
+def test_an_asynchronous_selection_takes_the_oldest_candidates_and_leaves_the_others_in_flight():
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    chooser = Chooser(["c1", "c2", "c3", "t1"], num_candidates=2)
+    buffer.attach(chooser)
+    finish(buffer, ["c1", "c2", "c3"], steps={"c1": 3, "c2": 2, "c3": 2})
+    buffer.sample(3, "train", 1)
+    assert chooser.asked == [(["c2", "c3"], [], 1, 3)]  # the trusted group is not finished, and not waited for
+
+
+def test_the_first_direction_is_waited_for():
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    chooser = Chooser(["c1", "t1"], num_candidates=1, has_direction=False)
+    buffer.attach(chooser)
+    finish(buffer, ["c1"])
+    buffer._sync_metadata_from_transfer_queue()
+    assert not buffer._has_enough_samples(1, "train", 1, {"c1"})
+    finish(buffer, ["c1", "t1"])
+    buffer.sample(1, "train", 1)
+    assert chooser.asked[0][0] == ["c1", "t1"]
+
+
+def test_stale_candidates_are_evicted_and_replaced_but_trusted_groups_stay():
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    buffer.attach(Chooser(["c1", "c2", "t1"], 1))
+    finish(buffer, ["c1", "c2", "t1"], steps={"c1": 1, "c2": 4, "t1": 1}, failed=["t1"])
+    buffer._sync_metadata_from_transfer_queue()
+    stale, _, failed, _ = buffer._terminal_eviction_reasons(4, "train")
+    assert stale == {"c1"} and failed == set()
+
+
+@pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])
+def test_a_sampler_without_its_trainer_says_what_to_do(sampler):
+    with pytest.raises(RuntimeError, match=r"Remedy: set trainer\.v1\.trainer_mode=gradalign"):
+        make(sampler, "sync").sample(1, "train", 1)
+
+
+@pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])
+def test_the_separate_mode_is_refused_with_the_reason(sampler):
+    with pytest.raises(ValueError, match=r"separate_async: selection is not supported.*Remedy"):
+        make(sampler, "separate_async")
