@@ -108,7 +108,7 @@ def test_without_the_word_the_composed_configuration_is_verls_own(with_plugin, w
 def test_the_word_sets_the_trainer_the_sampler_and_the_block_and_nothing_else(with_plugin):
     config, stock = copy.deepcopy(with_plugin["cosine"]), with_plugin["stock"]
     assert config["gradalign"]["score"] == "cosine"
-    assert config["gradalign"]["validation"] == {"files": "x.parquet", "n": None}
+    assert config["gradalign"]["validation"] == {"files": "x.parquet", "n": None, "sets": []}
     v1 = config["trainer"]["v1"]
     assert v1["trainer_mode"] == "gradalign"
     assert v1["sampler"]["custom_sampler"] == {

@@ -8,7 +8,6 @@ metrics and selection log -> every other row cleared from TransferQueue.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.choosing import Choice, Chooser
 from verl_gradalign.integration.dealing import audited_problems, build_requests, drawn, token_budget
 from verl_gradalign.integration.groups import Group, Problem, natural_order, read_groups, session_of
 from verl_gradalign.integration.measuring import measurements
@@ -29,29 +29,19 @@ from verl_gradalign.integration.records import (
     reply_metrics,
     score_metrics,
     selection_metrics,
-    spread,
     success_rates,
     trusted_metrics,
 )
 from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.trusted import COMBINED
-from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.curriculum import Curriculum, Draw
-from verl_gradalign.selection.record import ProblemRecord
-from verl_gradalign.selection.reliability import Reliability, score_reliability
 from verl_gradalign.selection.scores import learnability, score_of
 from verl_gradalign.selection.select import (
-    RANDOM,
     REASONS,
-    SCHEDULED,
-    Candidates,
-    select_all,
-    select_random,
-    select_top,
 )
-from verl_gradalign.types import Measurements, Selection
+from verl_gradalign.types import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +87,12 @@ class AlignmentSelector:
         self._host = host
         self._score = score_of(config.score)
         self._curriculum = curriculum
-        self._record = ProblemRecord(num_problems)
+        self._chooser = Chooser(config, num_problems)
         self._score_remotely: ScoreRemotely | None = None
         self._dp_rank_of: list[int] = []
         self._in_flight: dict[str, Problem] = {}
         self._draw = Draw((), 0)
         self._direction_step: int | None = None
-        self._direction_reliability = math.nan
         self._num_scorings = 0
         self._has_warned = False
         self.last_selection_s = 0.0
@@ -165,18 +154,23 @@ class AlignmentSelector:
             for s in self._config.validation.trusted_sets()
             if any(p.trusted_set == s.name for p in taken)
         }
-        if not self._draw.is_scored:
-            selection, score_P, metrics, reply = self._take_all(groups)
+        if self._draw.is_scored:
+            choice, reply = self._score_and_choose(batch, groups, trusted, step)
         else:
-            selection, score_P, metrics, reply = self._score_and_choose(batch, groups, trusted, step)
+            choice, reply = self._chooser.take_all(groups, is_planned=self._curriculum is not None), None
+        selection = choice.selection
         kept = self._keep(batch, groups, selection, step)
         rate_P = success_rates(groups, self._config.success_threshold)
         live = np.flatnonzero([g.is_live for g in groups])
         scores = None if reply is None else reply.scores
-        self._log.write(step, log_columns(step, groups, selection, score_P, rate_P, scores, live))
+        self._log.write(step, log_columns(step, groups, selection, choice.score_P, rate_P, scores, live))
         self.last_selection_s = time.perf_counter() - started
-        metrics |= selection_metrics(groups, selection, rate_P) | score_metrics(score_P, selection)
-        metrics["seconds/selection"] = self.last_selection_s
+        metrics = {
+            **choice.metrics,
+            **selection_metrics(groups, selection, rate_P),
+            **score_metrics(choice.score_P, selection),
+            "seconds/selection": self.last_selection_s,
+        }
         if self._score.needs_direction and trusted:
             metrics |= trusted_metrics(trusted, is_degenerate=not (reply is not None and reply.is_fresh))
         if self._direction_step is not None:
@@ -187,9 +181,8 @@ class AlignmentSelector:
         """Return everything that decides the next selection, but for the direction itself."""
         return {
             "direction_step": self._direction_step,
-            "direction_reliability": self._direction_reliability,
             "num_scorings": self._num_scorings,
-            "record": self._record.state(),
+            "chooser": self._chooser.state(),
             "curriculum": None if self._curriculum is None else self._curriculum.state(),
             "in_flight": [asdict(problem) for problem in self._in_flight.values()],
         }
@@ -197,9 +190,8 @@ class AlignmentSelector:
     def restore(self, state: Mapping[str, Any], has_direction: bool) -> None:
         """Go on from a checkpoint's state. Without the direction's file a new one is made in the next step."""
         self._direction_step = state["direction_step"] if has_direction else None
-        self._direction_reliability = state["direction_reliability"]
         self._num_scorings = state["num_scorings"]
-        self._record.restore(state["record"])
+        self._chooser.restore(state["chooser"])
         if self._curriculum is not None:
             self._curriculum.restore(state["curriculum"])
         self.register([Problem(**values) for values in state["in_flight"]])
@@ -218,43 +210,18 @@ class AlignmentSelector:
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
         return read_groups(problems, batch, failed, self._config, self._verl_config)
 
-    def _take_all(self, groups: Sequence[Group]) -> tuple[Selection, np.ndarray, dict[str, float], ScoringReply | None]:
-        reason = SCHEDULED if self._curriculum is not None and self._score.rank is not None else RANDOM
-        return select_all(_candidates(groups), reason), np.full(len(groups), np.nan), {}, None
-
     def _score_and_choose(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
-    ) -> tuple[Selection, np.ndarray, dict[str, float], ScoringReply | None]:
-        """Return the selection, every candidate's score, the metrics of both, and the actor's reply."""
+    ) -> tuple[Choice, ScoringReply | None]:
+        """Return what was chosen, with the metrics of it and of the actor's reply."""
         live = [g for g in groups if g.is_live]
-        positions = np.flatnonzero([g.is_live for g in groups])
         reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
-        metrics = {} if reply is None else reply_metrics(reply)
-        self._note_direction(reply, step)
-        candidates = _candidates(groups)
-        seed = (self._config.seed, step)
-        if self._score.rank is None:
-            return select_random(candidates, self._draw.num_kept, seed), candidates.score_P, metrics, reply
-        has_measured = reply is not None and reply.scores is not None
-        if self._score.needs_gradients and live and not has_measured:
-            return self._without_direction(candidates, step), candidates.score_P, metrics, reply
-        m = measurements(live, reply.scores if reply is not None else None, len(groups), self._config.success_threshold)
-        score = self._score.rank(m, self._config.score_options).double().numpy()
-        shrunk = self._record.shrunk(m.problem_id_P.numpy(), score, self._config.reliability.shrinkage)
-        self._record.add(m.problem_id_P.numpy(), score, m.success_rate_P.numpy())
-        score_P = spread(shrunk, positions, len(groups))
-        reliability = score_reliability(m, self._score, self._config.score_options)
-        is_unreliable = self._is_unreliable(reliability)
-        metrics |= {
-            "reliability/scores/spearman": reliability.spearman,
-            "reliability/scores": reliability.corrected,
-            "reliability/scores/problems": float(reliability.num_problems),
-            "reliability/fallback": float(is_unreliable),
-        }
-        candidates = replace(candidates, score_P=score_P)
-        if is_unreliable:
-            return self._fall_back(candidates, m, positions, seed), score_P, metrics, reply
-        return select_top(candidates, self._draw.num_kept, self._config.dead_groups, seed), score_P, metrics, reply
+        if reply is not None and reply.is_fresh:
+            self._direction_step = step
+            self._chooser.note_direction(reply.reports[COMBINED].half_cosine)
+        scores = None if reply is None else reply.scores
+        choice = self._chooser.choose(groups, scores, self._draw.num_kept, step)
+        return (choice if reply is None else choice.with_metrics(reply_metrics(reply))), reply
 
     def _measure(
         self, batch: KVBatchMeta, live: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
@@ -291,43 +258,6 @@ class AlignmentSelector:
         reply = self._score_remotely(metas, requests)[0]
         self._heed(reply)
         return reply
-
-    def _note_direction(self, reply: ScoringReply | None, step: int) -> None:
-        if reply is not None and reply.is_fresh:
-            self._direction_step = step
-            cosine = reply.reports[COMBINED].half_cosine
-            self._direction_reliability = spearman_brown(cosine) if math.isfinite(cosine) else cosine
-
-    def _is_unreliable(self, scores: Reliability) -> bool:
-        """Return whether the reliability asked for is known and too low."""
-        least = self._config.reliability.min_reliability
-        value = scores.corrected if self._config.reliability.of == "scores" else self._direction_reliability
-        return least is not None and value < least
-
-    def _fall_back(
-        self, candidates: Candidates, m: Measurements, positions: np.ndarray, seed: tuple[int, int]
-    ) -> Selection:
-        """Return the choice by the score configured for steps whose reliability is too low."""
-        fallback = score_of(self._config.reliability.fallback)
-        if fallback.rank is None:
-            return select_random(candidates, self._draw.num_kept, seed)
-        score_P = spread(fallback.rank(m, self._config.score_options).numpy(), positions, len(candidates))
-        candidates = replace(candidates, score_P=score_P)
-        return select_top(candidates, self._draw.num_kept, self._config.dead_groups, seed)
-
-    def _without_direction(self, candidates: Candidates, step: int) -> Selection:
-        """Select at random, or stop, as configured for a step without a direction."""
-        message = (
-            f"step {step}: there is no direction (all trusted groups right, wrong or failed, or a gradient that is "
-            "zero or not finite): the trusted set gives no direction"
-        )
-        if self._config.direction.on_degenerate == "stop":
-            raise RuntimeError(
-                f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
-                "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
-            )
-        logger.warning("%s; selecting at random in this step", message)
-        return select_random(candidates, self._draw.num_kept, (self._config.seed, step))
 
     def _heed(self, reply: ScoringReply) -> None:
         """Warn of problems too large for the estimator, once; stop if the canary disagrees."""
@@ -373,13 +303,3 @@ class AlignmentSelector:
                 "of the rollout or of the reward function above this message."
             )
         return batch.select_keys(kept)
-
-
-def _candidates(groups: Sequence[Group]) -> Candidates:
-    """Return what the choice depends on, without scores yet."""
-    return Candidates(
-        problem_id_P=np.array([g.problem.problem_id for g in groups], dtype=np.int64),
-        is_failed_P=np.array([g.is_failed for g in groups], dtype=bool),
-        is_live_P=np.array([g.is_live for g in groups], dtype=bool),
-        score_P=np.full(len(groups), np.nan),
-    )
