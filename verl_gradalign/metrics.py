@@ -30,7 +30,7 @@ METRICS: dict[str, str] = {
     "probe/oversized": "candidates larger than a micro-batch, scored one at a time with backward",
     "probe/canary/relative_error": "largest error of the rescored problems, as a share of their gradients' norms",
     "probe/fidelity/spearman": "rank correlation of an approximate estimator with exact dot products; of a sketch, "
-    "between its halves, by Spearman-Brown",
+    "estimated from two independent parts of it",
     "probe/energy_kept": "low_rank: share of the direction's squared norm that the truncation keeps",
     "probe/step": "finite_difference: |displacement| of the parameters",
     "seconds/direction": "making the direction of the trusted sets, in the actor",

@@ -39,9 +39,8 @@ def test_a_problem_is_its_row_in_the_files_although_rows_are_filtered_and_indice
     assert len({p.uid for p in problems}) == 3
 
 
-def test_without_a_group_size_verl_decides():
-    assert "__rollout_n__" not in table().batch([1], step=1, n=None).keys()
-    assert problems_of(table().batch([1], step=1, n=None))[0].trusted_set is None
+def test_candidates_belong_to_no_trusted_set():
+    assert problems_of(table().batch([1], step=1, n=8))[0].trusted_set is None
 
 
 def test_a_whole_table_has_every_row():

@@ -133,7 +133,8 @@ class ProbeConfig:
     is formed, then every candidate is scored along it. `sketch`: one pass that keeps a random projection of each
     candidate's gradient; reports the rank correlation between its two halves."""
     sketch_rank: int = 16
-    """sketch: random directions on each side of a matrix, even, at least 2; the error falls with its square."""
+    """sketch: random directions on each side of a matrix, even, at least 2. Rank correlation with the exact scores on a
+    tiny model: 0.70, 0.84, 0.94, 0.96 at 4, 8, 16, 32."""
     fidelity_problems: int = 8
     """Estimators that are not exact: problems scored with `backward` too in every selection, at least 3, to report
     the rank correlation with the exact scores."""

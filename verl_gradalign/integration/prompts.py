@@ -40,10 +40,11 @@ class PromptTable:
         """Rows of the files, as far as they are known: one more than the largest problem id."""
         return int(self.problem_ids.max()) + 1 if len(self) else 0
 
-    def batch(self, problem_ids: Sequence[int], step: int, n: int | None) -> TensorDict:
-        """Return the prompt rows of the problems, each to be answered `n` times (None: rollout.n).
+    def batch(self, problem_ids: Sequence[int], step: int, n: int) -> TensorDict:
+        """Return the prompt rows of the problems, each to be answered `n` times.
 
-        The step is put into extra_info, so that a reward that draws at random can repeat its draws in a resumed run.
+        Every prompt says how often: of prompts in flight that verl sends out again after a restart, it reads only the
+        columns that all of them have. The step is put into extra_info, so that a reward that draws at random can repeat its draws in a resumed run.
         """
         rows = [self._dataset[self._place_of[problem_id]] for problem_id in problem_ids]
         for row in rows:
@@ -51,8 +52,7 @@ class PromptTable:
         columns = collate_fn(rows)
         columns["uid"] = np.array([str(uuid.uuid4()) for _ in rows], dtype=object)
         columns[PROBLEM_ID] = np.asarray(problem_ids, dtype=np.int64)
-        if n is not None:
-            columns["__rollout_n__"] = np.array([int(n)] * len(rows), dtype=object)
+        columns["__rollout_n__"] = np.array([int(n)] * len(rows), dtype=object)
         batch = tu.get_tensordict(columns)
         tu.assign_non_tensor_data(batch, "global_steps", step)
         return batch

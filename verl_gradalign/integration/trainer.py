@@ -137,12 +137,12 @@ class ChoosesProblems(_Trainer):
             draw = self._curriculum.draw(step)
             is_scored = draw.is_scored
             self._selector.expect(draw)
-            n = self.gradalign.curriculum.n if is_scored and self.gradalign.schedule != "step" else None
-            batch = self._candidates(draw.problem_ids, n)
+            is_larger = is_scored and self.gradalign.schedule != "step"
+            batch = self._candidates(draw.problem_ids, self.gradalign.curriculum.n if is_larger else None)
         self._submit_batch_to_rollout(batch)
         if is_scored and self._selector.needs_trusted(step) and not self._selector.trusted_in_flight():
             for name, (table, n) in self._trusted.items():
-                trusted = table.batch(table.problem_ids.tolist(), step, n or self.config.actor_rollout_ref.rollout.n)
+                trusted = table.batch(table.problem_ids.tolist(), step, n or self._rollout_n)
                 self._selector.register(problems_of(trusted, name))
                 self._submit_batch_to_rollout(trusted)
         return {}
@@ -165,8 +165,12 @@ class ChoosesProblems(_Trainer):
             )
         return self._candidates(further, None)
 
+    @property
+    def _rollout_n(self) -> int:
+        return int(self.config.actor_rollout_ref.rollout.n)
+
     def _candidates(self, problem_ids: tuple[int, ...], n: int | None) -> TensorDict:
-        batch = self._pool.batch(problem_ids, self.global_steps, n)
+        batch = self._pool.batch(problem_ids, self.global_steps, n or self._rollout_n)
         self._selector.register(problems_of(batch))
         return batch
 
