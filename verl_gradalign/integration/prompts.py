@@ -44,7 +44,8 @@ class PromptTable:
         """Return the prompt rows of the problems, each to be answered `n` times.
 
         Every prompt says how often: of prompts in flight that verl sends out again after a restart, it reads only the
-        columns that all of them have. The step is put into extra_info, so that a reward that draws at random can repeat its draws in a resumed run.
+        columns that all of them have. The step is put into extra_info, so that a reward that draws at random can
+        repeat its draws in a resumed run.
         """
         rows = [self._dataset[self._place_of[problem_id]] for problem_id in problem_ids]
         for row in rows:
