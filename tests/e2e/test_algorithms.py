@@ -36,21 +36,17 @@ def check(run: Run, num_steps: int = 2) -> None:
     assert any(row["score"] is not None for row in run.log)
 
 
-def test_grpo_without_std_and_kl_in_the_loss(workplace: Workplace) -> None:
-    """With a score that needs each response's derivative, and steps that fall back where it is noise."""
+def test_grpo_without_std_and_steps_that_fall_back(workplace: Workplace) -> None:
+    """With a score that needs each response's derivative, and a reliability that no step reaches."""
     run = workplace.run(
-        "grpo_kl",
+        "grpo",
         *gradalign("correlation", workplace.files, oversample=3),
         "algorithm.norm_adv_by_std_in_grpo=false",
-        "actor_rollout_ref.actor.use_kl_loss=true",
-        "actor_rollout_ref.actor.kl_loss_coef=0.01",
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
         "gradalign.reliability.min_reliability=0.999",
         "gradalign.reliability.fallback=accuracy_greedy",
         TWO_STEPS,
     )
     for metrics in run.steps:
-        assert "actor/kl_loss" in metrics
         assert metrics["gradalign/reliability/scores/problems"] >= 3
         assert metrics["gradalign/reliability/fallback"] == 1
         assert metrics["gradalign/kept/top"] + metrics["gradalign/kept/filler"] == 4
@@ -129,7 +125,8 @@ def test_dapos_filter_replaces_dead_groups_before_the_selection(workplace: Workp
     assert sum(metrics.get("training/filter_groups/evicted_samples", 0) for metrics in run.steps) > 0
 
 
-def test_lora_with_a_sketch_of_the_pool(workplace: Workplace) -> None:
+def test_lora_and_kl_in_the_loss_with_a_sketch_of_the_pool(workplace: Workplace) -> None:
+    """verl keeps a whole model's reference in pinned memory, which a CPU has not; an adapter's is the model itself."""
     run = workplace.run(
         "lora",
         *gradalign("pool_cosine", workplace.files, oversample=2),
@@ -137,10 +134,14 @@ def test_lora_with_a_sketch_of_the_pool(workplace: Workplace) -> None:
         "actor_rollout_ref.model.lora_rank=8",
         "actor_rollout_ref.model.lora_alpha=16",
         "actor_rollout_ref.model.lora.merge=true",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.kl_loss_coef=0.01",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
         TWO_STEPS,
     )
     check(run)
-    assert all(-1 <= metrics["gradalign/probe/fidelity/spearman"] <= 1 for metrics in run.steps)
+    assert all(0 <= metrics["gradalign/probe/fidelity/spearman"] <= 1 for metrics in run.steps)
+    assert all("actor/kl_loss" in metrics for metrics in run.steps)
 
 
 def test_sessions_with_several_outputs_are_scored_as_one_response(workplace: Workplace) -> None:
@@ -206,18 +207,6 @@ def test_learnalign_once_after_a_warm_up_with_more_responses_than_training_takes
     assert [metrics["gradalign/candidates"] for metrics in run.steps] == [4, 24, 4, 4]
 
 
-def test_random_in_rounds_keeps_a_seeded_share_without_scoring(workplace: Workplace) -> None:
-    run = workplace.run(
-        "random_rounds",
-        *gradalign("random", workplace.files, schedule="round", oversample=2),
-        "gradalign.curriculum.steps_per_round=1",
-        TWO_STEPS,
-    )
-    for metrics in run.steps:
-        assert metrics["gradalign/candidates"] == 8 and metrics["gradalign/kept/random"] == 4
-        assert "gradalign/seconds/scores" not in metrics
-
-
 def test_the_asynchronous_trainer_selects_among_finished_groups(workplace: Workplace) -> None:
     run = workplace.run(
         "async",
@@ -245,15 +234,11 @@ def check_async(run: Run) -> None:
 
 
 def test_the_separate_trainer_is_refused_with_the_reason(workplace: Workplace) -> None:
-    for mode in ("gradalign_separate_async", "separate_async"):
-        run = workplace.run(
-            f"refused_{mode}",
-            *gradalign("cosine", workplace.files),
-            f"trainer.v1.trainer_mode={mode}",
-            "actor_rollout_ref.rollout.nnodes=1",
-            "actor_rollout_ref.rollout.n_gpus_per_node=1",
-            "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
-            TWO_STEPS,
-            may_fail=True,
-        )
-        assert run.returncode != 0 and "selection is not supported there" in run.output
+    run = workplace.run(
+        "separate",
+        *gradalign("cosine", workplace.files),
+        "trainer.v1.trainer_mode=gradalign_separate_async",
+        TWO_STEPS,
+        may_fail=True,
+    )
+    assert run.returncode != 0 and "selection is not supported there" in run.output

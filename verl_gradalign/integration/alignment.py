@@ -221,7 +221,10 @@ class AlignmentSelector:
             self._chooser.note_direction(reply.reports[COMBINED].half_cosine)
         scores = None if reply is None else reply.scores
         choice = self._chooser.choose(groups, scores, self._draw.num_kept, step)
-        return (choice if reply is None else choice.with_metrics(reply_metrics(reply))), reply
+        if reply is not None:
+            has_several_sets = len(self._config.validation.trusted_sets()) > 1
+            choice = choice.with_metrics(reply_metrics(reply, has_several_sets))
+        return choice, reply
 
     def _measure(
         self, batch: KVBatchMeta, live: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

@@ -87,14 +87,15 @@ def score_metrics(score_P: np.ndarray, selection: Selection) -> dict[str, float]
     }
 
 
-def reply_metrics(reply: ScoringReply) -> dict[str, float]:
-    """Return what the actor says of its scoring call."""
+def reply_metrics(reply: ScoringReply, has_several_sets: bool) -> dict[str, float]:
+    """Return what the actor says of its scoring call; of each trusted set where there are several."""
     values = {"seconds/direction": reply.direction_s, "seconds/scores": reply.scores_s}
     if reply.scores is not None:
         values["direction/norm"] = reply.scores.direction_norm
         values |= {f"probe/{name}": value for name, value in reply.scores.diagnostics.items()}
     for name, report in reply.reports.items():
-        values |= _set_metrics(name, report, is_single=len(reply.reports) == 2)
+        if name == COMBINED or has_several_sets:
+            values |= _set_metrics(name, report)
     return values
 
 
@@ -109,13 +110,11 @@ def trusted_metrics(trusted: Mapping[str, Sequence[Group]], is_degenerate: bool)
     }
 
 
-def _set_metrics(name: str, report: SetReport, is_single: bool) -> dict[str, float]:
+def _set_metrics(name: str, report: SetReport) -> dict[str, float]:
     if name == COMBINED:
         cosine = report.half_cosine
         corrected = spearman_brown(cosine) if math.isfinite(cosine) else cosine
         return {"reliability/direction/cosine": cosine, "reliability/direction": corrected}
-    if is_single:
-        return {}
     return {
         f"direction/{name}/norm": report.norm,
         f"direction/{name}/half_cosine": report.half_cosine,
