@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.distributed.setups import (
     SKETCH_RANK,
     STRATEGIES,
     TRUSTED,
+    TRUSTED_CONFIGS,
     WIDE,
     Setup,
     exact_setups,
@@ -46,10 +48,11 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.metric import with_adam_metric
+from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
 from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
 from verl_gradalign.probe.score_problems import Response, score_problems
 from verl_gradalign.probe.sketch import sketched_scores
+from verl_gradalign.probe.trusted import TrustedRows, trusted_direction
 
 AUDITED = (1, 4, 5)
 """Candidates that the canary rescores: a group of one, one without advantages; and one too large for it."""
@@ -59,7 +62,7 @@ def measure_exactness(root: Path, setup: Setup) -> dict[str, Any]:
     """Return the scores of the exact estimators, in several batchings and orders."""
     engine = build_engine(root, setup)
     turned = score(engine, "ghost", candidates=CANDIDATES[::-1])
-    for key in ("dot", "norm", "derivative", "num_tokens"):
+    for key in ("dot", "norm", "derivative", "half_dot", "num_tokens"):
         turned[key].reverse()
     return {
         "ghost-tight": score(engine, "ghost", tight_budget(engine)),
@@ -125,6 +128,21 @@ def measure_adam(root: Path, strategy: str) -> dict[str, Any]:
             direction = with_adam_metric(call.direction(), call.engine, engine.optimizer)
             measured[estimator] = report(call.score(direction))
             measured[f"{estimator}-on-cpu"] = report(call.score(on_cpu(direction)))
+    return measured
+
+
+def measure_trusted(root: Path, strategy: str) -> dict[str, Any]:
+    """Return the scores along directions of two trusted sets, and what is reported of them."""
+    engine = build_engine(root, Setup(strategy, "qwen2", is_checkpointed=True))
+    measured = {}
+    for name, config in TRUSTED_CONFIGS.items():
+        with scoring(engine, CANDIDATES, "ghost", WIDE) as call:
+            sets = [TrustedRows("first", 1.0, call.trusted[:1]), TrustedRows("rest", 0.5, call.trusted[1:])]
+            direction, reports = trusted_direction(call.engine, sets, config, None)
+            if config.metric == "candidates":
+                direction = with_candidates_metric(direction, call.engine, call.candidates)
+            measured[name] = report(call.score(direction))
+            measured[name]["reports"] = {name: astuple(each) for name, each in reports.items()}
     return measured
 
 
@@ -210,6 +228,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     for strategy in ("fsdp", "fsdp-orig", "fsdp2"):
         if world_size > 1:
             cases[f"collectives-{strategy}"] = partial(measure_collectives, root, strategy)
+        cases[f"trusted-{strategy}"] = partial(measure_trusted, root, strategy)
         cases[f"pool-{strategy}"] = partial(measure_pool, root, strategy)
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)
     for strategy in ("fsdp", "fsdp2"):

@@ -73,6 +73,7 @@ def report(scores: ProblemScores) -> dict[str, Any]:
         "dot": scores.dot_P.tolist(),
         "norm": None if scores.norm_P is None else scores.norm_P.tolist(),
         "derivative": None if scores.response_derivative_PR is None else scores.response_derivative_PR.tolist(),
+        "half_dot": None if scores.half_dot_P2 is None else scores.half_dot_P2.tolist(),
         "num_tokens": scores.num_tokens_P.tolist(),
         "direction_norm": scores.direction_norm,
         "diagnostics": dict(scores.diagnostics),
@@ -88,8 +89,10 @@ def tight_budget(engine: CpuFSDPEngineWithLMHead, problems: Sequence[Problem] = 
 
 
 def keys_of(kind: str, index: int, problem: Problem) -> ProblemKeys:
+    """Problems are split: their first rows are one half, so that rows keep the order of the problem."""
     keys = tuple(f"{kind}{index}_{k}_0" for k in range(len(problem)))
-    return ProblemKeys(f"{kind}{index}", keys, tuple(row.num_tokens for row in problem))
+    halves = tuple(int(k >= (len(problem) + 1) // 2) for k in range(len(problem)))
+    return ProblemKeys(f"{kind}{index}", keys, tuple(row.num_tokens for row in problem), halves)
 
 
 def deal_rows(

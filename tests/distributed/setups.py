@@ -19,6 +19,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
 from tests.numerics.problems import TEMPERATURE, Problem, build_model, draw_problem, load_float64
+from verl_gradalign.config import DirectionConfig
 from verl_gradalign.probe.oracle import problem_gradients_float64
 
 STRATEGIES = {
@@ -49,6 +50,11 @@ ADVANTAGES = (0.75, -1.0, 0.0, 1.5, -0.25, 0.5)
 POOL_WEIGHTS = (0.25, 0.1, 0.0, 0.2, 0.25, 0.16)
 """Of the candidates in the direction that is made of them."""
 SKETCH_RANK = 4
+TRUSTED_CONFIGS = {
+    "aggregate": DirectionConfig(),
+    "units": DirectionConfig(aggregation="per_problem_unit"),
+    "metric": DirectionConfig(metric="candidates"),
+}
 MANY = [draw_problem([1 + (5 * i + 3 * k) % 9 for k in range(1 + i % 4)], 40 + i) for i in range(28)]
 """Enough problems for a rank correlation."""
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler
 
@@ -26,6 +26,9 @@ class Chooser:
 
     def trusted_in_flight(self):
         return {uid for uid in self.in_flight if self.is_trusted(uid)}
+
+    def forget(self, uids):
+        self.in_flight -= set(uids)
 
     def select(self, batch, uids, failed, batch_size, step):
         self.asked.append((sorted(uids), sorted(failed), batch_size, step))
@@ -57,8 +60,7 @@ def finish(buffer, uids, steps=None, failed=()):
 
 @pytest.fixture(autouse=True)
 def no_transfer_queue(monkeypatch):
-    for cls in (ReplayBuffer, ReplayBufferAsync):
-        monkeypatch.setattr(cls, "_clear_groups", lambda *_: None)
+    monkeypatch.setattr(ReplayBuffer, "_clear_groups", lambda *_: None)
 
     def materialize(self, partition, uids, snapshot):
         return KVBatchMeta(keys=[f"{uid}_0_0" for uid in uids], tags=[{}] * len(uids), partition_id=partition)
@@ -114,6 +116,8 @@ def test_stale_candidates_are_evicted_and_replaced_but_trusted_groups_stay():
     buffer._sync_metadata_from_transfer_queue()
     stale, _, failed, _ = buffer._terminal_eviction_reasons(4, "train")
     assert stale == {"c1"} and failed == set()
+    buffer._clear_groups("train", stale)
+    assert buffer._selector.in_flight == {"c2", "t1"}
 
 
 @pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])

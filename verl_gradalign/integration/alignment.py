@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -125,6 +125,10 @@ class AlignmentSelector:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    def in_flight(self) -> set[str]:
+        """Return the uids of all problems that were sent to the rollout and not yet taken."""
+        return set(self._in_flight)
+
     @property
     def has_direction(self) -> bool:
         return self._direction_step is not None
@@ -136,6 +140,11 @@ class AlignmentSelector:
     def trusted_in_flight(self) -> set[str]:
         """Return the uids of trusted problems not yet used."""
         return {uid for uid in self._in_flight if self.is_trusted(uid)}
+
+    def forget(self, uids: Iterable[str]) -> None:
+        """Take back problems whose groups were evicted."""
+        for uid in uids:
+            self._in_flight.pop(uid, None)
 
     def select(
         self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], batch_size: int, step: int

@@ -48,6 +48,10 @@ class Selector(Protocol):
         """Trusted problems that were sent to the rollout and not yet taken."""
         ...
 
+    def forget(self, uids: Iterable[str]) -> None:
+        """Take back problems whose groups were evicted."""
+        ...
+
     def select(
         self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], batch_size: int, step: int
     ) -> tuple[KVBatchMeta, dict[str, float]]:
@@ -151,6 +155,11 @@ class GradAlignAsyncSampler(ReplayBufferAsync):
         stale, filtered, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
         stale, filtered, failed = (_without_trusted(self._selector, uids) for uids in (stale, filtered, failed))
         return stale, filtered, failed, counts
+
+    def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+        super()._clear_groups(partition_id, uids)
+        if partition_id == "train" and self._selector is not None:
+            self._selector.forget(uids)
 
     def _has_enough_samples(
         self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -222,6 +223,9 @@ class ChoosesProblems(_Trainer):
         if direction.exists():
             self.actor_rollout_wg.gradalign_load_direction(str(direction), self.gradalign.direction.offload)
         self._selector.restore(load_state(state_file(folder)), has_direction=direction.exists())
+        # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
+        restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
+        self._selector.forget(self._selector.in_flight() - set(restored))
         logger.info("resumed the selection of step %d from %s", self.global_steps, state_file(folder))
 
     def _compute_metrics(
