@@ -14,7 +14,8 @@ RTOL_FLOAT64 = 1e-10  # measured 2e-14
 
 def test_the_readmes_example_gives_the_oracles_cosines(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tests.numerics.problems.TEMPERATURE", 1.0)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = [block for block in blocks if "score_problems" in block]
     model = load_float64(build_model(tmp_path, "qwen2", tie_word_embeddings=True))
     generator = torch.Generator().manual_seed(0)
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +241,13 @@ def test_a_function_of_the_users_is_loaded_from_a_file(tmp_path):
 
 def test_a_function_of_the_users_is_loaded_from_a_module():
     assert score_of("verl_gradalign.selection.scores:learnability").rank is not None
+
+
+def test_the_readmes_own_score_works(tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = next(b for b in text.split("```python\n")[1:] if "def promising" in b).split("```")[0]
+    path = tmp_path / "my_scores.py"
+    path.write_text(block)
+    m = make_pool(3).measurements()
+    assert score_of(f"{path}:promising").rank(m, OPTIONS).shape == (7,)
+    assert score_of(f"{path}:sure").needs_response_derivatives
