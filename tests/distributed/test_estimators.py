@@ -33,6 +33,9 @@ pytestmark = pytest.mark.dist
 RTOL_FLOAT64 = 1e-10  # measured 1e-13; 1e-12 for responses' derivatives
 RTOL_SVD = 1e-8  # measured 1e-13: a decomposition and its product
 MAX_STEP_ERROR = 1e-2  # of |g| |v|, at a step of 1e-3 |theta|
+# Where the training gradient vanishes, v is divided by eps, and so is the rounding of both: measured 1e-12 to 2e-10,
+# depending on the processor.
+RTOL_ADAM = 1e-8
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SHARDINGS = ("fsdp", "fsdp-orig", "fsdp2")
 
@@ -144,7 +147,7 @@ def test_adams_metric_is_the_oracles_on_any_number_of_ranks(
 ) -> None:
     scores = case_of(results, f"adam-{strategy}")[estimator]
     errors = largest_errors(scores, scores_in_adams_metric)
-    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert max(errors.values()) <= RTOL_ADAM, errors
     assert scores["ranks_agree"]
 
 
