@@ -83,6 +83,8 @@ class Workplace:
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
+            # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
+            "TQ_NUM_THREADS": "1",
         }
         command = [
             *(sys.executable, "-m", "verl.trainer.main_ppo", "+platform=cpu", "+regime=quickstart"),
@@ -93,6 +95,8 @@ class Workplace:
             f"trainer.default_local_dir={folder}",
             f"trainer.rollout_data_dir={folder / 'rollouts'}",
             f"hydra.run.dir={folder / 'hydra'}",
+            # Every process more imports torch and verl once more, ten seconds of a core.
+            "actor_rollout_ref.rollout.agent.num_workers=1",
             "trainer.val_before_train=false",
             "trainer.test_freq=-1",
             *overrides,
