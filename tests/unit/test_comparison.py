@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.test_selection_log import columns
 from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
 from verl_gradalign.report.selection_log import SelectionLog
 
@@ -43,8 +44,8 @@ def run_dir(tmp_path):
     text = "".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     log = SelectionLog(folder / "gradalign")
-    log.write(1, [log_row(1, 0, True), log_row(1, 1, True), log_row(1, 2, False), log_row(1, 3, True)])
-    log.write(2, [log_row(2, 0, False), log_row(2, 2, False), log_row(2, 2, False), log_row(2, 1, True)])
+    log.write(1, columns([log_row(1, 0, True), log_row(1, 1, True), log_row(1, 2, False), log_row(1, 3, True)]))
+    log.write(2, columns([log_row(2, 0, False), log_row(2, 2, False), log_row(2, 2, False), log_row(2, 1, True)]))
     return folder
 
 

@@ -111,6 +111,8 @@ def _with_arrays(value: Any, archive: Any) -> Any:
 def _opened(path: Path) -> Iterator[Any]:
     """Yield the archive at a path; whatever is wrong with it becomes a ValueError with the remedy."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("not a complete .npz archive")
         with np.load(path, allow_pickle=False) as archive:
             yield archive
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
