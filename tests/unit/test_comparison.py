@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.test_selection_log import columns
+from tests.unit.test_selection_log import columns, row
 from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
 from verl_gradalign.report.selection_log import SelectionLog
 
@@ -15,7 +15,7 @@ POOL_CORRUPTED = [True, False, True, False]
 
 
 def log_row(step, problem_id, kept):
-    return {"step": step, "problem_id": problem_id, "kept": kept, "reason": "top" if kept else "low_score"}
+    return row(step, problem_id, kept=kept, reason="top" if kept else "low_score")
 
 
 def training(step_s, share, **more):

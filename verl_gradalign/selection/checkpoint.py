@@ -25,6 +25,7 @@ __all__ = ["file_fingerprint", "flat", "load_state", "read_identity", "require_s
 
 FORMAT = 1
 TEXT = "text"
+ZIP = b"PK\x03\x04"
 REMEDY = "Remedy: delete the file to start the selection afresh from this checkpoint's weights"
 
 
@@ -111,8 +112,9 @@ def _with_arrays(value: Any, archive: Any) -> Any:
 def _opened(path: Path) -> Iterator[Any]:
     """Yield the archive at a path; whatever is wrong with it becomes a ValueError with the remedy."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("not a complete .npz archive")
+        with path.open("rb") as file:
+            if file.read(len(ZIP)) != ZIP:  # numpy would take it for a pickle
+                raise zipfile.BadZipFile("not a .npz archive")
         with np.load(path, allow_pickle=False) as archive:
             yield archive
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
