@@ -232,14 +232,3 @@ def check_async(run: Run) -> None:
     # Candidates of the warm-up were generated before the first update and scored after it.
     assert max(m["training/off_policy/trajectory_staleness/max"] for m in run.steps) >= 1
     assert np.isfinite([m["actor/grad_norm"] for m in run.steps]).all()
-
-
-def test_the_separate_trainer_is_refused_with_the_reason(workplace: Workplace) -> None:
-    run = workplace.run(
-        "separate",
-        *gradalign("cosine", workplace.files),
-        "trainer.v1.trainer_mode=gradalign_separate_async",
-        TWO_STEPS,
-        may_fail=True,
-    )
-    assert run.returncode != 0 and "selection is not supported there" in run.output

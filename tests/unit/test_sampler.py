@@ -130,3 +130,11 @@ def test_a_sampler_without_its_trainer_says_what_to_do(sampler):
 def test_the_separate_mode_is_refused_with_the_reason(sampler):
     with pytest.raises(ValueError, match=r"separate_async: selection is not supported.*Remedy"):
         make(sampler, "separate_async")
+
+
+def test_the_separate_trainer_is_refused_with_the_reason():
+    """By name, so that a user of separate_async who turns selection on learns why not."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    with pytest.raises(ValueError, match=r"separate_async: selection is not supported.*Remedy"):
+        get_trainer_cls("gradalign_separate_async")(config=None)
