@@ -341,6 +341,11 @@ def test_a_critic_and_a_colocated_reward_model_are_asked_before_groups_are_read(
     step.verl.reward.reward_model.enable = True
     step.run(3)
     assert step.completed == [7 * NUM_RESPONSES] * 2
+    # Rewards are read in every step, values only where advantages are.
+    step.run(4, draw=Draw(tuple(range(NUM_CANDIDATES)), 0))
+    step.verl.reward.reward_model.enable, step.verl.algorithm.adv_estimator = False, "gae"
+    step.run(5, draw=Draw(tuple(range(NUM_CANDIDATES)), 0))
+    assert step.completed == [7 * NUM_RESPONSES] * 3
 
 
 def test_the_state_decides_the_next_selection(tmp_path, monkeypatch):

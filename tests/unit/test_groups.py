@@ -96,6 +96,12 @@ def test_random_stores_nothing_and_needs_no_advantages(stored):
     assert a.rewards == (1.0, 0.0) and not stored
 
 
+def test_a_step_that_scores_nothing_stores_nothing(stored):
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"), is_scored=False)
+    assert (a.is_live, b.is_live, a.advantages) == (True, False, ()) and not stored
+
+
 def test_equal_responses_with_unequal_rewards_have_no_gradient():
     ids = torch.tensor([[5, 6], [5, 6], [5, 6], [5, 6]])
     coefficients = torch.tensor([[0.5], [0.5], [-0.75], [-0.25]])

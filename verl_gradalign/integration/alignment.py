@@ -22,7 +22,7 @@ from transfer_queue import KVBatchMeta
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.choosing import Choice, Chooser
 from verl_gradalign.integration.dealing import audited_problems, build_requests, drawn, token_budget
-from verl_gradalign.integration.groups import Group, Problem, natural_order, read_groups, session_of
+from verl_gradalign.integration.groups import Group, Problem, natural_order, needs_values, read_groups, session_of
 from verl_gradalign.integration.measuring import measurements
 from verl_gradalign.integration.records import (
     log_columns,
@@ -213,11 +213,10 @@ class AlignmentSelector:
     def _needs_completion(self) -> bool:
         reward_model = self._verl_config.reward.reward_model
         is_colocated = reward_model.enable and not reward_model.enable_resource_pool
-        needs_values = self._verl_config.algorithm.adv_estimator == "gae" and self._config.advantage == "trainer"
-        return self._draw.is_scored and self._score.rank is not None and (is_colocated or needs_values)
+        return is_colocated or (self._draw.is_scored and needs_values(self._config, self._verl_config))
 
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
-        return read_groups(problems, batch, failed, self._config, self._verl_config)
+        return read_groups(problems, batch, failed, self._config, self._verl_config, self._draw.is_scored)
 
     def _score_and_choose(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

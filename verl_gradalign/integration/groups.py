@@ -91,13 +91,20 @@ def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_groups(
-    problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str], config: GradAlignConfig, verl_config: DictConfig
+    problems: Sequence[Problem],
+    batch: KVBatchMeta,
+    failed: set[str],
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    is_scored: bool = True,
 ) -> list[Group]:
     """Return the group of every problem, in the order of `problems`, and store token coefficients beside the rollouts.
 
     Rewards are read from TransferQueue, advantages computed as training will compute them (`advantage: trainer`) or
-    centred, and the coefficients written back under `gradalign_coefficients`; a score that ranks nothing needs neither.
+    centred, and the coefficients written back under `gradalign_coefficients`; a step that scores nothing, and a score
+    that looks at rewards alone, need neither.
     """
+    is_measured = is_scored and score_of(config.score).needs_gradients
     by_uid = keys_by_uid(batch.keys)
     tags = dict(zip(batch.keys, batch.tags, strict=True))
     usable = {p.uid: by_uid[p.uid] for p in problems if p.uid in by_uid and p.uid not in failed}
@@ -106,13 +113,14 @@ def read_groups(
     live: set[str] = set()
     per_key: dict[str, tuple[float, float]] = {}
     if keys:
-        fields = ["rm_scores", "response_mask", "input_ids", *(["values"] if needs_values(config, verl_config) else [])]
+        fields = ["rm_scores", "response_mask", "input_ids"]
+        fields += ["values"] if is_measured and needs_values(config, verl_config) else []
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         padded = data.to_padded_tensor()
         row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
         rewards = {uid: _response_rewards(members, row_rewards) for uid, members in usable.items()}
-        if not score_of(config.score).needs_gradients:
-            # Nothing will be scored in the actor: no advantages (they may need a critic's values), nothing to store.
+        if not is_measured:
+            # No advantages (they may need a critic's values), and nothing to store.
             live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
         else:
             advantage_RT = _advantages(padded, keys, config, verl_config)
