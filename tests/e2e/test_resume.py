@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import TIMEOUT_S, Run, Workplace, gradalign
+from verl_gradalign.report.comparison import read_metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -68,6 +69,9 @@ def start(workplace: Workplace, folder: Path, overrides: list[str], interrupt_at
     marker = folder / "marker"
     marker.unlink(missing_ok=True)
     command, environment = workplace.command(folder, *overrides)
+    # verl begins the file anew whenever it is started.
+    launch = len(list(folder.glob("metrics-*.jsonl")))
+    environment["VERL_FILE_LOGGER_PATH"] = str(folder / f"metrics-{launch}.jsonl")
     if interrupt_at:
         environment["VERL_USE_EXTERNAL_MODULES"] = "tests.e2e.interruption"
         environment["INTERRUPT_AT"] = f"{interrupt_at} {marker}"
@@ -97,8 +101,9 @@ def finish(process: subprocess.Popen, folder: Path) -> Run:
 
 
 def by_step(run: Run) -> dict[int, dict[str, float]]:
-    """Metrics by step; of a step that was repeated, the last."""
-    return {int(metrics["training/global_step"]): metrics for metrics in run.steps}
+    """Metrics by step, of all launches of the run; of a step that was repeated, the last."""
+    lines = [m for path in sorted(run.folder.glob("metrics-*.jsonl")) for _, m in read_metrics(path)]
+    return {int(m["training/global_step"]): m for m in lines if "timing_s/step" in m}
 
 
 @pytest.fixture(scope="module", params=SCHEDULES)
@@ -183,7 +188,7 @@ def test_a_checkpoint_without_the_selections_state_starts_it_afresh_with_a_warni
     if pair[0] != "step":
         pytest.skip("once is enough: there is no state to depend on the schedule")
     folder = workplace.root / "stateless"
-    shutil.copytree(pair[2].folder, folder, ignore=shutil.ignore_patterns("hydra", "rollouts", "metrics.jsonl"))
+    shutil.copytree(pair[2].folder, folder, ignore=shutil.ignore_patterns("hydra", "rollouts", "metrics-*.jsonl"))
     for state in folder.glob("global_step_*/gradalign.npz"):
         state.unlink()
     overrides = [*gradalign("cosine", workplace.files), *settled, *SCHEDULES["step"]]
