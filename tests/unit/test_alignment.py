@@ -50,7 +50,8 @@ def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False
     advantages = tuple(r - 0.5 for r in rewards) if is_live else (0.0,) * len(rewards)
     coefficients = tuple(-a / max(len(rewards), 1) for a in advantages)
     is_live = is_live and not is_failed
-    return Group(Problem(uid, row, "tasks"), keys, 20, rewards, is_failed, is_live, advantages, coefficients)
+    halves = tuple(int(k >= (num + 1) // 2) for k in range(num))
+    return Group(Problem(uid, row, "tasks"), keys, 20, rewards, is_failed, is_live, advantages, coefficients, halves)
 
 
 class Step:

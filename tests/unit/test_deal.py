@@ -20,7 +20,7 @@ from verl_gradalign.integration.dealing import (
     owners_of,
     token_budget,
 )
-from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
+from verl_gradalign.integration.groups import Group, Problem
 from verl_gradalign.integration.worker import ScoringRequest
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
@@ -178,11 +178,25 @@ def test_audited_problems_depend_on_seed_and_step_only():
     assert first != [audited_problems(replace(config, seed=1), 100, step, num_scorings=0) for step in range(4)]
 
 
+def in_halves(num: int) -> tuple[int, ...]:
+    return tuple(int(k >= (num + 1) // 2) for k in range(num))
+
+
 def make_groups(name: str, groups: list[list[int]]) -> tuple[list[Group], dict[str, int]]:
     problems = [(Problem(f"{name}{i}", i, "tasks"), lengths) for i, lengths in enumerate(groups)]
     lengths = {f"{p.uid}_{k}_0": length for p, each in problems for k, length in enumerate(each)}
     made = [
-        Group(p, tuple(keys_by_uid(f"{p.uid}_{k}_0" for k in range(len(each)))[p.uid]), sum(each), (), False, True)
+        Group(
+            p,
+            tuple(f"{p.uid}_{k}_0" for k in range(len(each))),
+            sum(each),
+            (),
+            False,
+            True,
+            (),
+            (),
+            in_halves(len(each)),
+        )
         for p, each in problems
     ]
     return made, lengths
@@ -227,7 +241,8 @@ def test_requests_cover_every_row_once_and_end_each_table_with_the_shortest_row(
         for share, group in zip(shares, [*trusted_groups, *candidate_groups], strict=True):
             assert share.is_split == (len(group.keys) > 1)
             sessions = [int(meta.keys[row].split("_")[1]) for row in share.rows]
-            assert share.halves == (tuple(s % 2 for s in sessions) if share.is_split else ())
+            halves = in_halves(len(group.keys))
+            assert share.halves == (tuple(halves[s] for s in sessions) if share.is_split else ())
         for share, group in zip(mine.candidates, candidate_groups, strict=True):
             is_whole = estimator == "ghost" and budget.holds([ProblemKeys("", group.keys, _of(group, length)).size])
             assert not is_whole or tuple(meta.keys[row] for row in share.rows) in ((), group.keys)

@@ -6,15 +6,16 @@ import math
 import torch
 
 from verl_gradalign.config import ScoreOptions
-from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
+from verl_gradalign.integration.groups import Group, Problem
 from verl_gradalign.integration.measuring import measurements
 from verl_gradalign.selection.scores import SCORES
 from verl_gradalign.types import ProblemScores
 
 
 def group(uid, rewards, outputs=1, advantages=None):
-    keys = keys_by_uid(f"{uid}_{k}_{o}" for k in range(len(rewards)) for o in range(outputs))[uid]
     order = sorted(range(len(rewards)), key=lambda k: (k % 2, k))
+    keys = [f"{uid}_{k}_{o}" for k in order for o in range(outputs)]
+    halves = tuple(k % 2 for k in order for _ in range(outputs))
     rewards = [rewards[k] for k in order]
     advantages = advantages or [r - sum(rewards) / len(rewards) for r in rewards for _ in range(outputs)]
     coefficients = tuple(-a / len(keys) for a in advantages)

@@ -7,8 +7,9 @@ A trajectory's key is `{uid}_{session}_{index}`; a response is a session, whose 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Group:
 
     problem: Problem
     keys: tuple[str, ...]
-    """Sessions of even number first, which are one half of the group; empty if nothing was generated."""
+    """The first half of the group first (`halved`); empty if nothing was generated."""
     num_tokens: int
     """Of all trajectories, prompts included."""
     rewards: tuple[float, ...]
@@ -58,11 +59,8 @@ class Group:
     """One per key; nan where its tokens have different ones."""
     coefficients: tuple[float, ...] = ()
     """Factor of each key's log-probability in the problem's objective; nan where its tokens have different ones."""
-
-    @property
-    def halves(self) -> tuple[int, ...]:
-        """Return the half of the group that each key counts to, 0 or 1."""
-        return tuple(session_of(key) % 2 for key in self.keys)
+    halves: tuple[int, ...] = ()
+    """0 or 1: the half of the group that each key counts to when reliability is measured. Empty: not split."""
 
     def success_rate(self, threshold: float) -> float:
         """Return the share of responses with a reward above `threshold`; NaN without responses."""
@@ -81,13 +79,32 @@ def natural_order(key: str) -> tuple[int, int]:
 
 
 def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return trajectory keys by their problem's uid, even sessions first, each in session and output order."""
+    """Return trajectory keys by their problem's uid, in session and output order."""
     by_uid: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         by_uid[key.split("_", 1)[0]].append(key)
     for members in by_uid.values():
-        members.sort(key=lambda key: (session_of(key) % 2, *natural_order(key)))
+        members.sort(key=natural_order)
     return by_uid
+
+
+def halved(keys: Sequence[str], content: Mapping[str, bytes]) -> list[tuple[int, str]]:
+    """Return (half, key) of a group's keys, half 0 first.
+
+    Sessions go to the halves in turn, in the order of a hash of what they hold: which response a session got depends
+    on the order in which requests reached the rollout, and a repeated run must find the same halves.
+    """
+    sessions: dict[int, list[str]] = defaultdict(list)
+    for key in keys:
+        sessions[session_of(key)].append(key)
+    digests = {s: blake2b(b"".join(content[key] for key in members)).digest() for s, members in sessions.items()}
+    places = {session: place for place, session in enumerate(sorted(sessions, key=lambda s: (digests[s], s)))}
+
+    def order(key: str) -> tuple[int, int, int]:
+        session, output = natural_order(key)
+        return places[session] % 2, places[session], output
+
+    return [(order(key)[0], key) for key in sorted(keys, key=order)]
 
 
 def read_groups(
@@ -112,13 +129,17 @@ def read_groups(
     rewards: dict[str, tuple[float, ...]] = {}
     live: set[str] = set()
     per_key: dict[str, tuple[float, float]] = {}
+    split: dict[str, list[tuple[int, str]]] = {}
     if keys:
         fields = ["rm_scores", "response_mask", "input_ids"]
         fields += ["values"] if is_measured and needs_values(config, verl_config) else []
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         padded = data.to_padded_tensor()
         row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
-        rewards = {uid: _response_rewards(members, row_rewards) for uid, members in usable.items()}
+        ids = zip(keys, data["input_ids"].unbind(), strict=True)
+        content = {key: row.numpy().tobytes() + repr(row_rewards[key]).encode() for key, row in ids}
+        split = {uid: halved(members, content) for uid, members in usable.items()}
+        rewards = {uid: _response_rewards([key for _, key in split[uid]], row_rewards) for uid in usable}
         if not is_measured:
             # No advantages (they may need a critic's values), and nothing to store.
             live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
@@ -129,16 +150,18 @@ def read_groups(
             per_key = dict(zip(keys, zip(*uniform, strict=True), strict=True))
             column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
             tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
+    ordered = {uid: [key for _, key in split[uid]] if uid in split else members for uid, members in by_uid.items()}
     return [
         Group(
             problem=p,
-            keys=tuple(by_uid.get(p.uid, ())),
+            keys=tuple(ordered.get(p.uid, ())),
             num_tokens=sum(tags[key]["seq_len"] for key in by_uid.get(p.uid, ())),
             rewards=rewards.get(p.uid, ()),
             is_failed=p.uid not in usable,
             is_live=p.uid in live,
-            advantages=tuple(per_key[key][0] for key in usable.get(p.uid, ()) if key in per_key),
-            coefficients=tuple(per_key[key][1] for key in usable.get(p.uid, ()) if key in per_key),
+            advantages=tuple(per_key[key][0] for key in ordered.get(p.uid, ()) if key in per_key),
+            coefficients=tuple(per_key[key][1] for key in ordered.get(p.uid, ()) if key in per_key),
+            halves=tuple(half for half, _ in split.get(p.uid, ())),
         )
         for p in problems
     ]

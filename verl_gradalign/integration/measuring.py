@@ -35,7 +35,11 @@ def measurements(
             for place, keys in enumerate(by_session.values()):
                 derivative_PR[index, place] = derivative_K[keys].sum()
                 contribution_PR[index, place] = (coefficient_K[keys] * derivative_K[keys]).sum()
-    half_PR = _filled([[session % 2 for session in s] for s in sessions], width, -1).long()
+    # A group that is not split counts to one half, which leaves the other without an estimate.
+    halves = [
+        [g.halves[keys[0]] if g.halves else 0 for keys in s.values()] for g, s in zip(groups, sessions, strict=True)
+    ]
+    half_PR = _filled(halves, width, -1).long()
     return Measurements(
         problem_id_P=torch.tensor([g.problem.problem_id for g in groups], dtype=torch.int64),
         success_PR=_filled([[float(r > success_threshold) for r in g.rewards] for g in groups], width, torch.nan),
