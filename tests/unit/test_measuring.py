@@ -20,7 +20,15 @@ def group(uid, rewards, outputs=1, advantages=None):
     advantages = advantages or [r - sum(rewards) / len(rewards) for r in rewards for _ in range(outputs)]
     coefficients = tuple(-a / len(keys) for a in advantages)
     return Group(
-        Problem(uid, len(uid), "x"), tuple(keys), 1, tuple(rewards), False, True, tuple(advantages), coefficients
+        Problem(uid, len(uid), "x"),
+        tuple(keys),
+        1,
+        tuple(rewards),
+        False,
+        True,
+        tuple(advantages),
+        coefficients,
+        halves,
     )
 
 
