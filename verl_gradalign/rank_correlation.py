@@ -6,10 +6,16 @@ Shape legend: P problems.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["spearman", "spearman_brown"]
+__all__ = ["MIN_RANKED", "spearman", "spearman_brown"]
+
+MIN_RANKED = 3
+"""Problems below which a rank correlation says nothing."""
+TINY = 1e-300
 
 
 def spearman(first_P: Tensor, second_P: Tensor) -> float:
@@ -20,12 +26,12 @@ def spearman(first_P: Tensor, second_P: Tensor) -> float:
 
 
 def spearman_brown(correlation: float) -> float:
-    """Return the reliability of a whole from the correlation of its two halves, 2r / (1 + r), at least -1.
+    """Return the reliability of a whole from the correlation of its two halves, 2r / (1 + r), at least -1; nan of nan.
 
     The bound matters for negative correlations only, where the formula runs off to minus infinity.
     Source: Spearman (1910), Brown (1910).
     """
-    return max(-1.0, 2 * correlation / (1 + correlation)) if correlation > -1 else -1.0
+    return correlation if math.isnan(correlation) else max(-1.0, 2 * correlation / max(1 + correlation, TINY))
 
 
 def _ranks(values_P: Tensor) -> Tensor:

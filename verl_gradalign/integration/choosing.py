@@ -56,7 +56,7 @@ class Chooser:
 
     def note_direction(self, half_cosine: float) -> None:
         """Note the cosine between the two halves of a fresh direction."""
-        self._direction_reliability = spearman_brown(half_cosine) if math.isfinite(half_cosine) else half_cosine
+        self._direction_reliability = spearman_brown(half_cosine)
 
     def take_all(self, groups: Sequence[Group], is_planned: bool) -> Choice:
         """Keep every group that could be generated: nothing is chosen in this step."""

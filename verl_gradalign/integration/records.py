@@ -6,7 +6,6 @@ Shape legend: P candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,8 +112,7 @@ def trusted_metrics(trusted: Mapping[str, Sequence[Group]], is_degenerate: bool)
 def _set_metrics(name: str, report: SetReport) -> dict[str, float]:
     if name == COMBINED:
         cosine = report.half_cosine
-        corrected = spearman_brown(cosine) if math.isfinite(cosine) else cosine
-        return {"reliability/direction/cosine": cosine, "reliability/direction": corrected}
+        return {"reliability/direction/cosine": cosine, "reliability/direction": spearman_brown(cosine)}
     return {
         f"direction/{name}/norm": report.norm,
         f"direction/{name}/half_cosine": report.half_cosine,

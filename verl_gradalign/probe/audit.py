@@ -24,13 +24,10 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators import ScoreEstimator
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
 from verl_gradalign.probe.passes import size_of
-from verl_gradalign.rank_correlation import spearman
+from verl_gradalign.rank_correlation import MIN_RANKED, spearman
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 logger = logging.getLogger(__name__)
-
-MIN_RANKED = 3
-"""Problems below which a rank correlation says nothing."""
 
 
 def audited_scores(

@@ -28,7 +28,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from verl_gradalign.probe.audit import MIN_RANKED
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import require_no_gradients, reshard
 from verl_gradalign.probe.layer_rules import (
@@ -43,7 +42,7 @@ from verl_gradalign.probe.layer_rules import (
 )
 from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, size_of
 from verl_gradalign.probe.taps import TapPoint, tap_points, tapped
-from verl_gradalign.rank_correlation import spearman, spearman_brown
+from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
 
 __all__ = ["sketch_gradients", "sketch_points", "sketched_scores"]

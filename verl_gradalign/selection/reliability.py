@@ -19,14 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from verl_gradalign.config import ScoreOptions
-from verl_gradalign.rank_correlation import spearman, spearman_brown
+from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.selection.scores import Score
 from verl_gradalign.types import Measurements
 
-__all__ = ["MIN_RANKED", "Reliability", "half_of", "score_reliability"]
-
-MIN_RANKED = 3
-"""Problems below which a rank correlation says nothing."""
+__all__ = ["Reliability", "half_of", "score_reliability"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Reliability:
     @property
     def corrected(self) -> float:
         """The whole groups' reliability, by Spearman-Brown; nan where it cannot be measured."""
-        return spearman_brown(self.spearman) if self.spearman == self.spearman else self.spearman
+        return spearman_brown(self.spearman)
 
 
 def score_reliability(m: Measurements, score: Score, options: ScoreOptions) -> Reliability:
