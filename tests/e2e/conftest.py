@@ -19,6 +19,7 @@ from verl_gradalign.report.comparison import read_metrics
 from verl_gradalign.report.selection_log import read_selection_log
 
 TIMEOUT_S = 400
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Workplace:
             "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Ray's workers import agent loops and rewards of these tests by name.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
             "TOKENIZERS_PARALLELISM": "false",
             # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
             "TQ_NUM_THREADS": "1",

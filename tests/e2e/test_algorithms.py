@@ -116,12 +116,14 @@ def test_dapos_filter_replaces_dead_groups_before_the_selection(workplace: Workp
         *gradalign("learnalign", workplace.files, oversample=2),
         "algorithm.filter_groups.enable=true",
         "algorithm.filter_groups.metric=reward",
+        # Two responses agree in every other group or so: that some of 16 groups are filtered is sure.
+        "actor_rollout_ref.rollout.n=2",
         TWO_STEPS,
     )
     check(run)
     for metrics in run.steps:
         assert metrics["gradalign/candidates"] == 8 and metrics["gradalign/rejected/dead"] == 0
-        assert metrics["gradalign/live"] >= 7  # equal responses with unequal rewards are dead for us, not for DAPO
+        assert metrics["gradalign/live"] >= 4  # equal responses with unequal rewards are dead for us, not for DAPO
     assert sum(metrics.get("training/filter_groups/evicted_samples", 0) for metrics in run.steps) > 0
 
 

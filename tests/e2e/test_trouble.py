@@ -77,7 +77,7 @@ def test_failed_groups_are_left_out_and_counted(workplace: Workplace) -> None:
 
 def test_a_bad_configuration_is_refused_before_any_worker_starts(workplace: Workplace) -> None:
     run = workplace.run(
-        "refused",
+        "bad_configuration",
         *gradalign("cosine", {"trusted": workplace.root / "no_such_file.parquet"}),
         "trainer.total_training_steps=2",
         may_fail=True,
