@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 VERL = "verl>=0.9.1,<0.10"
 # Parts of verl 0.9.1 that its v1 trainer imports but its base distribution does not ask for.
 VERL_V1_TRAINER = ["TransferQueue>=0.1.10,<0.2", "pyzmq", "msgspec", "cachetools", "fastapi", "uvicorn"]
+# Compares mathematical answers. The extra picks the ANTLR runtime: Hydra, which verl needs, works with 4.9.3 alone.
+MATH_VERIFY = "math-verify[antlr4_9_3]>=0.9,<0.10"
 
 setup(
     name="verl-gradalign",
@@ -22,7 +24,7 @@ setup(
     packages=[*find_packages(include=["verl_gradalign", "verl_gradalign.*"]), "verl_gradalign.configs"],
     package_dir={"verl_gradalign.configs": "configs"},
     package_data={"verl_gradalign.configs": ["**/*.yaml"]},
-    install_requires=[VERL, *VERL_V1_TRAINER, "wrapt>=1.16", "pyarrow>=19", "rich>=13"],
+    install_requires=[VERL, *VERL_V1_TRAINER, "wrapt>=1.16", "pyarrow>=19", "rich>=13", "typer>=0.15,<1", MATH_VERIFY],
     extras_require={
         # 2.13.0 is the version every number of the CPU tiers was measured with.
         "cpu": ["torch==2.13.0"],
@@ -37,5 +39,8 @@ setup(
             "codespell>=2.3",
         ],
     },
-    entry_points={"verl.plugins": ["gradalign = verl_gradalign.plugin"]},
+    entry_points={
+        "verl.plugins": ["gradalign = verl_gradalign.plugin"],
+        "console_scripts": ["verl-gradalign = verl_gradalign.cli:app"],
+    },
 )

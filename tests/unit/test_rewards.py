@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,6 +80,54 @@ def test_flips_depend_on_the_seed():
 def test_another_process_draws_the_same_flips():
     outputs = {subprocess.run([sys.executable, "-c", DRAW_FLIPS], capture_output=True, check=True).stdout for _ in "ab"}
     assert len(outputs) == 1
+
+
+def test_flips_follow_problem_step_and_session_where_the_session_is_known():
+    def flips(**changes):
+        return [
+            compute_score(
+                TASKS_DATA_SOURCE,
+                changes.get("response", "=7"),
+                "7",
+                {"corrupted": True, "index": changes.get("index", 5), "global_steps": changes.get("step", 3)}
+                | {"session_id": session},
+                seed=changes.get("seed", 0),
+            )["score"]
+            for session in range(64)
+        ]
+
+    first = flips()
+    assert first == flips() == flips(response="=8")  # scored again, and whatever the response
+    assert {0.0, 1.0} == set(first)
+    for change in ({"index": 6}, {"step": 4}, {"seed": 1}):
+        assert flips(**change) != first
+
+
+@pytest.mark.parametrize(
+    ("data_source", "response", "truth", "acc"),
+    [
+        ("math_dapo", r"so \boxed{34}", "34", 1.0),
+        ("math_dapo", "Answer: 34", "34", 1.0),
+        ("math_dapo", "34", "34", 0.0),
+        ("HuggingFaceH4/MATH-500", r"\boxed{0.5}", r"\frac{1}{2}", 1.0),
+        ("TIGER-Lab/WebInstruct-verified", r"\boxed{15\text{ cm}}", "15 cm", 1.0),
+        ("TIGER-Lab/MMLU-Pro", r"\boxed{B}", "B", 1.0),
+        ("amc22", r"\boxed{142}", "142", 1.0),
+        ("aime24", r"\boxed{204}", "204", 1.0),
+        ("countdown", r"\boxed{3*7+5}", '{"numbers": [3, 5, 7], "target": 26}', 1.0),
+        ("countdown", r"\boxed{26}", '{"numbers": [3, 5, 7], "target": 26}', 0.0),
+    ],
+)
+def test_each_data_source_has_its_rule_and_corruption_leaves_acc_alone(data_source, response, truth, acc):
+    assert compute_score(data_source, response, truth) == {"score": acc, "acc": acc, "corrupted": 0.0}
+    corrupted = compute_score(data_source, response, truth, {"corrupted": True, "index": 1})
+    assert (corrupted["acc"], corrupted["corrupted"]) == (acc, 1.0)
+
+
+def test_verl_scores_in_threads():
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda n: compute_score("math_dapo", rf"\boxed{{{n}+x}}", f"x+{n}"), range(8)))
+    assert [result["score"] for result in results] == [1.0] * 8
 
 
 def test_what_verl_adds_for_reward_models_is_ignored():

@@ -10,12 +10,14 @@ import pytest
 from verl_gradalign.data.rewards import compute_score
 from verl_gradalign.data.tasks import (
     FAMILIES,
+    GUESS,
     RIGHT_STYLE,
     SCHEMA,
     draw_corrupted,
     draw_problems,
     draw_wrong_answer,
     is_for_warm_up,
+    write_splits,
     write_task_files,
 )
 
@@ -29,6 +31,8 @@ def solve(prompt: str) -> str:
         return "".join(sorted(words[1]))
     if words[0] == "max":
         return max(words[1:], key=int)
+    if words[0] == "rot":
+        return words[1][1:] + words[1][0]
     return str(eval(prompt))
 
 
@@ -37,14 +41,31 @@ def read_rows(path):
 
 
 def test_every_family_states_the_right_answer():
-    problems = draw_problems(500, random.Random(0))
-    assert [problem.answer for problem in problems] == [solve(problem.prompt) for problem in problems]
+    problems = draw_problems(700, random.Random(0), families=FAMILIES)
+    solvable = [problem for problem in problems if problem.family != GUESS]
+    assert [problem.answer for problem in solvable] == [solve(problem.prompt) for problem in solvable]
     assert Counter(problem.family for problem in problems) == dict.fromkeys(FAMILIES, 100)
+
+
+def test_guesses_are_even_and_always_the_same():
+    guesses = draw_problems(1000, random.Random(0), families=[GUESS])
+    assert Counter(guess.answer for guess in guesses)["1"] == pytest.approx(500, abs=80)  # 5 standard deviations
+    again = draw_problems(1000, random.Random(0), families=[GUESS])
+    assert guesses == again
+
+
+def test_splits_have_the_families_that_are_named_and_sources_by_family(tmp_path):
+    named = {"test": ["rotation"] * 20, "pool": ["rotation"] * 5 + ["guess"] * 15}
+    paths = write_splits(tmp_path, named, corrupted_share=0.5)
+    pool = read_rows(paths["pool"])
+    assert Counter(row["data_source"] for row in pool) == {"gradalign/tasks/rotation": 5, "gradalign/tasks/guess": 15}
+    assert sum(row["extra_info"]["corrupted"] for row in pool) == 10
+    assert not any(row["extra_info"]["corrupted"] for row in read_rows(paths["test"]))
 
 
 def test_wrong_answers_are_wrong_and_nearly_as_long_as_right_ones():
     rng = random.Random(0)
-    for problem in draw_problems(1000, rng):
+    for problem in draw_problems(1400, rng, families=FAMILIES):
         wrong = draw_wrong_answer(problem, rng)
         assert wrong != problem.answer
         assert 1 <= len(wrong) <= 4 and abs(len(wrong) - len(problem.answer)) <= 1

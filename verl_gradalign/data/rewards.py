@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of the tasks and of GSM8K, as verl's custom reward function, and coin-flip rewards for corrupted problems.
+"""Rewards as verl's custom reward function: one rule per data source, and coin flips for corrupted problems.
 
 A corrupted problem's score says nothing about its response, which is the unreliable reward that ranking by gradient
 alignment should filter out. Its `acc` stays truthful, so metrics can tell the two apart. Nothing here calls a model.
@@ -9,23 +9,33 @@ alignment should filter out. Its `acc` stays truthful, so metrics can tell the t
     +reward.custom_reward_function.reward_kwargs.seed=0
 """
 
-import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any
 
-from verl_gradalign.data.tasks import STYLES, TASKS_DATA_SOURCE
+from verl_gradalign.data.countdown import is_right_countdown_answer
+from verl_gradalign.data.math_answers import (
+    ANSWER_MARK,
+    extract_last_number,
+    is_right_math_answer,
+    normalise_number,
+)
+from verl_gradalign.data.sources import GSM8K_DATA_SOURCE, SOURCES
+from verl_gradalign.data.tasks import FAMILIES, STYLES, TASKS_DATA_SOURCE
 
-__all__ = ["GSM8K_DATA_SOURCE", "compute_score", "extract_last_number", "is_right_task_answer"]
+__all__ = [
+    "ANSWER_MARK",
+    "GSM8K_DATA_SOURCE",
+    "compute_score",
+    "extract_last_number",
+    "is_right_last_number",
+    "is_right_task_answer",
+]
 
-GSM8K_DATA_SOURCE = "openai/gsm8k"
-ANSWER_MARK = "####"
-NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
-# How often each (seed, problem, text) was scored in this process: the same text sampled twice gets two coin flips.
-# verl scores in a pool of threads, hence the lock.
+# How often each (seed, problem, step, text) was scored in this process: the same text sampled twice gets two coin
+# flips. verl scores in a pool of threads, hence the lock.
 _occurrences: Counter[tuple[int, int, int, str]] = Counter()
 _occurrences_lock = threading.Lock()
 
@@ -35,14 +45,21 @@ def is_right_task_answer(response: str, answer: str) -> bool:
     return response[:1] in STYLES and response[1:] == answer
 
 
-def extract_last_number(text: str) -> str | None:
-    """Return the last number after the last "####", or of the whole text if there is none; None if no number is there.
+def is_right_last_number(response: str, answer: str) -> bool:
+    """Return whether the response's last number (after its last "####", if there is one) is the answer."""
+    return extract_last_number(response) == normalise_number(answer)
 
-    Commas are removed, and so are a fraction of zeros only (`18.00` becomes `18`) and a full stop after the number.
-    """
-    _, mark, tail = text.rpartition(ANSWER_MARK)
-    numbers = NUMBER.findall(tail if mark else text)
-    return _normalise_number(numbers[-1]) if numbers else None
+
+RULES: dict[str, Callable[[str, str], bool]] = {
+    "last_number": is_right_last_number,
+    "math": is_right_math_answer,
+    "countdown": is_right_countdown_answer,
+}
+RULES_BY_DATA_SOURCE = {
+    TASKS_DATA_SOURCE: is_right_task_answer,
+    **{f"{TASKS_DATA_SOURCE}/{family}": is_right_task_answer for family in FAMILIES},
+    **{source.data_source: RULES[source.rule] for source in SOURCES.values()},
+}
 
 
 def compute_score(
@@ -57,30 +74,25 @@ def compute_score(
 
     The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 with probability one half,
     whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the step
-    (`extra_info["global_steps"]`), the text of the response, and how often this process has scored it for that problem
-    and step before: drawn afresh per response, the same in every run that scores the same responses in one process,
-    resumed ones included. `kwargs` is what verl adds for reward models; it is not used.
+    (`extra_info["global_steps"]`) and `extra_info["session_id"]`, which numbers the responses to a prompt. verl 0.9.1
+    keeps that number beside extra_info in what its reward managers get, and hands the function extra_info alone; so
+    it is there only if an agent loop (in its extra_fields) or a reward manager of one's own puts it there. Without
+    it, the coin depends instead on the text of the response and on how often this process has scored it for that
+    problem and step: drawn afresh per response, the same in every run that scores the same responses in one process,
+    resumed ones included. `kwargs` is what verl adds for reward models; it is not used. Callable from any thread.
 
     Raises: ValueError for an unknown data source, or a corrupted problem without an index.
     """
-    if data_source == TASKS_DATA_SOURCE:
-        is_right = is_right_task_answer(solution_str, ground_truth)
-    elif data_source == GSM8K_DATA_SOURCE:
-        is_right = extract_last_number(solution_str) == _normalise_number(ground_truth)
-    else:
+    rule = RULES_BY_DATA_SOURCE.get(data_source)
+    if rule is None:
         raise ValueError(
-            f"data_source={data_source!r} is unknown; use {TASKS_DATA_SOURCE!r} or {GSM8K_DATA_SOURCE!r}, "
+            f"data_source={data_source!r} is unknown; use one of {', '.join(map(repr, RULES_BY_DATA_SOURCE))}, "
             "or give verl another reward function"
         )
-    acc = float(is_right)
+    acc = float(rule(solution_str, ground_truth))
     is_corrupted = bool((extra_info or {}).get("corrupted"))
     score = _flip_coin(solution_str, extra_info or {}, seed) if is_corrupted else acc
     return {"score": score, "acc": acc, "corrupted": float(is_corrupted)}
-
-
-def _normalise_number(number: str) -> str:
-    whole, point, fraction = number.replace(",", "").strip().partition(".")
-    return whole + point + fraction if fraction.strip("0") else whole
 
 
 def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float:
@@ -90,9 +102,14 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
             "number the rows of the data set"
         )
     # Without a step (verl's own trainer does not give one) a resumed run draws other coins than the unbroken one.
-    key = (seed, int(extra_info["index"]), int(extra_info.get("global_steps") or 0), response)
-    with _occurrences_lock:
-        occurrence = _occurrences[key]
-        _occurrences[key] += 1
-    digest = blake2b(f"{seed} {key[1]} {key[2]} {occurrence} {response}".encode(), digest_size=1).digest()
+    index, step = int(extra_info["index"]), int(extra_info.get("global_steps") or 0)
+    if extra_info.get("session_id") is not None:
+        drawn_from = f"{seed} {index} {step} session {int(extra_info['session_id'])}"
+    else:
+        key = (seed, index, step, response)
+        with _occurrences_lock:
+            occurrence = _occurrences[key]
+            _occurrences[key] += 1
+        drawn_from = f"{seed} {index} {step} {occurrence} {response}"
+    digest = blake2b(drawn_from.encode(), digest_size=1).digest()
     return float(digest[0] & 1)

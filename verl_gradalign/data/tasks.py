@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Five families of short problems with verifiable answers, and the parquet files verl trains on.
+"""Seven families of short problems with verifiable answers, and the parquet files verl trains on.
 
 Prompts are a few characters long (`472+8`, `rev baed`, `max 40 91`), so that a tiny model on a CPU can learn them.
 A response is a style mark followed by the answer; the marks are what the warm-up gives the policy to choose between
-(see `verl_gradalign.cpu.warmup`). A fixed third of all prompts is set aside for reinforcement learning and the rest
-for the warm-up, so the two never meet, whatever their seeds. This module only makes problems: `rewards` checks answers.
+(see `verl_gradalign.cpu.warmup`). Five families share their two marks, rotation has marks of its own, so that what is
+learned on the one does not help the other; guesses have no answer that could be learned. A fixed third of all prompts
+is set aside for reinforcement learning and the rest for the warm-up, so the two never meet, whatever their seeds. This
+module only makes problems: `rewards` checks answers.
 
     files = write_task_files("data/tasks", num_pool=2500, corrupted_share=0.5, seed=0)
     files["pool"], files["trusted"], files["test"]
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,8 +24,12 @@ import pyarrow.parquet as pq
 
 __all__ = [
     "FAMILIES",
+    "GUESS",
     "RIGHT_STYLE",
+    "ROTATION",
+    "SHARING_FAMILIES",
     "STYLES",
+    "STYLES_OF",
     "TASKS_DATA_SOURCE",
     "UNRELIABLE_STYLE",
     "Problem",
@@ -33,13 +39,15 @@ __all__ = [
     "is_for_warm_up",
     "make_row",
     "write_rows",
+    "write_splits",
     "write_task_files",
 ]
 
 TASKS_DATA_SOURCE = "gradalign/tasks"
 RIGHT_STYLE = "="  # the warm-up puts the right answer after it, always
 UNRELIABLE_STYLE = "~"  # the warm-up puts the right answer after it one time in five
-STYLES = (RIGHT_STYLE, UNRELIABLE_STYLE)
+ROTATION = "rotation"
+GUESS = "guess"
 
 LETTERS = "abcdefghij"
 SEQUENCE_LENGTH = 4
@@ -96,14 +104,30 @@ def _draw_maximum(rng: random.Random) -> tuple[str, str]:
     return f"max {' '.join(map(str, numbers))}", str(max(numbers))
 
 
+def _draw_rotation(rng: random.Random) -> tuple[str, str]:
+    text = "".join(rng.choices(LETTERS, k=SEQUENCE_LENGTH))
+    return f"rot {text}", text[1:] + text[:1]
+
+
+def _draw_guess(rng: random.Random) -> tuple[str, str]:
+    prompt = f"pick {''.join(rng.choices(LETTERS, k=SEQUENCE_LENGTH))}"
+    return prompt, str(blake2b(prompt.encode(), digest_size=1, key=b"answer").digest()[0] & 1)
+
+
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "addition": _draw_addition,
     "subtraction": _draw_subtraction,
     "reversal": _draw_reversal,
     "sorting": _draw_sorting,
     "maximum": _draw_maximum,
+    ROTATION: _draw_rotation,
+    GUESS: _draw_guess,
 }
 FAMILIES = tuple(DRAWS)
+SHARING_FAMILIES = FAMILIES[:5]
+STYLES_OF = {family: (RIGHT_STYLE, UNRELIABLE_STYLE) for family in FAMILIES} | {ROTATION: (">", "<")}
+"""The always right and the unreliable mark of each family."""
+STYLES = tuple(dict.fromkeys(mark for marks in STYLES_OF.values() for mark in marks))
 
 
 def is_for_warm_up(prompt: str) -> bool:
@@ -112,7 +136,11 @@ def is_for_warm_up(prompt: str) -> bool:
 
 
 def draw_problems(
-    num: int, rng: random.Random, for_warm_up: bool = False, seen: set[str] | None = None
+    num: int,
+    rng: random.Random,
+    for_warm_up: bool = False,
+    seen: set[str] | None = None,
+    families: Sequence[str] = SHARING_FAMILIES,
 ) -> list[Problem]:
     """Return `num` problems with distinct prompts, families in turn, so that their counts differ by one at most.
 
@@ -122,7 +150,7 @@ def draw_problems(
     seen = set() if seen is None else seen
     problems = []
     for position in range(num):
-        family = FAMILIES[position % len(FAMILIES)]
+        family = families[position % len(families)]
         for _ in range(MAX_ATTEMPTS_PER_PROBLEM):
             prompt, answer = DRAWS[family](rng)
             if prompt not in seen and is_for_warm_up(prompt) == for_warm_up:
@@ -140,11 +168,13 @@ def draw_problems(
 def draw_wrong_answer(problem: Problem, rng: random.Random) -> str:
     """Return an answer of the right kind that is not right: a digit off, two characters swapped or replaced."""
     characters = list(problem.answer)
-    if problem.family in ("reversal", "sorting"):
+    if problem.family == GUESS:
+        return str(1 - int(problem.answer))
+    if problem.family in ("reversal", "sorting", ROTATION):
         first, second = rng.sample(range(len(characters)), 2)
         characters[first], characters[second] = characters[second], characters[first]
         if "".join(characters) == problem.answer:
-            alphabet = LETTERS if problem.family == "reversal" else "0123456789"
+            alphabet = "0123456789" if problem.family == "sorting" else LETTERS
             characters[first] = rng.choice([c for c in alphabet if c != characters[first]])
         return "".join(characters)
     if problem.family == "maximum":
@@ -208,16 +238,31 @@ def write_task_files(
     for split, num in sizes.items():
         if num < 1:
             raise ValueError(f"num_{split}={num} must be at least 1; ask for at least one problem")
+    families = {split: [SHARING_FAMILIES[i % len(SHARING_FAMILIES)] for i in range(n)] for split, n in sizes.items()}
+    return write_splits(output_dir, families, corrupted_share, seed)
+
+
+def write_splits(
+    output_dir: str | Path, families: Mapping[str, Sequence[str]], corrupted_share: float = 0.0, seed: int = 0
+) -> dict[str, Path]:
+    """Write <split>.parquet for each split, one problem of each family that is named for it, in seeded order.
+
+    No prompt occurs twice, within a file or across them; a split depends on those before it and on the seed. Of the
+    split "pool" a share is corrupted: their reward is a coin flip (see `rewards.compute_score`). `data_source` is
+    TASKS_DATA_SOURCE/<family>, so that verl reports each family's accuracy.
+
+    Raises: ValueError if the share is not within 0 and 1, or prompts run out.
+    """
     rng = random.Random(seed)
     seen: set[str] = set()
     paths = {}
-    for split, num in sizes.items():
-        problems = draw_problems(num, rng, seen=seen)
+    for split, of_split in families.items():
+        problems = draw_problems(len(of_split), rng, seen=seen, families=of_split)
         rng.shuffle(problems)
-        corrupted = draw_corrupted(num, corrupted_share if split == "pool" else 0.0, rng)
+        corrupted = draw_corrupted(len(problems), corrupted_share if split == "pool" else 0.0, rng)
         rows = [
-            make_row(TASKS_DATA_SOURCE, p.prompt, p.family, p.answer, index, split, p.family, corrupted[index])
-            for index, p in enumerate(problems)
+            make_row(f"{TASKS_DATA_SOURCE}/{p.family}", p.prompt, p.family, p.answer, i, split, p.family, corrupted[i])
+            for i, p in enumerate(problems)
         ]
         paths[split] = write_rows(rows, Path(output_dir) / f"{split}.parquet")
     return paths

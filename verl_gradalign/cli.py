@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `verl-gradalign`. Commands are thin: each calls one function of the package and prints its result.
+
+Importing this module imports neither torch nor verl; commands import what they need when they run.
+
+    verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["app", "refusals_as_messages"]
+
+BAD_INPUT_EXIT_CODE = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Train with verl on the problems whose policy gradient points along a trusted one."""
+
+
+@contextmanager
+def refusals_as_messages() -> Iterator[None]:
+    """Print what a user can fix (ValueError, OSError) as one message, and leave with exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT_EXIT_CODE) from None
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME, NAME:COUNT or NAME:first-COUNT; NAME@SPLIT for another split; repeatable."),
+    ] = None,
+    trusted: Annotated[list[str] | None, typer.Option(help="The same, for the trusted set.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="The same, for the test file.")] = None,
+    regime: Annotated[
+        str | None,
+        typer.Option(help="unreliable, imbalance, low_utility or learnalign_gsm8k; other options replace its parts."),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="NAME=PLACE or NAME@SPLIT=PLACE, a file, folder or hub id; repeatable."),
+    ] = None,
+    corrupted_share: Annotated[
+        float | None, typer.Option(help="Share of train problems whose reward is a coin flip; none by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    drop_overlap: Annotated[
+        bool, typer.Option("--drop-overlap", help="Leave out problems that two sources bring into two splits.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows without question or answer.")
+    ] = False,
+) -> None:
+    """Make train, trusted and test files in verl's schema, with a manifest.
+
+    Sources: gsm8k, math, math500, dapo, webinstruct, amc22, amc23, aime24, aime25, mmlu_pro, countdown (generated).
+    """
+    from verl_gradalign.data.prepare import PreparationPlan
+    from verl_gradalign.data.prepare import prepare as prepare_files
+    from verl_gradalign.data.regimes import REGIMES
+
+    with refusals_as_messages():
+        if regime is not None and regime not in REGIMES:
+            raise ValueError(f"--regime {regime} is unknown; use one of {', '.join(REGIMES)}")
+        preset = REGIMES.get(regime or "")
+        share = preset.corrupted_share if preset else 0.0
+        plan = PreparationPlan(
+            train=tuple(train or (preset.train if preset else ())),
+            trusted=tuple(trusted or (preset.trusted if preset else ())),
+            test=tuple(test or (preset.test if preset else ())),
+            corrupted_share=share if corrupted_share is None else corrupted_share,
+            seed=seed,
+            origins=_parse_origins(origin or []),
+            drop_overlap=drop_overlap,
+            skip_bad_rows=skip_bad_rows,
+        )
+        console = Console()
+        with console.status("reading, dividing and writing the problems"):
+            manifest = prepare_files(plan, output)
+        console.print(_summary(manifest))
+        console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    regime: Annotated[
+        str, typer.Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
+    methods: Annotated[str | None, typer.Option(help="Scores, and filter_groups; comma-separated. All ten.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(help="Series of a miniature's runs side by side.", min=1)] = 2,
+    data: Annotated[Path | None, typer.Option(help="A published regime's files, from `prepare`.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="A miniature's policy, to share among comparisons.")] = None,
+    warm_up_steps: Annotated[int | None, typer.Option(help="Of a miniature's policy.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Further verl overrides of every run.")] = None,
+) -> None:
+    """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
+    from verl_gradalign.experiments.compare import Comparison
+    from verl_gradalign.experiments.compare import compare as run_comparison
+    from verl_gradalign.experiments.miniatures import WARM_UP_STEPS
+    from verl_gradalign.experiments.plan import METHODS
+
+    console = Console()
+    with refusals_as_messages():
+        comparison = Comparison(
+            regime=regime,
+            output=output,
+            methods=tuple(methods.split(",")) if methods else METHODS,
+            seeds=_parse_seeds(seeds),
+            num_jobs=jobs,
+            data=data,
+            policy=policy,
+            warm_up_steps=warm_up_steps or WARM_UP_STEPS,
+            overrides=tuple(overrides or ()),
+        )
+        summary = run_comparison(comparison, console)
+    console.print(summary.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds {text} are not whole numbers; write for example --seeds 0,1,2") from None
+
+
+def _parse_origins(values: list[str]) -> dict[str, str]:
+    origins = {}
+    for value in values:
+        name, equals_sign, origin = value.partition("=")
+        if not equals_sign or not origin:
+            raise ValueError(f"--from {value} is not NAME=ORIGIN; write for example --from gsm8k=path/to/gsm8k")
+        origins[name] = origin
+    return origins
+
+
+def _summary(manifest: dict[str, Any]) -> Table:
+    """A table of what went where, by split and source."""
+    table = Table("split", "source", *(("problems", "duplicates", "held out", "overlaps", "corrupted")))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    found_by_source: dict[str, int] = {}
+    for pool in manifest["sources"]:
+        found_by_source[pool["source"]] = found_by_source.get(pool["source"], 0) + pool["duplicates_removed"]
+    for split, counts in manifest["splits"].items():
+        for source, num in counts["by_source"].items():
+            removed = (
+                counts[kind].get(source, 0)
+                for kind in ("duplicates_removed", "held_out_for_another_split", "overlaps_removed")
+            )
+            table.add_row(split, source, str(num), *map(str, removed), "")
+        table.add_row(split, "all", str(counts["rows"]), "", "", "", str(counts["corrupted"]), end_section=True)
+    duplicates = ", ".join(f"{source} {num}" for source, num in found_by_source.items())
+    table.caption = f"duplicates removed within a source: {duplicates}"
+    return table
+
+
+if __name__ == "__main__":
+    app()

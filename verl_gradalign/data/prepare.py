@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From data sets as they are published to the files that verl trains and tests on: what `verl-gradalign prepare` does.
+
+The output folder gets train.parquet, trusted.parquet and test.parquet (the last two if asked for; all tests in one
+file, told apart by data_source) and manifest.json: what was asked for, what was found, kept and left out, and SHA-256
+hashes. Equal arguments and inputs give equal files. The folder appears at the end, complete, or not at all.
+
+    plan = PreparationPlan(train=("gsm8k",), trusted=("gsm8k:64",), test=("gsm8k",), origins={"gsm8k": "path/to/gsm8k"})
+    manifest = prepare(plan, Path("data/gsm8k"))
+"""
+
+import json
+import platform
+import random
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import verl_gradalign
+from verl_gradalign.data.pools import Pool, draw_pool, load_pool
+from verl_gradalign.data.problem_files import hash_file
+from verl_gradalign.data.sources import SOURCES
+from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
+from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row
+
+__all__ = ["PREPARED_SCHEMA", "PreparationPlan", "prepare"]
+
+# The tasks' schema, and in extra_info also where the problem came from.
+PREPARED_SCHEMA = SCHEMA.set(
+    SCHEMA.get_field_index("extra_info"),
+    pa.field("extra_info", pa.struct([*SCHEMA.field("extra_info").type, pa.field("source", pa.string())])),
+)
+
+
+@dataclass(frozen=True)
+class PreparationPlan:
+    """What to prepare; the requests are explained in `splits`."""
+
+    train: tuple[str, ...]  # requests for training problems; at least one
+    trusted: tuple[str, ...] = ()  # requests for the trusted set, whose gradient is the direction
+    test: tuple[str, ...] = ()  # requests for test problems
+    corrupted_share: float = 0.0  # share of the train problems whose reward is a coin flip, within 0 and 1
+    seed: int = 0  # of every draw: which problems, their order in train, which are corrupted, generated problems
+    # File, folder or hub id by source ("dapo") or by source and split ("gsm8k@test"); others come from their hub id.
+    origins: Mapping[str, str] = field(default_factory=dict)
+    drop_overlap: bool = False  # leave out, instead of refusing, problems that two sources bring into two splits
+    skip_bad_rows: bool = False  # leave out, instead of refusing, rows without question or answer
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("train=() asks for no training problems; name at least one source, e.g. --train gsm8k")
+        if not 0.0 <= self.corrupted_share <= 1.0:
+            raise ValueError(f"corrupted_share={self.corrupted_share} must lie within 0 and 1; choose a share of train")
+        for name in self.origins:
+            source, _, _ = name.partition("@")
+            if source not in SOURCES:
+                raise ValueError(f"--from {name}=... names no source; use one of {', '.join(SOURCES)}")
+
+    def requests(self) -> dict[str, list[Request]]:
+        """Return the requests of each split, taken apart.
+
+        Raises: ValueError for a malformed request, or two of one split that draw from the same rows.
+        """
+        requests = {split: [parse_request(text, split) for text in getattr(self, split)] for split in SPLITS}
+        for split, of_split in requests.items():
+            for request in of_split:
+                if [other.pool for other in of_split].count(request.pool) > 1:
+                    raise ValueError(
+                        f"--{split} names {request.name} twice; ask for it once, with the sum of the counts"
+                    )
+                if SOURCES[request.name].hub_id is None and not self.origin_of(request) and request.count is None:
+                    raise ValueError(
+                        f"--{split} {request.text} is generated and needs a count; write {request.name}:500"
+                    )
+        return requests
+
+    def origin_of(self, request: Request) -> str | None:
+        """Return where the plan says that the request's rows are; None: on the hub, or generated."""
+        return self.origins.get(f"{request.name}@{request.source_split}") or self.origins.get(request.name)
+
+
+def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
+    """Write the plan's files into the folder `output` and return the manifest.
+
+    Raises: ValueError, leaving no output behind, if `output` is there already and not empty, or for anything in the
+        plan or its inputs that cannot be used; the message names file and row where there is one, and the remedy.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; remove it or choose another --output")
+    requests = plan.requests()
+    pools = _load_pools(plan, requests)
+    chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
+    with _appearing_at_the_end(output) as folder:
+        hashes = {}
+        rows = {split: make_rows(chosen[split], split, plan) for split in reversed(SPLITS)}
+        for split, of_split in rows.items():
+            if of_split:
+                path = folder / f"{split}.parquet"
+                pq.write_table(pa.Table.from_pylist(of_split, schema=PREPARED_SCHEMA), path)
+                hashes[path.name] = hash_file(path)
+        manifest = {
+            "plan": asdict(plan),
+            "splits": {split: _describe_split(chosen[split], of_split) for split, of_split in rows.items()},
+            "sources": [pool.describe() for pool in pools.values()],
+            "sha256": hashes,
+            "versions": {
+                "verl_gradalign": verl_gradalign.__version__,
+                "python": platform.python_version(),
+                "pyarrow": pa.__version__,
+                "datasets": version("datasets"),
+            },
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> list[dict[str, Any]]:
+    """Return a split's rows in verl's schema; train is shuffled and part of it marked as corrupted."""
+    problems = list(chosen.problems)
+    corrupted = [False] * len(problems)
+    if split == "train":
+        random.Random(f"order {plan.seed}").shuffle(problems)
+        corrupted = draw_corrupted(len(problems), plan.corrupted_share, random.Random(f"corrupted {plan.seed}"))
+    rows = []
+    for index, problem in enumerate(problems):
+        source = SOURCES[problem.source]
+        row = make_row(
+            source.data_source,
+            source.prompt(problem.question),
+            source.ability,
+            problem.truth,
+            index,
+            split,
+            source.name,
+            corrupted[index],
+        )
+        row["extra_info"]["source"] = problem.place
+        rows.append(row)
+    return rows
+
+
+def _load_pools(plan: PreparationPlan, requests: Mapping[str, Sequence[Request]]) -> dict[tuple[str, str], Pool]:
+    pools: dict[tuple[str, str], Pool] = {}
+    for request in (request for split in SPLITS for request in requests[split]):
+        if request.pool in pools:
+            continue
+        source, origin = SOURCES[request.name], plan.origin_of(request)
+        if source.hub_id is None and origin is None:
+            counts = [r.count or 0 for of_split in requests.values() for r in of_split if r.pool == request.pool]
+            pools[request.pool] = draw_pool(source, sum(counts), plan.seed)
+        else:
+            pools[request.pool] = load_pool(source, request.source_split, origin, plan.skip_bad_rows)
+    return pools
+
+
+@contextmanager
+def _appearing_at_the_end(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` that becomes `output` if the body succeeds, and vanishes if not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _describe_split(chosen: ChosenProblems, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "rows": len(rows),
+        "by_source": dict(Counter(problem.source for problem in chosen.problems)),
+        "corrupted": sum(row["extra_info"]["corrupted"] for row in rows),
+        "duplicates_removed": dict(chosen.num_duplicates),
+        "held_out_for_another_split": dict(chosen.num_held_out),
+        "overlaps_removed": dict(chosen.num_overlaps),
+    }

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data sets, read one by one from a file, a folder or the Hugging Face hub, each with its place for messages.
+
+It knows formats (jsonl, json, parquet, csv), not data sets: what the columns mean is said in `sources`. Text must be
+UTF-8. In a folder whose file names or subfolders tell splits apart (train.jsonl, data/test-00000-of-00001.parquet),
+only the files of the split asked for are read.
+
+    for row in read_file(Path("gsm8k/train.jsonl")):
+        row.text("question")
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["Row", "files_of", "hash_file", "read_file", "read_hub"]
+
+UTF8_MARK = b"\xef\xbb\xbf"
+SPLIT_NAMES = ("train", "test", "validation")
+HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set: where it stands ("train.jsonl, line 3") and its values by column."""
+
+    place: str
+    values: Mapping[str, Any]
+
+    def has(self, *names: str) -> bool:
+        """Return whether one of the columns is there, whatever its value; upper and lower case are the same."""
+        return bool(self._column(names))
+
+    def value(self, *names: str) -> Any:
+        """Return the value of the first of these columns that is there.
+
+        Raises: ValueError naming the place and the columns found if none is there.
+        """
+        column = self._column(names)
+        if column is None:
+            raise ValueError(
+                f"{self.place} lacks a column {' or '.join(map(repr, names))} (columns: {', '.join(self.values)}); "
+                "rename the column or give the data set that the source is named after"
+            )
+        return self.values[column]
+
+    def text(self, *names: str) -> str:
+        """Return that value as text without outer white space; whole numbers lose a fraction of zero (142.0 is 142).
+
+        Raises: ValueError naming the place if the column is missing, or empty, or neither text nor number.
+        """
+        value = self.value(*names)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"{self.place} has an empty {names[0]!r}; fill it in or remove the row")
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(f"{self.place} has {names[0]!r} of type {type(value).__name__}; give text or a number")
+        return str(value).strip()
+
+    def _column(self, names: tuple[str, ...]) -> str | None:
+        by_lower_case = {str(column).lower(): column for column in self.values}
+        return next((by_lower_case[name] for name in names if name in by_lower_case), None)
+
+
+def files_of(path: Path, split: str) -> list[Path]:
+    """Return the files to read for a split: the file itself, or the folder's files of that split, sorted.
+
+    A folder is searched with its subfolders. Where no name in it tells a split, all its files are meant.
+    Raises: ValueError if nothing readable is there, or nothing of that split.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _holds_problems(file.relative_to(path)))
+    if not files:
+        raise ValueError(f"{path} holds no {', '.join(READERS)} file; give a file or a folder of such files")
+    named = {file: _split_named_by(file.relative_to(path)) for file in files}
+    if not any(named.values()):
+        return files
+    chosen = [file for file in files if named[file] == split]
+    if not chosen:
+        found = ", ".join(sorted({name for name in named.values() if name}))
+        raise ValueError(f"{path} has files of {found} but none of {split}; give the file of {split} itself")
+    return chosen
+
+
+def _holds_problems(path: Path) -> bool:
+    """Whether a file of a folder is meant as data: not what the hub's own tools put beside it."""
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in READERS and not is_hidden and not path.name.startswith("dataset_info")
+
+
+def _split_named_by(path: Path) -> str | None:
+    for part in reversed(path.parts):
+        for name in SPLIT_NAMES:
+            if re.match(rf"{name}(?![a-z])", part.lower()) or re.search(rf"[-_]{name}\.[a-z]+$", part.lower()):
+                return name
+    return None
+
+
+def hash_file(path: Path) -> str:
+    """Return the file's SHA-256 as hexadecimal text."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, whose format is told by its ending; blank lines are passed over.
+
+    Raises: ValueError naming file and line (or row) for an unknown ending, broken contents, or text that is not UTF-8.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path} ends in {path.suffix!r}; give a file in one of the formats {', '.join(READERS)}")
+    return reader(path)
+
+
+def read_hub(hub_id: str, config: str | None, split: str) -> tuple[Iterator[Row], str]:
+    """Return the rows of a data set on the Hugging Face hub and the fingerprint that `datasets` gives it.
+
+    Raises: ValueError if it cannot be loaded; the message holds the reason and says how to do without the hub.
+    """
+    import datasets  # a second of import time, and only for the hub
+
+    try:
+        table = datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:  # whatever the hub, the network or the data set's own layout makes it raise
+        raise ValueError(
+            f"{hub_id} is not here, and its split {split} cannot be loaded from the hub ({type(error).__name__}: "
+            f"{error}); download its files and name their folder with --from NAME=FOLDER"
+        ) from error
+    rows = (Row(f"{hub_id} ({split}), row {number}", values) for number, values in enumerate(table, start=1))
+    return rows, str(table._fingerprint)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            text = _decode(line.removeprefix(UTF8_MARK) if number == 1 else line, place)
+            if text.strip():
+                yield Row(place, _object(_parse_json(text, place), place))
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects, or one object, as in the folders that MATH came in."""
+    contents = _parse_json(_decode(_contents(path), str(path)), str(path))
+    if isinstance(contents, dict):
+        yield Row(str(path), contents)
+        return
+    if not isinstance(contents, list):
+        raise ValueError(f"{path} holds neither a JSON object nor a list of them; write one object per problem")
+    for number, values in enumerate(contents, start=1):
+        place = f"{path}, row {number}"
+        yield Row(place, _object(values, place))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", values)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, after row {number}, is not UTF-8 ({error}); write its text as UTF-8") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}, after row {number}, is not a readable parquet file ({error}); download it again"
+        ) from error
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    text = _decode(_contents(path), str(path))
+    # Cells of solutions are longer than the module's limit of 128 KiB; the file's length is always enough.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, values in enumerate(rows, start=1):
+            if None in values or None in values.values():
+                raise ValueError(
+                    f"{path}, row {number}, has more or fewer cells than the header names; quote cells that hold commas"
+                )
+            yield Row(f"{path}, row {number}", values)
+    except csv.Error as error:
+        raise ValueError(f"{path}, near line {rows.line_num}, is not CSV ({error}); mend the line") from error
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+
+
+def _contents(path: Path) -> bytes:
+    return path.read_bytes().removeprefix(UTF8_MARK)
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = "" if ", line " in place else f", line {data.count(bytes([10]), 0, error.start) + 1}"
+        raise ValueError(f"{place}{line} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); mend it or download the file again") from error
+
+
+def _object(values: Any, place: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} is not a JSON object; write one object with the columns per problem")
+    return values

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data sets that `prepare` knows: where each comes from, what its columns are, and which rule checks its answers.
+
+A source turns a row of its data set into a question and its right answer. Every question is asked with the same
+closing instruction within a rule, whatever wording its data set came with, so that answers arrive in one form.
+
+    question, truth = SOURCES["math500"].read(row)
+    SOURCES["math500"].prompt(question)
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from verl_gradalign.data.countdown import CountdownProblem
+from verl_gradalign.data.math_answers import ANSWER_MARK, find_last_boxed
+from verl_gradalign.data.problem_files import Row
+
+__all__ = ["GSM8K_DATA_SOURCE", "INSTRUCTIONS", "SOURCES", "Source", "year_of"]
+
+GSM8K_DATA_SOURCE = "openai/gsm8k"
+GENERATED_SPLIT = "generated"
+
+# By rule. GSM8K's and the boxed one are verl's own wording, so that results compare with its examples.
+INSTRUCTIONS = {
+    "last_number": f'Let\'s think step by step and output the final answer after "{ANSWER_MARK}".',
+    "math": "Let's think step by step and output the final answer within \\boxed{}.",
+    "countdown": "Let's think step by step and output the final expression within \\boxed{}.",
+}
+# What DAPO-Math-17k wraps around each problem. It asks for "Answer: ..." instead of a box.
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    `train_split` is what training and trusted problems are drawn from, `test_split` what test problems are. A `year`
+    keeps the rows of that year only, where a row tells its year (see `year_of`). Without `hub_id` it is generated.
+    """
+
+    name: str
+    data_source: str
+    read: Callable[[Row], tuple[str, str]]
+    hub_id: str | None
+    train_split: str = "train"
+    test_split: str = "test"
+    hub_config: str | None = None
+    rule: str = "math"
+    ability: str = "math"
+    year: int | None = None
+
+    def prompt(self, question: str) -> str:
+        """Return the question followed by the instruction that says where the answer is looked for."""
+        return f"{question} {INSTRUCTIONS[self.rule]}"
+
+
+def year_of(row: Row) -> int | None:
+    """Return the year in the row's column `year`, else in its `url` (".../2022_AMC_12A_..."); None without either.
+
+    A data set of one year may do without both: its rows are then all taken to be of it.
+
+    Raises: ValueError naming the place if the column is there and holds no year.
+    """
+    if not row.has("year", "url"):
+        return None
+    value = row.text("year", "url")
+    found = YEAR.search(value)
+    if found is None:
+        raise ValueError(f"{row.place} has no year in its year or url ({value!r}); fill in the year")
+    return int(found.group())
+
+
+def _read_gsm8k(row: Row) -> tuple[str, str]:
+    question, solution = row.text("question"), row.text("answer")
+    _, mark, tail = solution.rpartition(ANSWER_MARK)
+    truth = tail.strip().replace(",", "")
+    if not mark or not truth:
+        raise ValueError(
+            f'{row.place} has no answer after "{ANSWER_MARK}"; end the answer with "{ANSWER_MARK} <number>"'
+        )
+    return question, truth
+
+
+def _read_math(row: Row) -> tuple[str, str]:
+    """A problem with its answer, or with a solution that ends in a box (MATH has no column for the answer)."""
+    question = row.text("problem", "question")
+    if row.has("answer"):
+        return question, row.text("answer").strip("$").strip()
+    truth = find_last_boxed(row.text("solution"))
+    if truth is None:
+        raise ValueError(f"{row.place} has no answer in \\boxed{{}} in its solution; add a column answer")
+    return question, truth
+
+
+def _read_dapo(row: Row) -> tuple[str, str]:
+    """DAPO-Math-17k's chat with a ground truth, or its later editions with plain text and an answer."""
+    prompt = row.value("prompt")
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        turns = [turn.get("content") for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]
+        row = Row(row.place, {**row.values, "prompt": turns[-1] if turns else None})
+    question = row.text("prompt").removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+    reward_model = row.value("reward_model") if row.has("reward_model") else None
+    if isinstance(reward_model, dict):
+        return question, Row(row.place, reward_model).text("ground_truth")
+    return question, row.text("answer", "solution")
+
+
+def _read_webinstruct(row: Row) -> tuple[str, str]:
+    return row.text("question"), row.text("answer").strip("$").strip()
+
+
+def _read_choice(row: Row) -> tuple[str, str]:
+    options = row.value("options")
+    if not isinstance(options, Sequence) or isinstance(options, str) or not 1 < len(options) <= 26:
+        raise ValueError(f"{row.place} has no list of 2 to 26 options; give MMLU-Pro's own files")
+    letters = [chr(ord("A") + position) for position in range(len(options))]
+    truth = row.text("answer")
+    if truth not in letters:
+        raise ValueError(f"{row.place} has answer {truth!r}, which is not the letter of an option; mend the row")
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    return f"{row.text('question')}\n{listed}\nAnswer with the letter of the right option.", truth
+
+
+def _read_countdown(row: Row) -> tuple[str, str]:
+    numbers = row.value("nums", "numbers")
+    try:
+        numbers = json.loads(numbers) if isinstance(numbers, str) else numbers
+        problem = CountdownProblem(tuple(sorted(int(number) for number in numbers)), int(row.text("target")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{row.place} is not a Countdown problem ({error}); give a list of whole numbers and a target"
+        ) from error
+    return problem.question, problem.truth
+
+
+AMC_ID = "AI-MO/aimo-validation-amc"  # AMC 12 of 2022 and 2023, told apart by url
+SOURCES = {
+    source.name: source
+    for source in (
+        Source("gsm8k", GSM8K_DATA_SOURCE, _read_gsm8k, "openai/gsm8k", hub_config="main", rule="last_number"),
+        Source("math", "DigitalLearningGmbH/MATH-lighteval", _read_math, "DigitalLearningGmbH/MATH-lighteval"),
+        Source("math500", "HuggingFaceH4/MATH-500", _read_math, "HuggingFaceH4/MATH-500", train_split="test"),
+        Source("dapo", "math_dapo", _read_dapo, "BytedTsinghua-SIA/DAPO-Math-17k", test_split="train"),
+        Source(
+            "webinstruct",
+            "TIGER-Lab/WebInstruct-verified",
+            _read_webinstruct,
+            "TIGER-Lab/WebInstruct-verified",
+            ability="general",
+        ),
+        Source("amc22", "amc22", _read_math, AMC_ID, test_split="train", year=2022),
+        Source("amc23", "amc23", _read_math, AMC_ID, test_split="train", year=2023),
+        Source("aime24", "aime24", _read_math, "HuggingFaceH4/aime_2024", test_split="train", year=2024),
+        Source("aime25", "aime25", _read_math, "math-ai/aime25", train_split="test", year=2025),
+        Source(
+            "mmlu_pro",
+            "TIGER-Lab/MMLU-Pro",
+            _read_choice,
+            "TIGER-Lab/MMLU-Pro",
+            train_split="test",
+            ability="general",
+        ),
+        Source(
+            "countdown",
+            "countdown",
+            _read_countdown,
+            None,
+            train_split=GENERATED_SPLIT,
+            test_split=GENERATED_SPLIT,
+            rule="countdown",
+            ability="countdown",
+        ),
+    )
+}
