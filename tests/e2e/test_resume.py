@@ -177,7 +177,9 @@ def test_another_configuration_or_data_file_is_refused_before_any_worker_starts(
     folder = pair[2].folder
     overrides = [*gradalign("cosine", workplace.files), *settled, *SCHEDULES["step"]]
     changed = ["gradalign.oversample=3", f"data.train_files={workplace.files['pool']}"]
-    run = workplace.run("other_configuration", *overrides, *changed, f"trainer.default_local_dir={folder}", may_fail=True)
+    run = workplace.run(
+        "other_configuration", *overrides, *changed, f"trainer.default_local_dir={folder}", may_fail=True
+    )
     assert run.returncode != 0
     assert "gradalign.oversample was 2.0, is 3.0" in run.output and "data.train_files was" in run.output
     assert "Remedy: delete the file" in run.output and "actor and ref model engine initialized" not in run.output

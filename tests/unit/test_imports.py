@@ -61,9 +61,9 @@ def modules_of(part):
     return modules
 
 
-def test_only_the_integration_the_cpu_platform_and_the_plugin_know_verl():
+def test_only_the_integration_the_cpu_platform_the_experiments_and_the_plugin_know_verl():
     importers = {part_of(path) for path in MODULES if imported_distributions(path) & HOSTS}
-    assert importers <= {"integration", "cpu", "plugin"}
+    assert importers <= {"integration", "cpu", "experiments", "plugin"}
     assert "integration" in importers  # the check sees something
 
 
@@ -78,9 +78,9 @@ def test_reports_need_neither_estimators_nor_verl():
         assert not imported_parts(path) & {"probe", "integration", "cpu", "plugin"}, path
 
 
-def test_nothing_but_the_plugin_imports_the_cpu_platform():
+def test_nothing_but_the_plugin_and_the_miniatures_imports_the_cpu_platform():
     importers = {part_of(path) for path in MODULES if "cpu" in imported_parts(path)}
-    assert importers <= {"cpu", "plugin"}
+    assert importers <= {"cpu", "experiments", "plugin"}
 
 
 @pytest.mark.parametrize("module", ["__init__.py", "plugin.py"])

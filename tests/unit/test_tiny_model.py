@@ -23,9 +23,9 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_default_model_has_between_three_and_seven_hundred_thousand_parameters(folder):
+def test_the_default_model_has_two_to_three_hundred_thousand_parameters(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert 300_000 < model.num_parameters() < 700_000
+    assert 200_000 < model.num_parameters() < 300_000
     assert model.dtype == torch.float32
 
 

@@ -98,6 +98,31 @@ class HFServer:
             extra_fields={"global_steps": self._weights_version},
         )
 
+    async def generate_many(
+        self, prompts: list[list[int]], counts: list[int], sampling_params: dict[str, Any]
+    ) -> tuple[list[list[Completion]], int]:
+        """Return `counts[i]` completions of each prompt, as many calls of `generate` would, and the weights' version.
+
+        Prompts of like length share a batch: padding is computed too.
+        """
+        params = SamplingParams.from_request(sampling_params, self._response_length)
+        asked = [(len(prompt), i) for i, prompt in enumerate(prompts) for _ in range(counts[i])]
+        seeds = [self._next_seed(prompts[i]) for _, i in asked]
+        order = sorted(range(len(asked)), key=lambda place: asked[place])
+        completions: dict[int, Completion] = {}
+        for start in range(0, len(order), self._max_num_seqs):
+            places = order[start : start + self._max_num_seqs]
+            batch, batch_seeds = [prompts[asked[place][1]] for place in places], [seeds[place] for place in places]
+            answers = await asyncio.to_thread(self._generator.generate, batch, params, batch_seeds)
+            completions |= dict(zip(places, answers, strict=True))
+        ordered = iter([completions[place] for place in range(len(asked))])
+        return [[next(ordered) for _ in range(count)] for count in counts], self._weights_version
+
+    async def reseed(self, seed: int) -> None:
+        """Sample as a server that was started with this seed."""
+        self._seed = (seed, self._seed[1])
+        self._times_asked.clear()
+
     def _start_work(self) -> None:
         """Serve what waits, unless that is being done or generation is paused."""
         if self._waiting and not self._paused.is_set() and (self._worker is None or self._worker.done()):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised warm-up of the tiny model: it learns to solve the tasks, and two ways of answering them.
 
-The warm-up teaches two answer styles, marked by the response's first character, half and half over all families. The
-answer after RIGHT_STYLE is always right, the one after UNRELIABLE_STYLE is right one time in five. The policy then
-solves a bit more than half the problems, and reinforcement learning can improve it by one habit that all problems
-share: to begin with RIGHT_STYLE. Without a shared habit the trusted problems have no common gradient direction and
+The warm-up teaches every family two answer styles, marked by the response's first character, half and half. The
+answer after the one mark is always right, the one after the other is right one time in five. The policy then
+solves a bit more than half the problems, and reinforcement learning can improve it by one habit that many problems
+share: to begin with the right mark of their families (`tasks.STYLES_OF`). Guesses are right half of the time whatever
+the mark. Without a shared habit the trusted problems have no common gradient direction and
 nothing can be ranked by it. This module does no reinforcement learning.
 
     build_tiny_model("models/random")
@@ -28,9 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from verl_gradalign.data.rewards import is_right_task_answer
 from verl_gradalign.data.tasks import (
     FAMILIES,
-    RIGHT_STYLE,
-    STYLES,
-    UNRELIABLE_STYLE,
+    GUESS,
+    STYLES_OF,
     Problem,
     draw_problems,
     draw_wrong_answer,
@@ -73,10 +73,14 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float) -> str:
     """Return a response to be imitated: one of the two styles, with equal chance, and its answer."""
-    if rng.random() < 0.5:
-        return RIGHT_STYLE + problem.answer
-    is_right = rng.random() < unreliable_right_share
-    return UNRELIABLE_STYLE + (problem.answer if is_right else draw_wrong_answer(problem, rng))
+    right_style, unreliable_style = STYLES_OF[problem.family]
+    is_right_style = rng.random() < 0.5
+    if problem.family == GUESS:
+        is_right = rng.random() < 0.5
+    else:
+        is_right = is_right_style or rng.random() < unreliable_right_share
+    answer = problem.answer if is_right else draw_wrong_answer(problem, rng)
+    return (right_style if is_right_style else unreliable_style) + answer
 
 
 def _make_batch(
@@ -146,7 +150,7 @@ def warm_up(
     model.train()
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
-        problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True)
+        problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True, families=FAMILIES)
         unreliable_right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
         loss = _train_step(model, optimizer, *_make_batch(tokenizer, problems, rng, unreliable_right_share))
         if progress is not None:
@@ -155,7 +159,7 @@ def warm_up(
     model.eval()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed))
+    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed), families=FAMILIES)
     return {"num_steps": num_steps, "seconds": seconds, "loss": loss, **evaluate(model, tokenizer, problems, seed=seed)}
 
 
@@ -211,22 +215,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return shares of sampled responses: `success`, `right_style` and `accuracy[family][style]`.
 
-    `success` is the share that is right, `right_style` the share that begins with RIGHT_STYLE, and the accuracies are
-    the shares that are right among a family's responses of one style, or of any under "all". A style that was never
-    sampled has accuracy 0.
+    `success` is the share that is right, `right_style` the share that begins with its family's right mark, and the
+    accuracies are the shares that are right among a family's responses of one style, or of any under "all". A style
+    that was never sampled has accuracy 0.
     """
     samples = sample_responses(model, tokenizer, problems, num_responses, temperature, seed)
     accuracy = {}
     for family in FAMILIES:
         by_style = {
             style: [s.is_right for s in samples if s.problem.family == family and s.response[:1] == style]
-            for style in STYLES
+            for style in STYLES_OF[family]
         }
         of_family = [s.is_right for s in samples if s.problem.family == family]
         accuracy[family] = {name: _share(hits) for name, hits in {"all": of_family, **by_style}.items()}
     return {
         "success": _share([s.is_right for s in samples]),
-        "right_style": _share([s.response[:1] == RIGHT_STYLE for s in samples]),
+        "right_style": _share([s.response[:1] == STYLES_OF[s.problem.family][0] for s in samples]),
         "accuracy": accuracy,
     }
 

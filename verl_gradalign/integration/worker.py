@@ -84,6 +84,12 @@ class GradAlignWorker(ActorRolloutRefWorker):
         require_no_dropout(self.actor.engine.module)
         ESTIMATORS[estimator](probe).check(self.actor.engine.module)
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def gradalign_reset(self) -> None:
+        """Build the model anew from its folder, with a new optimizer, as a new run finds them."""
+        self.actor.reset()
+        self._direction = None
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def gradalign_score(self, rows: TensorDict, request: ScoringRequest) -> ScoringReply:
         """Make the direction, score the candidates along it. Collective.

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a regime's whole comparison, skipping what is done, and writes its table and figures.
+
+    verl-gradalign compare unreliable_mini --seeds 0,1,2 --output outputs/unreliable_mini
+
+A miniature makes its own problems and policy, and runs in a few series of processes side by side
+(`verl_gradalign.experiments.series`). A published regime runs its launch script once per method and seed.
+Leaves in the output folder: results.csv, summary.md, four figures, and runs/<method>/seed-<n> with verl's metrics,
+the selection log and the console output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from verl_gradalign.experiments.figures import draw_figures
+from verl_gradalign.experiments.miniatures import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
+from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
+from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
+from verl_gradalign.report.comparison import read_metrics
+
+__all__ = ["Comparison", "compare"]
+
+POLL_S = 1.0
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, and where."""
+
+    regime: str
+    output: Path
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_jobs: int = 2
+    """Series that run side by side; a miniature keeps one core busy."""
+    data: Path | None = None
+    """Folder of a published regime's files, from `verl-gradalign prepare`."""
+    policy: Path | None = None
+    """Folder of a miniature's warmed-up policy, made if it is not there; by default <output>/policy."""
+    warm_up_steps: int = WARM_UP_STEPS
+    overrides: tuple[str, ...] = field(default=())
+    """Further overrides of every run."""
+
+
+def compare(comparison: Comparison, console: Console) -> Path:
+    """Run what is not done yet, and return the path of the summary.
+
+    Raises: ValueError for what cannot be run; RuntimeError with the end of the output if a run fails. What is done
+        stays done: the same call goes on from there.
+    """
+    output = comparison.output.resolve()
+    runs = plan_runs(comparison.regime, comparison.methods, comparison.seeds, output)
+    _check_same(comparison, output)
+    with _progress(console) as progress:
+        if comparison.regime in MINIATURES:
+            _run_miniature(comparison, runs, output, progress)
+        else:
+            _run_recipe(comparison, runs, progress)
+    rows = collect(runs)
+    watched = MINIATURES[comparison.regime].label if comparison.regime in MINIATURES else "corrupted"
+    write_csv(rows, output / "results.csv")
+    draw_figures(rows, output, watched)
+    write_markdown(summarise(rows), output / "summary.md", watched)
+    return output / "summary.md"
+
+
+def _check_same(comparison: Comparison, output: Path) -> None:
+    """Refuse to go on with other settings than the runs that are there were made with."""
+    settings = {
+        "regime": comparison.regime,
+        "overrides": list(comparison.overrides),
+        "data": str(comparison.data),
+        "policy": str(comparison.policy),
+        "warm_up_steps": comparison.warm_up_steps,
+    }
+    path = output / "comparison.json"
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(
+            f"{path}: the runs here were made with {before}, this comparison asks for {settings}. Remedy: choose "
+            "another --output, or delete this one"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings), encoding="utf-8")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:
+    warm_up = progress.add_task("policy", total=comparison.warm_up_steps)
+    policy = prepare_policy(
+        comparison.policy or output / "policy",
+        comparison.warm_up_steps,
+        lambda state: progress.update(warm_up, completed=int(state["step"])),
+    )
+    progress.update(warm_up, completed=comparison.warm_up_steps)
+    for seed in comparison.seeds:
+        if not (output / "data" / f"seed-{seed}" / "pool.parquet").exists():
+            write_miniature(comparison.regime, output / "data" / f"seed-{seed}", seed)
+    todo = [run for run in runs if not run.is_done]
+    series = [s for s in (todo[k :: comparison.num_jobs] for k in range(comparison.num_jobs)) if s]
+    processes = []
+    for number, members in enumerate(series):
+        path = output / f"series-{number}.json"
+        path.write_text(
+            json.dumps(
+                [
+                    {
+                        "folder": str(run.folder),
+                        "seed": run.seed,
+                        "overrides": [
+                            *miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy),
+                            *comparison.overrides,
+                        ],
+                    }
+                    for run in members
+                ]
+            ),
+            encoding="utf-8",
+        )
+        log = output / f"series-{number}.log"
+        command = [sys.executable, "-m", "verl_gradalign.experiments.series", str(path)]
+        processes.append((_start(command, log, output, _cpu_environment(len(series))), log))
+    _watch(processes, runs, progress)
+
+
+def _cpu_environment(num_series: int) -> dict[str, str]:
+    num_threads = max(1, (os.cpu_count() or 1) // num_series)
+    return {
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
+        "TQ_NUM_THREADS": "1",
+    }
+
+
+def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progress) -> None:
+    script = RECIPES / comparison.regime / "run.sh"
+    if not script.exists():
+        raise ValueError(f"{script}: no such file; published regimes are run from a checkout of the repository")
+    if comparison.data is None or not (comparison.data / "train.parquet").exists():
+        raise ValueError(
+            f"--data {comparison.data}: no train.parquet there; make it with `verl-gradalign prepare --regime "
+            f"{comparison.regime} --output DIR` and give DIR"
+        )
+    for run in runs:
+        if run.is_done:
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        environment = {"METHOD": run.method, "SEED": str(run.seed), "DATA_DIR": str(comparison.data.resolve())}
+        environment |= {"PYTHON": sys.executable, "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl")}
+        own = [f"trainer.default_local_dir={run.folder}", "trainer.logger=[console,wandb,file]"]
+        command = ["bash", str(script), *own, *comparison.overrides]
+        log = run.folder / "run.log"
+        _watch([(_start(command, log, RECIPES.parent, environment), log)], runs, progress)
+        (run.folder / DONE).touch()
+
+
+def _start(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, **environment}
+        )
+
+
+def _watch(
+    processes: Sequence[tuple[subprocess.Popen[bytes], Path]], runs: Sequence[RunPlan], progress: Progress
+) -> None:
+    """Wait for the processes, showing every run that has begun; end the others when one fails."""
+    total = progress.add_task("runs", total=len(runs))
+    bars: dict[Path, Callable[[], None]] = {}
+    try:
+        while any(process.poll() is None for process, _ in processes):
+            time.sleep(POLL_S)
+            progress.update(total, completed=sum(run.is_done for run in runs))
+            for run in runs:
+                if not run.is_done and run.folder not in bars and (run.folder / "metrics.jsonl").exists():
+                    bars[run.folder] = _bar(run, progress)
+            for show in list(bars.values()):
+                show()
+            if any(process.poll() for process, _ in processes):
+                break
+    finally:
+        for process, _ in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    for process, log in processes:
+        if process.returncode > 0:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")
+
+
+def _bar(run: RunPlan, progress: Progress) -> Callable[[], None]:
+    """Show a run's steps while it lasts; returns what brings the bar up to date."""
+    task = progress.add_task(f"  {run.method}, seed {run.seed}", total=None)
+
+    def show() -> None:
+        if run.is_done:
+            progress.update(task, visible=False)
+            return
+        steps = [metrics for _, metrics in read_metrics(run.folder / "metrics.jsonl") if "timing_s/step" in metrics]
+        progress.update(task, completed=len(steps))
+
+    return show

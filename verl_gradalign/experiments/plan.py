@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs a comparison is made of, and how each is told to verl.
+
+for run in plan_runs("unreliable_mini", methods=METHODS, seeds=[0, 1, 2], output=Path("outputs/unreliable_mini")):
+    run.folder, run.overrides
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_gradalign.experiments.miniatures import MINIATURES
+from verl_gradalign.selection.scores import SCORES
+
+__all__ = ["DONE", "FILTER_GROUPS", "METHODS", "PUBLISHED", "RunPlan", "method_overrides", "plan_runs"]
+
+DONE = "done"
+"""Name of the file that marks a run's folder as complete."""
+
+FILTER_GROUPS = "filter_groups"
+METHODS = (
+    "cosine",
+    "dot",
+    "confident_cosine",
+    "lower_bound",
+    "correlation",
+    "learnalign",
+    "pool_cosine",
+    "accuracy_greedy",
+    FILTER_GROUPS,
+    "random",
+)
+PUBLISHED = ("unreliable", "imbalance", "low_utility", "learnalign_gsm8k")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run of verl: a way to choose problems, a seed, and the folder that holds all it leaves behind."""
+
+    regime: str
+    method: str
+    seed: int
+    folder: Path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / DONE).exists()
+
+
+def plan_runs(regime: str, methods: Sequence[str], seeds: Sequence[int], output: Path) -> list[RunPlan]:
+    """Return the runs, a seed's methods together, so that an interrupted comparison has whole seeds first.
+
+    Raises: ValueError for an unknown regime or method, repeated ones, or none.
+    """
+    if regime not in (*MINIATURES, *PUBLISHED):
+        raise ValueError(f"regime={regime} is unknown; choose one of {', '.join((*MINIATURES, *PUBLISHED))}")
+    known = (*SCORES, FILTER_GROUPS)
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"method={method} is unknown; choose among {', '.join(known)}")
+    for name, values in (("methods", list(methods)), ("seeds", list(seeds))):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name}={values}: name at least one, and none twice")
+    return [RunPlan(regime, m, seed, output / "runs" / m / f"seed-{seed}") for seed in seeds for m in methods]
+
+
+def method_overrides(method: str) -> list[str]:
+    """Return the overrides that choose problems in this way; they stand in front of +regime=..., which may add."""
+    if method == FILTER_GROUPS:
+        return ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward"]
+    return [f"+gradalign={method}"]
+
+
+def miniature_overrides(run: RunPlan, data: Path, policy: Path) -> list[str]:
+    """Return the overrides of a miniature's run on verl's entry point, on the CPU."""
+    of_selection = [f"gradalign.seed={run.seed}", f"gradalign.validation.files={data / 'trusted.parquet'}"]
+    return [
+        "+platform=cpu",
+        *method_overrides(run.method),
+        f"+regime={run.regime}",
+        f"data.train_files={data / 'pool.parquet'}",
+        f"data.val_files={data / 'test.parquet'}",
+        f"data.seed={run.seed}",
+        f"actor_rollout_ref.model.path={policy}",
+        f"trainer.default_local_dir={run.folder}",
+        f"trainer.experiment_name={run.regime}-{run.method}-seed{run.seed}",
+        *([] if run.method == FILTER_GROUPS else of_selection),
+    ]

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runs of a comparison left behind, as one tidy table and as a summary by method.
+
+table = collect(runs)  # a row per run and step
+write_csv(table, "results.csv")
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl_gradalign.experiments.miniatures import MINIATURES
+from verl_gradalign.experiments.plan import RunPlan
+from verl_gradalign.report.comparison import read_metrics
+
+__all__ = ["MethodSummary", "collect", "summarise", "write_csv", "write_markdown"]
+
+SHARE = "experiment/share/"
+ACCURACY = "accuracy/"
+TESTED = "tested"
+
+
+def collect(runs: Sequence[RunPlan]) -> list[dict[str, Any]]:
+    """Return a row per run and step, the untrained policy's test as step 0.
+
+    Columns: regime, method, seed, step; tokens generated and seconds of training so far (validation excluded);
+    `accuracy` (mean over the data sources of the test) and `accuracy/<data source>`, empty where a step was not tested;
+    `tested`, the accuracy on the sources that the regime watches; `share`, what is watched of the problems trained on;
+    `reliability/direction` and `reliability/scores`.
+    """
+    return [row for run in runs if run.is_done for row in _rows(run)]
+
+
+def _rows(run: RunPlan) -> Iterable[dict[str, Any]]:
+    seconds = 0.0
+    for step, metrics in _by_step(run.folder / "metrics.jsonl").items():
+        seconds += metrics.get("timing_s/step", 0.0)
+        accuracy = {
+            name.split("/acc/")[0].removeprefix("val-core/"): value
+            for name, value in metrics.items()
+            if name.startswith("val-core/") and "/acc/mean@" in name
+        }
+        row: dict[str, Any] = {"regime": run.regime, "method": run.method, "seed": run.seed, "step": step}
+        row |= {"tokens": metrics.get("experiment/num_tokens", 0.0 if step == 0 else None), "seconds": seconds}
+        row |= {"accuracy": float(np.mean(list(accuracy.values()))) if accuracy else None}
+        row |= {f"{ACCURACY}{source}": value for source, value in accuracy.items()}
+        row |= {TESTED: _watched_accuracy(run.regime, accuracy), "share": _watched_share(run.regime, metrics)}
+        for name in ("direction", "scores"):
+            row[f"reliability/{name}"] = metrics.get(f"gradalign/reliability/{name}")
+        yield row
+
+
+def _by_step(path: Path) -> dict[int, dict[str, float]]:
+    steps: dict[int, dict[str, float]] = {}
+    for step, metrics in read_metrics(path):
+        steps.setdefault(step, {}).update(metrics)
+    return steps
+
+
+def _family(source: str) -> str:
+    return source.rsplit("/", 1)[-1]
+
+
+def _watched_accuracy(regime: str, accuracy: Mapping[str, float]) -> float | None:
+    """Return the accuracy on what the trusted set is of."""
+    if regime in MINIATURES:
+        accuracy = {s: a for s, a in accuracy.items() if _family(s) in MINIATURES[regime].trusted}
+    return float(np.mean(list(accuracy.values()))) if accuracy else None
+
+
+def _watched_share(regime: str, metrics: Mapping[str, float]) -> float | None:
+    shares = {_family(name.removeprefix(SHARE)): v for name, v in metrics.items() if name.startswith(SHARE)}
+    if not shares:
+        return None
+    return MINIATURES[regime].share(shares) if regime in MINIATURES else shares.get("corrupted")
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method over its seeds. Every array has one value per seed, in the order of `seeds`; NaN: not measured."""
+
+    method: str
+    seeds: tuple[int, ...]
+    accuracy_S: np.ndarray
+    """At the last step, on what the trusted set is of."""
+    share_S: np.ndarray
+    """Watched share of what was trained on, mean over the steps."""
+    first_share_S: np.ndarray
+    """The same over the first quarter of the steps."""
+    seconds_S: np.ndarray
+    tokens_S: np.ndarray
+    direction_S: np.ndarray
+    """Mean reliability of the direction."""
+    scores_S: np.ndarray
+    """Mean reliability of the scores."""
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
+    """Return one summary per method, in order of appearance."""
+    methods = dict.fromkeys(str(row["method"]) for row in rows)
+    return [_summary(method, [row for row in rows if row["method"] == method]) for method in methods]
+
+
+def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> MethodSummary:
+    seeds = tuple(dict.fromkeys(int(row["seed"]) for row in rows))
+    of_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
+
+    def over_seeds(column: str, first_share: float = 1.0) -> np.ndarray:
+        means = []
+        for mine in of_seed:
+            values = [row[column] for row in mine if row.get(column) is not None]
+            values = values[: max(1, round(first_share * len(values)))]
+            means.append(float(np.mean(values)) if values else float("nan"))
+        return np.array(means)
+
+    def last(column: str) -> np.ndarray:
+        found = [[row[column] for row in mine if row.get(column) is not None] for mine in of_seed]
+        return np.array([values[-1] if values else float("nan") for values in found])
+
+    return MethodSummary(
+        method=method,
+        seeds=seeds,
+        accuracy_S=last(TESTED),
+        share_S=over_seeds("share"),
+        first_share_S=over_seeds("share", 0.25),
+        seconds_S=last("seconds"),
+        tokens_S=last("tokens"),
+        direction_S=over_seeds("reliability/direction"),
+        scores_S=over_seeds("reliability/scores"),
+    )
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write the table; columns that only some rows have are empty in the others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_markdown(summaries: Sequence[MethodSummary], path: str | Path, watched: str) -> None:
+    """Write the summary as a table: means over the seeds with the lowest and highest in brackets."""
+    header = ["method", "accuracy", f"{watched} share", "in the first quarter", "reliability v / scores"]
+    lines = ["| " + " | ".join([*header, "thousand tokens", "seconds"]) + " |", "| --- " * (len(header) + 2) + "|"]
+    for s in summaries:
+        cells = [s.method, *(_spread(values) for values in (s.accuracy_S, s.share_S, s.first_share_S))]
+        cells.append(f"{_mean(s.direction_S)} / {_mean(s.scores_S)}")
+        cells += [f"{np.mean(s.tokens_S) / 1000:.0f}", f"{np.mean(s.seconds_S):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = sorted({seed for s in summaries for seed in s.seeds})
+    lines += ["", f"Seeds: {', '.join(map(str, seeds))}. Mean, and lowest to highest over seeds."]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _spread(values: np.ndarray) -> str:
+    if np.isnan(values).all():
+        return "-"
+    return f"{np.nanmean(values):.1%} ({np.nanmin(values):.1%} to {np.nanmax(values):.1%})"
+
+
+def _mean(values: np.ndarray) -> str:
+    return "-" if np.isnan(values).all() else f"{np.nanmean(values):.2f}"
