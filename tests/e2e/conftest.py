@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,6 +127,17 @@ def gradalign(score: str, files: dict[str, Path], **keys: object) -> list[str]:
     trusted = f"gradalign.validation.files={files['trusted']}"
     overrides = [f"+gradalign={score}", trusted, "gradalign.poll_interval_s=0.2"]
     return overrides + [f"gradalign.{key.replace('__', '.')}={value}" for key, value in keys.items()]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a run and every process it started, as a lost machine would."""
+    root = psutil.Process(process.pid)
+    for victim in [*root.children(recursive=True), root]:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import TIMEOUT_S, Run, Workplace, gradalign
+from tests.e2e.conftest import TIMEOUT_S, Run, Workplace, gradalign, kill_all
 from verl_gradalign.report.comparison import read_metrics
 
 pytestmark = pytest.mark.e2e
@@ -87,13 +86,7 @@ def kill_at_marker(process: subprocess.Popen, marker: Path) -> None:
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline, (marker.parent / "run.log").read_text()[-5000:]
         time.sleep(0.05)
-    root = psutil.Process(process.pid)
-    for victim in [*root.children(recursive=True), root]:
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
+    kill_all(process)
 
 
 def finish(process: subprocess.Popen, folder: Path) -> Run:

