@@ -257,10 +257,13 @@ def test_a_regime_is_enough_on_verls_own_command_line_and_stands_behind_the_scor
     assert config.gradalign.schedule == PUBLISHED[regime]["gradalign.schedule"]
 
 
-def test_before_the_score_a_regime_loses_its_schedule_to_the_defaults():
-    """Why the scripts name the score first: of two groups that set a key the later one wins."""
-    config = composed("+regime=unreliable", "+gradalign=cosine")
+@pytest.mark.parametrize("regime", [*REGIMES, "imbalance_mini"])
+def test_a_regime_before_the_score_is_refused_as_its_schedule_would_be_lost(regime):
+    """Of two groups that set a key the later one wins."""
+    config = composed(f"+regime={regime}", "+gradalign=cosine")
     assert config.gradalign.schedule == "step" and config.gradalign.curriculum.num_candidates is None
+    with pytest.raises(ValueError, match=f"regime={regime}.*write .regime last"):
+        read_config(config)
 
 
 def test_learnalign_can_be_staged_by_one_word(folder):

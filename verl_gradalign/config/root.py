@@ -59,6 +59,8 @@ class GradAlignConfig:
     """A response counts as a success when its reward is above this. Used for success rates in metrics and the log."""
     seed: int = 0
     """Seeds the shuffle that breaks ties and the random score."""
+    regime: str | None = None
+    """Set by a file of configs/regime that changes keys of this block, to its name; see `checks.read_config`."""
     poll_interval_s: float = 0.5
     """Seconds between two looks at the rollouts still running, above 0. verl's own replay buffer waits 2.0 s."""
     score_options: ScoreOptions = field(default_factory=ScoreOptions)

@@ -37,10 +37,20 @@ ENGINES = ("fsdp", "fsdp2")
 
 
 def read_config(verl_config: DictConfig) -> GradAlignConfig:
-    """Return the `gradalign` block, defaults filled in. Raises ValueError for anything wrong with it."""
+    """Return the `gradalign` block, defaults filled in.
+
+    Raises: ValueError for anything wrong with it, also if a regime stands before +gradalign=... on the command line: of
+        two groups that set a key the later one wins, so the regime's schedule would be lost without a word.
+    """
     block: Any = OmegaConf.select(verl_config, "gradalign")
     values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
-    return GradAlignConfig.from_mapping(values)
+    config = GradAlignConfig.from_mapping(values)
+    regime = OmegaConf.select(verl_config, "regime")
+    if regime is not None and config.regime != regime:
+        refuse(
+            "+regime", regime, "its gradalign keys were overwritten by those of +gradalign=...", "write +regime last"
+        )
+    return config
 
 
 def refuse(key: str, value: Any, why: str, remedy: str) -> None:
