@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_gradalign.cpu.tiny_model import ARCHITECTURES, build_tiny_model
 from verl_gradalign.cpu.warmup import warm_up
-from verl_gradalign.data.tasks import FAMILIES, RIGHT_STYLE, UNRELIABLE_STYLE
+from verl_gradalign.data.tasks import RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 MESSAGES = [{"role": "user", "content": "47+38"}]
@@ -23,9 +23,9 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_default_model_has_two_to_three_hundred_thousand_parameters(folder):
+def test_the_default_model_has_between_three_and_seven_hundred_thousand_parameters(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert 200_000 < model.num_parameters() < 300_000
+    assert 300_000 < model.num_parameters() < 700_000
     assert model.dtype == torch.float32
 
 
@@ -89,7 +89,7 @@ def test_warm_up_lowers_the_loss_and_saves_model_and_tokenizer(tmp_path):
     report = warm_up(tmp_path / "random", tmp_path / "warm", num_steps=12, progress=history.append)
     assert [entry["step"] for entry in history] == list(range(1, 13))
     assert history[-1]["loss"] < history[0]["loss"] - 0.2
-    assert set(report["accuracy"]) == set(FAMILIES)
+    assert set(report["accuracy"]) == set(SHARING_FAMILIES)
     assert set(report["accuracy"]["sorting"]) == {"all", RIGHT_STYLE, UNRELIABLE_STYLE}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "warm").num_parameters() > 0
     assert AutoTokenizer.from_pretrained(tmp_path / "warm").pad_token == "<|endoftext|>"

@@ -70,11 +70,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def build_tiny_model(
     path: str | Path,
     architecture: str = "qwen2",
-    hidden_size: int = 96,
-    num_layers: int = 2,
+    hidden_size: int = 128,
+    num_layers: int = 3,
     num_heads: int = 4,
     num_key_value_heads: int = 2,
-    intermediate_size: int = 256,
+    intermediate_size: int = 384,
     tie_word_embeddings: bool = True,
     seed: int = 0,
 ) -> Path:

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from verl_gradalign.data.rewards import is_right_task_answer
 from verl_gradalign.data.tasks import (
-    FAMILIES,
     GUESS,
+    SHARING_FAMILIES,
     STYLES_OF,
     Problem,
     draw_problems,
@@ -127,6 +127,7 @@ def warm_up(
     num_steps: int = DEFAULT_NUM_STEPS,
     seed: int = 0,
     progress: Callable[[dict[str, float]], None] | None = None,
+    families: Sequence[str] = SHARING_FAMILIES,
 ) -> dict[str, Any]:
     """Train the model in `model_dir`, write it and its tokenizer to `output_dir`, and return a report.
 
@@ -150,7 +151,7 @@ def warm_up(
     model.train()
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
-        problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True, families=FAMILIES)
+        problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True, families=families)
         unreliable_right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
         loss = _train_step(model, optimizer, *_make_batch(tokenizer, problems, rng, unreliable_right_share))
         if progress is not None:
@@ -159,7 +160,7 @@ def warm_up(
     model.eval()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed), families=FAMILIES)
+    problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed), families=families)
     return {"num_steps": num_steps, "seconds": seconds, "loss": loss, **evaluate(model, tokenizer, problems, seed=seed)}
 
 
@@ -221,7 +222,7 @@ def evaluate(
     """
     samples = sample_responses(model, tokenizer, problems, num_responses, temperature, seed)
     accuracy = {}
-    for family in FAMILIES:
+    for family in dict.fromkeys(problem.family for problem in problems):
         by_style = {
             style: [s.is_right for s in samples if s.problem.family == family and s.response[:1] == style]
             for style in STYLES_OF[family]
