@@ -2,13 +2,17 @@
 """Plans, tables and figures of comparisons. Running them: tests/e2e/test_series.py."""
 
 import csv
+import io
 import json
+import sys
 from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from verl_gradalign.experiments.compare import Comparison, compare
 from verl_gradalign.experiments.figures import curve, draw_figures
 from verl_gradalign.experiments.miniatures import MINIATURES, write_miniature
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, plan_runs
@@ -142,3 +146,53 @@ def test_miniatures_have_the_shares_they_say_and_depend_on_the_seed(name, tmp_pa
 def test_a_miniature_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no miniature"):
         write_miniature("unreliable", tmp_path, seed=0)
+
+
+STANDS_FOR_VERL = """#!{python}
+import json, os, sys
+with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
+    file.write(json.dumps({{"step": 1, "data": {{"timing_s/step": 1.0, "val-core/amc/acc/mean@1": 0.5}}}}) + chr(10))
+with open({calls!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + chr(10))
+sys.exit(any("accuracy_greedy" in word for word in sys.argv))
+"""
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A comparison of a published regime, with a script in verl's place that notes how it is called."""
+    calls = tmp_path / "calls.jsonl"
+    launcher = tmp_path / "launcher"
+    launcher.write_text(STANDS_FOR_VERL.format(python=sys.executable, calls=str(calls)))
+    launcher.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").touch()
+    choice = {"methods": ("cosine", "filter_groups"), "seeds": (0, 1), "data": tmp_path / "data"}
+    return Comparison("unreliable", tmp_path / "out", python=str(launcher), **choice), calls
+
+
+def test_a_published_regime_runs_its_script_once_per_method_and_seed(published):
+    comparison, calls = published
+    for _ in range(2):
+        compare(comparison, Console(file=io.StringIO()))
+    made = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert len(made) == 4
+    assert "+gradalign=cosine" in made[0] and "data.seed=0" in made[0] and "data.seed=1" in made[2]
+    assert "algorithm.filter_groups.enable=true" in made[1]
+    assert f"trainer.default_local_dir={comparison.output}/runs/cosine/seed-0" in made[0]
+    assert (comparison.output / "summary.md").read_text().count("50.0%") == 6
+
+
+def test_a_run_that_fails_is_told_with_its_output_and_nothing_done_is_lost(published):
+    comparison, _ = published
+    choice = {"methods": ("cosine", "accuracy_greedy"), "seeds": (0,), "data": comparison.data}
+    failing = Comparison("unreliable", comparison.output, python=comparison.python, **choice)
+    with pytest.raises(RuntimeError, match="accuracy_greedy/seed-0/run.log"):
+        compare(failing, Console(file=io.StringIO()))
+    assert (comparison.output / "runs" / "cosine" / "seed-0" / DONE).exists()
+    assert not (comparison.output / "runs" / "accuracy_greedy" / "seed-0" / DONE).exists()
+
+
+def test_a_published_regime_without_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="verl-gradalign prepare --regime imbalance"):
+        compare(Comparison("imbalance", tmp_path / "out", data=tmp_path), Console(file=io.StringIO()))

@@ -197,3 +197,27 @@ def test_verls_client_completes_an_aborted_response_with_the_next_weights(server
         log_p = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(output.token_ids)[:, None]).squeeze(1)
         expected += log_p[part].tolist()
     assert output.log_probs == pytest.approx(expected, abs=LOG_PROB_ATOL)
+
+
+def test_many_at_once_are_what_single_requests_give_in_their_order(server, folder):
+    """Also after a new seed, which gives other samples."""
+    other = HFServer(str(folder), "float32", seed=(7, 0), response_length=RESPONSE_LENGTH, max_num_seqs=2)
+    params = {"temperature": 1.0, "ignore_eos": True, "logprobs": True}
+    counts = [2, 1, 3]
+
+    async def sampled():
+        at_first, version = await server.generate_many([list(p) for p in PROMPTS], counts, params)
+        await server.reseed(7)
+        many, _ = await server.generate_many([list(p) for p in PROMPTS], counts, params)
+        single = [[await ask(other, p) for _ in range(n)] for p, n in zip(PROMPTS, counts, strict=True)]
+        return at_first, many, single, version
+
+    at_first, many, single, version = asyncio.run(sampled())
+    assert [[c.token_ids for c in group] for group in many] == [[c.token_ids for c in group] for group in single]
+    for group, others in zip(many, single, strict=True):
+        for completion, alone in zip(group, others, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(completion.log_probs), torch.tensor(alone.log_probs), atol=LOG_PROB_ATOL, rtol=0
+            )
+    assert [len(group) for group in many] == counts and version == 0
+    assert [g[0].token_ids for g in at_first] != [g[0].token_ids for g in many]

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -51,8 +51,10 @@ class Comparison:
     policy: Path | None = None
     """Folder of a miniature's warmed-up policy, made if it is not there; by default <output>/policy."""
     warm_up_steps: int = WARM_UP_STEPS
-    overrides: tuple[str, ...] = field(default=())
+    overrides: tuple[str, ...] = ()
     """Further overrides of every run."""
+    python: str = sys.executable
+    """Interpreter that launches verl."""
 
 
 def compare(comparison: Comparison, console: Console) -> Path:
@@ -136,7 +138,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
             encoding="utf-8",
         )
         log = output / f"series-{number}.log"
-        command = [sys.executable, "-m", "verl_gradalign.experiments.series", str(path)]
+        command = [comparison.python, "-m", "verl_gradalign.experiments.series", str(path)]
         processes.append((_start(command, log, output, _cpu_environment(len(series))), log))
     _watch(processes, runs, progress)
 
@@ -167,7 +169,7 @@ def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progr
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
         environment = {"METHOD": run.method, "SEED": str(run.seed), "DATA_DIR": str(comparison.data.resolve())}
-        environment |= {"PYTHON": sys.executable, "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl")}
+        environment |= {"PYTHON": comparison.python, "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl")}
         own = [f"trainer.default_local_dir={run.folder}", "trainer.logger=[console,wandb,file]"]
         command = ["bash", str(script), *own, *comparison.overrides]
         log = run.folder / "run.log"

@@ -60,7 +60,8 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path, x: str, y: str, labels:
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    if axes.lines:
+        axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
