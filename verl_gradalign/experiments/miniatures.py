@@ -20,7 +20,7 @@ __all__ = ["MINIATURES", "WARM_UP_STEPS", "Miniature", "prepare_policy", "write_
 
 NUM_POOL = 2000
 NUM_TRUSTED = 64
-NUM_TEST = 400
+NUM_TEST = 800
 WARM_UP_STEPS = 1200
 
 
