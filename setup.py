@@ -24,7 +24,16 @@ setup(
     packages=[*find_packages(include=["verl_gradalign", "verl_gradalign.*"]), "verl_gradalign.configs"],
     package_dir={"verl_gradalign.configs": "configs"},
     package_data={"verl_gradalign.configs": ["**/*.yaml"]},
-    install_requires=[VERL, *VERL_V1_TRAINER, "wrapt>=1.16", "pyarrow>=19", "rich>=13", "typer>=0.15,<1", MATH_VERIFY],
+    install_requires=[
+        VERL,
+        *VERL_V1_TRAINER,
+        "wrapt>=1.16",
+        "pyarrow>=19",
+        "rich>=13",
+        "typer>=0.15,<1",
+        "matplotlib>=3.8",
+        MATH_VERIFY,
+    ],
     extras_require={
         # 2.13.0 is the version every number of the CPU tiers was measured with.
         "cpu": ["torch==2.13.0"],
@@ -33,7 +42,6 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "psutil",
-            "matplotlib>=3.8",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "codespell>=2.3",

@@ -108,8 +108,7 @@ class BatchedRollout:
                 tags.append(_tag(len(prompt), len(output.response_ids), kwargs["global_steps"], version))
         partition = "val" if is_validation else "train"
         if keys:
-            rows_of_all = list_of_dict_to_tensordict(fields)
-            tq.kv_batch_put(keys=keys, fields=rows_of_all, tags=tags, partition_id=partition)
+            tq.kv_batch_put(keys=keys, fields=_columns(fields), tags=tags, partition_id=partition)
         uids = [row["uid"] for row in rows]
         tq.kv_batch_put(keys=uids, tags=[{"status": status} for status in statuses], partition_id=partition)
 
@@ -174,6 +173,23 @@ def _fields(output: AgentLoopOutput, row: Mapping[str, Any]) -> dict[str, Any]:
     fields["position_ids"] = torch.arange(len(fields["input_ids"]))
     fields["multi_modal_inputs"] = {}
     return fields
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> TensorDict:
+    """Return the rows as verl's own agent loop would put them.
+
+    What rows share, such as a prompt's columns, is wrapped once: wrapping took longer than generating.
+    """
+    wrapped: dict[int, NonTensorData] = {}
+
+    def wrap(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in wrapped:
+            wrapped[id(value)] = NonTensorData(data=value)
+        return wrapped[id(value)]
+
+    return list_of_dict_to_tensordict([{name: wrap(value) for name, value in row.items()} for row in rows])
 
 
 def _tag(prompt_len: int, response_len: int, step: int, version: int) -> dict[str, Any]:
