@@ -18,6 +18,7 @@ from rich.table import Table
 __all__ = ["app", "refusals_as_messages"]
 
 BAD_INPUT_EXIT_CODE = 2
+FAILED_RUN_EXIT_CODE = 1
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,12 +30,13 @@ def main() -> None:
 
 @contextmanager
 def refusals_as_messages() -> Iterator[None]:
-    """Print what a user can fix (ValueError, OSError) as one message, and leave with exit code 2."""
+    """Print what a user can fix (ValueError, OSError; exit code 2) or a failed run (RuntimeError; 1) as one message."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(BAD_INPUT_EXIT_CODE) from None
+        code = FAILED_RUN_EXIT_CODE if isinstance(error, RuntimeError) else BAD_INPUT_EXIT_CODE
+        raise typer.Exit(code) from None
 
 
 @app.command()

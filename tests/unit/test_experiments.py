@@ -196,3 +196,18 @@ def test_a_run_that_fails_is_told_with_its_output_and_nothing_done_is_lost(publi
 def test_a_published_regime_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="verl-gradalign prepare --regime imbalance"):
         compare(Comparison("imbalance", tmp_path / "out", data=tmp_path), Console(file=io.StringIO()))
+
+
+def test_runs_that_differ_in_what_processes_are_started_with_are_no_series(tmp_path):
+    from hydra import initialize_config_module
+
+    from verl_gradalign.experiments.plan import miniature_overrides
+    from verl_gradalign.experiments.series import check_series, compose_run
+
+    runs = plan_runs("unreliable_mini", ["cosine", "filter_groups"], [0], tmp_path)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        cosine, filtered = (compose_run(miniature_overrides(run, tmp_path, tmp_path)) for run in runs)
+        faster = compose_run([*miniature_overrides(runs[1], tmp_path, tmp_path), "actor_rollout_ref.actor.optim.lr=1"])
+    check_series({"first": cosine, "second": filtered})
+    with pytest.raises(ValueError, match="second: actor_rollout_ref.actor.optim.lr=1, in first it is 0.0004"):
+        check_series({"first": cosine, "second": faster})

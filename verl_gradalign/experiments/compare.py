@@ -114,8 +114,11 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
     )
     progress.update(warm_up, completed=comparison.warm_up_steps)
     for seed in comparison.seeds:
-        if not (output / "data" / f"seed-{seed}" / "pool.parquet").exists():
-            write_miniature(comparison.regime, output / "data" / f"seed-{seed}", seed)
+        data = output / "data" / f"seed-{seed}"
+        if not data.exists():
+            unfinished = data.with_name(data.name + ".unfinished")
+            write_miniature(comparison.regime, unfinished, seed)
+            unfinished.rename(data)
     todo = [run for run in runs if not run.is_done]
     series = [s for s in (todo[k :: comparison.num_jobs] for k in range(comparison.num_jobs)) if s]
     processes = []
@@ -206,8 +209,9 @@ def _watch(
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    for process, log in processes:
-        if process.returncode > 0:
+    # Those that were ended here have a negative code, and come last.
+    for process, log in sorted(processes, key=lambda pair: -pair[0].returncode):
+        if process.returncode:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")
 
