@@ -26,6 +26,7 @@ SHORT = [
     "actor_rollout_ref.rollout.dtype=float64",
     "trainer.total_training_steps=2",
     "trainer.test_freq=2",
+    "data.val_max_samples=40",
     "trainer.rollout_data_dir=${trainer.default_local_dir}/texts",
 ]
 

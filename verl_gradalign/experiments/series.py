@@ -126,7 +126,6 @@ class SeriesRunner:
     def _run_one(
         self, config: DictConfig, folder: str, seed: int, before: SharesProcesses | None, manager: Any
     ) -> tuple[SharesProcesses, Any]:
-        OmegaConf.resolve(config)
         os.environ["VERL_FILE_LOGGER_PATH"] = str(Path(folder) / "metrics.jsonl")
         base = get_trainer_cls(config.trainer.v1.trainer_mode)
         trainer = type(base.__name__, (SharesProcesses, base), {})(config=config)
@@ -169,6 +168,8 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     with open_dict(config):
         config.transfer_queue.enable = True
+    # Now, as what is interpolated later is looked up in the series' first configuration.
+    OmegaConf.resolve(config)
     return config
 
 
