@@ -44,13 +44,12 @@ def read_config(verl_config: DictConfig) -> GradAlignConfig:
     """
     block: Any = OmegaConf.select(verl_config, "gradalign")
     values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
-    config = GradAlignConfig.from_mapping(values)
     regime = OmegaConf.select(verl_config, "regime")
-    if regime is not None and config.regime != regime:
+    if regime is not None and values.get("regime") != regime:
         refuse(
             "+regime", regime, "its gradalign keys were overwritten by those of +gradalign=...", "write +regime last"
         )
-    return config
+    return GradAlignConfig.from_mapping(values)
 
 
 def refuse(key: str, value: Any, why: str, remedy: str) -> None:
