@@ -4,7 +4,7 @@
     verl-gradalign compare unreliable_mini --seeds 0,1,2 --output outputs/unreliable_mini
 
 A miniature makes its own problems and policy, and runs in a few series of processes side by side
-(`verl_gradalign.experiments.series`). A published regime runs its launch script once per method and seed.
+(`verl_gradalign.integration.series`). A published regime runs its launch script once per method and seed.
 Leaves in the output folder: results.csv, summary.md, four figures, and runs/<method>/seed-<n> with verl's metrics,
 the selection log and the console output.
 """
@@ -129,6 +129,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
                 [
                     {
                         "folder": str(run.folder),
+                        "done": str(run.folder / DONE),
                         "seed": run.seed,
                         "overrides": [
                             *miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy),
@@ -141,7 +142,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
             encoding="utf-8",
         )
         log = output / f"series-{number}.log"
-        command = [comparison.python, "-m", "verl_gradalign.experiments.series", str(path)]
+        command = [comparison.python, "-m", "verl_gradalign.integration.series", str(path)]
         processes.append((_start(command, log, output, _cpu_environment(len(series))), log))
     _watch(processes, runs, progress)
 

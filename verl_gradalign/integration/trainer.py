@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
@@ -35,7 +34,7 @@ from verl_gradalign.integration.checks import check_data, check_verl_config, rea
 from verl_gradalign.integration.completion import add_values
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
-from verl_gradalign.integration.worker import GradAlignWorker
+from verl_gradalign.integration.worker import use_own_workers
 from verl_gradalign.metrics import named
 from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.checkpoint import load_state, save_state
@@ -116,9 +115,7 @@ class ChoosesProblems(_Trainer):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        for role in self.role_worker_mapping:
-            if "actor" in str(role):
-                self.role_worker_mapping[role] = ray.remote(GradAlignWorker)
+        use_own_workers(self.role_worker_mapping)
 
     def on_init_end(self) -> None:
         """Connect the selector to the actor, now that there is one."""

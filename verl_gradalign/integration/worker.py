@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import ray
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -147,6 +149,13 @@ class GradAlignWorker(ActorRolloutRefWorker):
         elif used is not None and request.direction.metric == "candidates":
             used = with_candidates_metric(used, engine, [request.candidates[i] for i in request.metric_on])
         return used, fresh, reports
+
+
+def use_own_workers(role_worker_mapping: dict[Any, Any]) -> None:
+    """Give the actor's role this worker, before verl starts its processes."""
+    for role in role_worker_mapping:
+        if "actor" in str(role):
+            role_worker_mapping[role] = ray.remote(GradAlignWorker)
 
 
 def _scores(engine: VerlEngine, request: ScoringRequest, direction: Direction) -> ProblemScores:

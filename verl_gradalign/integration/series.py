@@ -6,10 +6,10 @@ run is verl's own trainer with a configuration of its own; what they share are t
 is built anew from its model folder, with a new optimizer, and its weights are pushed to the rollout. A run is the same
 as if it had been started alone (tests/e2e/test_series.py).
 
-    python -m verl_gradalign.experiments.series series.json
+    python -m verl_gradalign.integration.series series.json
 
-The file holds a list of {"folder": ..., "seed": ..., "overrides": [...]}: the overrides are those of
-`python -m verl.trainer.main_ppo`. A run's metrics go to <folder>/metrics.jsonl; when it has ended, <folder>/done is
+The file holds a list of {"folder": ..., "done": ..., "seed": ..., "overrides": [...]}: the overrides are those of
+`python -m verl.trainer.main_ppo`. A run's metrics go to <folder>/metrics.jsonl; when it has ended, the file `done` is
 written. Runs that are done are not run again.
 """
 
@@ -37,8 +37,7 @@ from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 from verl.utils.import_utils import load_class_from_fqn
 
-from verl_gradalign.experiments.plan import DONE
-from verl_gradalign.integration.worker import GradAlignWorker
+from verl_gradalign.integration.worker import use_own_workers
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer
@@ -75,9 +74,7 @@ class SharesProcesses(_Trainer):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        for role in self.role_worker_mapping:
-            if "actor" in str(role):
-                self.role_worker_mapping[role] = ray.remote(GradAlignWorker)
+        use_own_workers(self.role_worker_mapping)
 
     def _setup(self) -> None:
         if self.predecessor is None:
@@ -120,6 +117,7 @@ class SeriesRunner:
         try:
             for run in config.series:
                 trainer, manager = self._run_one(run.config, run.folder, run.seed, trainer, manager)
+                Path(run.done).touch()
         finally:
             tq.close()
 
@@ -146,7 +144,6 @@ class SeriesRunner:
         for partition, keys in (tq.kv_list() or {}).items():
             if keys:
                 tq.kv_clear(keys=list(keys), partition_id=partition)
-        (Path(folder) / DONE).touch()
         return trainer, manager
 
 
@@ -208,7 +205,7 @@ def _given_to_processes(config: DictConfig) -> dict[str, Any]:
 
 def run_series(runs: Sequence[Mapping[str, Any]]) -> None:
     """Run what is not done yet; returns when all have ended."""
-    todo = [run for run in runs if not (Path(run["folder"]) / DONE).exists()]
+    todo = [run for run in runs if not Path(run["done"]).exists()]
     if not todo:
         return
     with initialize_config_module("verl.trainer.config", version_base=None):
