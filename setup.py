@@ -32,6 +32,7 @@ setup(
         "rich>=13",
         "typer>=0.15,<1",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         MATH_VERIFY,
     ],
     extras_require={
@@ -45,6 +46,14 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "codespell>=2.3",
+            "pytest-cov>=5",
+            "pre-commit>=3",
+            # What reads back what verl's loggers wrote.
+            "tensorboard",
+            "wandb",
+            "mlflow-skinny>=3",
+            # Drives the Chromium that is installed, to look at reports; its own download is not needed.
+            "playwright>=1.45",
         ],
     },
     entry_points={

@@ -1,45 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of the metrics, each with its unit and meaning. All appear as `gradalign/<name>` in verl's loggers."""
+"""The catalogue of metrics: what the code may log, and what the documentation says of it.
+
+All appear as `gradalign/<name>` in every logger of verl, and in the `metrics` table of the selection log. `named`
+refuses a name that is not in the catalogue; recipes/how_to/metrics.md is made of it (`make docs`).
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+__all__ = ["CATALOGUE", "PREFIX", "Metric", "metric_of", "named"]
+
 PREFIX = "gradalign/"
 
-METRICS: dict[str, str] = {
-    "candidates": "groups of the step: candidates of a selection, or the problems a schedule has put on it",
-    "live": "of them, those with a non-zero advantage",
-    "kept": "groups that the selection kept",
-    "kept/<reason>": "the same by reason: top, filler, random, scheduled",
-    "rejected": "candidate groups not kept",
-    "rejected/<reason>": "the same by reason: low_score, dead, failed, non_finite, not_drawn",
-    "score/mean, score/min, score/max": "of the scored candidates with a finite score",
-    "score/kept_mean": "mean score of the kept ones",
-    "success_rate/pool, success_rate/kept": "share of responses with a reward above success_threshold",
-    "reliability/scores/spearman": "rank correlation of the candidates' scores on two halves of their groups",
-    "reliability/scores": "the same for whole groups, by Spearman-Brown",
-    "reliability/scores/problems": "candidates that it was measured on",
-    "reliability/direction/cosine": "cosine between the gradients of two halves of the trusted responses",
-    "reliability/direction": "the same for all of them, by Spearman-Brown",
-    "reliability/fallback": "1 in a step that fell back to reliability.fallback, else 0",
-    "direction/norm": "|v|, in units of the loss gradient; of several trusted sets, of the weighted unit directions",
-    "direction/age": "steps since the direction in use was made",
-    "direction/degenerate": "1 in a step whose trusted groups gave no direction, else 0",
-    "direction/<set>/norm, direction/<set>/half_cosine": "of several trusted sets, each one's own",
-    "direction/<set>/cosine": "cosine of a trusted set's direction with the combined one",
-    "validation/groups, validation/live, validation/failed": "trusted groups rolled out, with an advantage, failed",
-    "probe/oversized": "candidates larger than a micro-batch, scored one at a time with backward",
-    "probe/canary/relative_error": "largest error of the rescored problems, as a share of their gradients' norms",
-    "probe/fidelity/spearman": "rank correlation of an approximate estimator with exact dot products; of a sketch, "
-    "estimated from two independent parts of it",
-    "probe/energy_kept": "low_rank: share of the direction's squared norm that the truncation keeps",
-    "probe/step": "finite_difference: |displacement| of the parameters",
-    "seconds/direction": "making the direction of the trusted sets, in the actor",
-    "seconds/scores": "scoring the candidates, in the actor",
-    "seconds/selection": "the whole selection, data movement included",
-    "seconds/share_of_step": "seconds/selection over the step's seconds",
-}
+SCORES = "Scores"
+COUNTS = "Kept and rejected"
+POOL = "Candidates and kept problems"
+DIRECTION = "The direction"
+RELIABILITY = "Reliability"
+PROBE = "The estimator"
+COST = "Cost"
 
 
-def named(values: dict[str, float]) -> dict[str, float]:
-    """Return the metrics under their full names."""
+@dataclass(frozen=True)
+class Metric:
+    """One entry. `<...>` in the name stands for a word of the run's own: a reason, a trusted set, a column, a value."""
+
+    name: str
+    unit: str
+    formula: str
+    group: str
+
+
+def _group(group: str, *entries: tuple[str, str, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(name, unit, formula, group) for name, unit, formula in entries)
+
+
+CATALOGUE: tuple[Metric, ...] = (
+    *_group(
+        COUNTS,
+        ("candidates", "problems", "groups of the step: a selection's candidates, or what a schedule has put on it"),
+        ("live", "problems", "candidates with a non-zero advantage"),
+        ("kept", "problems", "candidates that the selection kept"),
+        ("kept/<reason>", "problems", "the same by reason: top, filler, random, scheduled"),
+        ("rejected", "problems", "candidates - kept"),
+        ("rejected/<reason>", "problems", "the same by reason: low_score, dead, failed, non_finite, not_drawn"),
+    ),
+    *_group(
+        SCORES,
+        ("score/mean", "score", "mean of the candidates with a finite score"),
+        ("score/min", "score", "their lowest"),
+        ("score/max", "score", "their highest"),
+        ("score/kept_mean", "score", "mean of the kept ones"),
+    ),
+    *_group(
+        POOL,
+        ("success_rate/pool", "share", "mean over candidates of the share of responses above success_threshold"),
+        ("success_rate/kept", "share", "the same of the kept ones"),
+        ("response_length/pool", "tokens", "mean over candidates of their responses' mean length"),
+        ("response_length/kept", "tokens", "the same of the kept ones"),
+        ("composition/<column>/<value>/pool", "share", "candidates of that data_source, or value of extra_info"),
+        ("composition/<column>/<value>/kept", "share", "the same of the kept ones"),
+    ),
+    *_group(
+        DIRECTION,
+        ("direction/norm", "loss gradient", "|v|; of several trusted sets, of the weighted sum of unit directions"),
+        ("direction/age", "steps", "step - step in which the direction in use was made"),
+        ("direction/cosine_previous", "cosine", "<v, v of the refresh before>, both unit vectors; when refreshed"),
+        ("direction/degenerate", "0 or 1", "1 in a step whose trusted groups gave no direction"),
+        ("direction/<set>/norm", "loss gradient", "|v| of one of several trusted sets"),
+        ("direction/<set>/half_cosine", "cosine", "between the gradients of two halves of its responses"),
+        ("direction/<set>/cosine", "cosine", "of its direction with the combined one"),
+        ("validation/groups", "problems", "trusted groups rolled out in this step"),
+        ("validation/live", "problems", "of them, those with a non-zero advantage"),
+        ("validation/failed", "problems", "of them, those whose responses could not be generated"),
+    ),
+    *_group(
+        RELIABILITY,
+        ("reliability/scores/spearman", "correlation", "r of the candidates' ranks by two halves of their groups"),
+        ("reliability/scores", "correlation", "2r / (1 + r): of whole groups (Spearman-Brown)"),
+        ("reliability/scores/problems", "problems", "candidates that r was measured on"),
+        ("reliability/direction/cosine", "cosine", "c between the gradients of two halves of the trusted responses"),
+        ("reliability/direction", "correlation", "2c / (1 + c): of all trusted responses (Spearman-Brown)"),
+        ("reliability/fallback", "0 or 1", "1 in a step that fell back to reliability.fallback"),
+    ),
+    *_group(
+        PROBE,
+        ("probe/oversized", "problems", "larger than a micro-batch, so scored one at a time with backward"),
+        ("probe/canary/relative_error", "share", "largest |g - g exact| / |g exact| of the rescored problems"),
+        ("probe/fidelity/spearman", "correlation", "an approximate estimator's ranks with those of exact dot products"),
+        ("probe/energy_kept", "share", "low_rank: of |v|^2, what the truncation keeps"),
+        ("probe/step", "parameters", "finite_difference: |displacement|"),
+    ),
+    *_group(
+        COST,
+        ("seconds/rollout", "s", "waiting for the step's groups, selection excluded"),
+        ("seconds/direction", "s", "making the direction of the trusted sets, in the actor"),
+        ("seconds/scores", "s", "scoring the candidates, in the actor"),
+        ("seconds/selection", "s", "the whole selection, data movement and logging included"),
+        ("seconds/logging", "s", "selection log and pages; part of seconds/selection, but for what follows the update"),
+        ("seconds/update", "s", "the actor's update"),
+        ("seconds/share_of_step", "share", "seconds/selection over the step's seconds"),
+        ("tokens/generated", "tokens", "responses of candidates and trusted problems"),
+        ("tokens/trained", "tokens", "of them, those that are trained on"),
+        ("tokens/trusted", "tokens", "of them, the trusted problems'"),
+        ("tokens/direction", "tokens", "of the passes that make the direction, prompts included"),
+        ("tokens/scores", "tokens", "of the candidates measured, prompts included"),
+        ("cost/unused_rollouts", "share", "1 - tokens/trained / tokens/generated"),
+        (
+            "cost/share_of_step",
+            "share",
+            "(seconds/selection + cost/unused_rollouts x seconds/rollout) over the step's seconds",
+        ),
+    ),
+)
+
+
+@cache
+def metric_of(name: str) -> Metric | None:
+    """Return the catalogue's entry of a metric's name (without the prefix), None if it has none."""
+    exact = {metric.name: metric for metric in CATALOGUE}
+    if name in exact:
+        return exact[name]
+    for metric in CATALOGUE:
+        pattern = "(.+)".join(map(re.escape, re.split(r"<\w+>", metric.name)))
+        if "<" in metric.name and re.fullmatch(pattern, name, re.DOTALL):
+            return metric
+    return None
+
+
+def named(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics under their full names. Raises KeyError for a name that is not in the catalogue."""
+    for name in values:
+        if metric_of(name) is None:
+            raise KeyError(f"metric {name!r} is not in verl_gradalign.metrics.CATALOGUE")
     return {PREFIX + name: float(value) for name, value in values.items()}

@@ -19,10 +19,37 @@ ADVANTAGES = ("trainer", "centred")
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The selection log."""
+    """The selection log, and what is shown of it meanwhile."""
 
     dir: str | None = None
     """Folder of the Parquet parts. None: `<trainer.default_local_dir>/gradalign`."""
+    columns: tuple[str, ...] = ()
+    """Keys of the problems' extra_info that the composition of candidates and kept ones is reported by, and that become
+    columns of the log. data_source is always reported."""
+    sample_problems: int = 16
+    """Problems of every scored step whose prompt, answer and a best and a worst response are kept as text, those that
+    look least trustworthy first; 0 or more. 0: none, and the report lists suspicious problems without their text."""
+    sample_chars: int = 4000
+    """Length that each of these texts is cut to, in characters, at least 1."""
+    steps_per_part: int = 100
+    """Steps whose parts are merged into one file, at least 2: few files, quickly read, and little to rewrite."""
+    max_gb: float | None = 8.0
+    """Size of the log in GB (1e9 bytes), above 0; beyond it the oldest steps are dropped, with a warning. None: no
+    limit. A row takes about 60 bytes, a sampled problem about 2,000."""
+    pages_interval: int = 20
+    """wandb: steps between two tables of problems (top, bottom, most uncertain) and figures; 0: never."""
+    pages_problems: int = 10
+    """wandb: problems of each kind in the table, at least 1."""
+
+    def __post_init__(self) -> None:
+        least_of = {"sample_problems": 0, "sample_chars": 1, "steps_per_part": 2, "pages_interval": 0}
+        for key, least in {**least_of, "pages_problems": 1}.items():
+            value = getattr(self, key)
+            require(value >= least, f"log.{key}", value, f"must be at least {least}", f"set {least} or more")
+        limit = self.max_gb
+        require(limit is None or limit > 0, "log.max_gb", limit, "must be above 0", "set 8, or null for no limit")
+        names = [name for name in self.columns if not name]
+        require(not names, "log.columns", list(self.columns), "holds an empty name", "name keys of extra_info")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `verl-gradalign`. Commands are thin: each calls one function of the package and prints its result.
+"""`verl-gradalign prepare`: train, trusted and test files in verl's schema."""
 
-Importing this module imports neither torch nor verl; commands import what they need when they run.
-
-    verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,28 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["app", "refusals_as_messages"]
-
-BAD_INPUT_EXIT_CODE = 2
-FAILED_RUN_EXIT_CODE = 1
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def main() -> None:
-    """Train with verl on the problems whose policy gradient points along a trusted one."""
-
-
-@contextmanager
-def refusals_as_messages() -> Iterator[None]:
-    """Print what a user can fix (ValueError, OSError; exit code 2) or a failed run (RuntimeError; 1) as one message."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        code = FAILED_RUN_EXIT_CODE if isinstance(error, RuntimeError) else BAD_INPUT_EXIT_CODE
-        raise typer.Exit(code) from None
+from verl_gradalign.cli.app import app, refusals_as_messages
 
 
 @app.command()
@@ -97,51 +69,6 @@ def prepare(
         console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
-def compare(
-    regime: Annotated[
-        str, typer.Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
-    methods: Annotated[str | None, typer.Option(help="Scores, and filter_groups; comma-separated. All ten.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(help="Series of a miniature's runs side by side.", min=1)] = 2,
-    data: Annotated[Path | None, typer.Option(help="A published regime's files, from `prepare`.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="A miniature's policy, to share among comparisons.")] = None,
-    warm_up_steps: Annotated[int | None, typer.Option(help="Of a miniature's policy.", min=1)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Further verl overrides of every run.")] = None,
-) -> None:
-    """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
-    from verl_gradalign.experiments.compare import Comparison
-    from verl_gradalign.experiments.compare import compare as run_comparison
-    from verl_gradalign.experiments.miniatures import WARM_UP_STEPS
-    from verl_gradalign.experiments.plan import METHODS
-
-    console = Console()
-    with refusals_as_messages():
-        comparison = Comparison(
-            regime=regime,
-            output=output,
-            methods=tuple(methods.split(",")) if methods else METHODS,
-            seeds=_parse_seeds(seeds),
-            num_jobs=jobs,
-            data=data,
-            policy=policy,
-            warm_up_steps=warm_up_steps or WARM_UP_STEPS,
-            overrides=tuple(overrides or ()),
-        )
-        summary = run_comparison(comparison, console)
-    console.print(summary.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _parse_seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--seeds {text} are not whole numbers; write for example --seeds 0,1,2") from None
-
-
 def _parse_origins(values: list[str]) -> dict[str, str]:
     origins = {}
     for value in values:
@@ -171,7 +98,3 @@ def _summary(manifest: dict[str, Any]) -> Table:
     duplicates = ", ".join(f"{source} {num}" for source, num in found_by_source.items())
     table.caption = f"duplicates removed within a source: {duplicates}"
     return table
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `verl-gradalign`. Commands are thin: each calls one function of the package and prints its result.
+
+Importing this package imports neither torch nor verl; commands import what they need when they run.
+
+    verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
+"""
+
+from verl_gradalign.cli import compare, prepare  # noqa: F401  (each registers itself)
+from verl_gradalign.cli.app import app, refusals_as_messages
+
+__all__ = ["app", "refusals_as_messages"]

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verl-gradalign compare`: every way of choosing problems, side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from verl_gradalign.cli.app import app, refusals_as_messages
+
+
+@app.command()
+def compare(
+    regime: Annotated[
+        str, typer.Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
+    methods: Annotated[str | None, typer.Option(help="Scores, and filter_groups; comma-separated. All ten.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(help="Series of a miniature's runs side by side.", min=1)] = 2,
+    data: Annotated[Path | None, typer.Option(help="A published regime's files, from `prepare`.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="A miniature's policy, to share among comparisons.")] = None,
+    warm_up_steps: Annotated[int | None, typer.Option(help="Of a miniature's policy.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Further verl overrides of every run.")] = None,
+) -> None:
+    """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
+    from verl_gradalign.experiments.compare import Comparison
+    from verl_gradalign.experiments.compare import compare as run_comparison
+    from verl_gradalign.experiments.miniatures import WARM_UP_STEPS
+    from verl_gradalign.experiments.plan import METHODS
+
+    console = Console()
+    with refusals_as_messages():
+        comparison = Comparison(
+            regime=regime,
+            output=output,
+            methods=tuple(methods.split(",")) if methods else METHODS,
+            seeds=_parse_seeds(seeds),
+            num_jobs=jobs,
+            data=data,
+            policy=policy,
+            warm_up_steps=warm_up_steps or WARM_UP_STEPS,
+            overrides=tuple(overrides or ()),
+        )
+        summary = run_comparison(comparison, console)
+    console.print(summary.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds {text} are not whole numbers; write for example --seeds 0,1,2") from None
