@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a run, drawn from plain arrays. They hold no global state, so any thread may draw them.
+
+    figure = score_against_success(success_rate_P, score_P, kept_P)
+    figure.savefig("scores.png")
+
+Names in them come from outside (data sources, values of extra_info, runs): none is read as mathematics.
+
+Shape legend: P problems, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+__all__ = ["PALETTE", "composition_over_time", "curves", "score_against_success", "thinned"]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24", "#4D4D4D")
+"""Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white."""
+GREY = "#8A8A8A"
+INK = "#222222"
+
+MAX_POINTS = 400
+MAX_DOTS = 4000
+MAX_BANDS = 60
+MAX_NAME_CHARS = 32
+MAX_LEGEND_NAMES = 12
+
+
+def thinned(steps_S: np.ndarray, values_S: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most `most` points: means of neighbouring ones. Values that are not finite are left out of them."""
+    is_known_S = np.isfinite(values_S)
+    steps_S, values_S = np.asarray(steps_S)[is_known_S], np.asarray(values_S)[is_known_S]
+    if len(steps_S) <= most:
+        return steps_S, values_S
+    starts = np.linspace(0, len(steps_S), most, endpoint=False).astype(int)
+    counts = np.diff([*starts, len(steps_S)])
+    return np.add.reduceat(steps_S, starts) / counts, np.add.reduceat(values_S, starts) / counts
+
+
+def score_against_success(
+    success_rate_P: np.ndarray, score_P: np.ndarray, kept_P: np.ndarray, score_name: str = "score"
+) -> Figure:
+    """Return a scatter of scores against success rates, kept problems in colour, and the median score along it.
+
+    Problems without a score or success rate are left out; of very many a random part is drawn (seeded).
+    """
+    is_known_P = np.isfinite(success_rate_P) & np.isfinite(score_P)
+    rate, score, kept = success_rate_P[is_known_P], score_P[is_known_P], np.asarray(kept_P)[is_known_P].astype(bool)
+    figure, axes = _panel((7.6, 3.9))
+    random = np.random.default_rng(0)
+    if len(rate) > MAX_DOTS:
+        chosen = random.permutation(len(rate))[:MAX_DOTS]
+        rate, score, kept = rate[chosen], score[chosen], kept[chosen]
+    # Success rates of groups are a few fractions: dots of one fraction would hide each other.
+    jittered = rate + random.uniform(-0.012, 0.012, len(rate))
+    for is_mine, colour, label in ((~kept, GREY, "not kept"), (kept, PALETTE[0], "kept")):
+        axes.scatter(
+            jittered[is_mine], score[is_mine], s=9, c=colour, alpha=0.45, linewidths=0, label=label, rasterized=True
+        )
+    middle, median = _medians(rate, score)
+    if len(middle) > 1:
+        axes.plot(middle, median, color=INK, linewidth=1.8, label="median of all")
+    if len(score):
+        axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
+        axes.set_ylim(*_span(score))
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("success rate of the group")
+    axes.set_ylabel(score_name, parse_math=False)
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
+    return figure
+
+
+def composition_over_time(
+    steps_S: np.ndarray, shares: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str = ""
+) -> Figure:
+    """Return two stacked areas side by side: what the candidates were, and what was trained on.
+
+    `shares` gives, by name, the share of that kind among the candidates and among the kept ones, each (steps,), from 0
+    to 1. A step in which nothing was kept is nan.
+    """
+    names = list(shares)
+    figure = _figure((7.6, 3.5))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for group, (axes, label) in enumerate(((left, "candidates"), (right, "trained on"))):
+        _style(axes)
+        _stack(axes, np.asarray(steps_S), [np.asarray(shares[name][group], dtype=float) for name in names])
+        axes.set_title(label, fontsize=10.5, color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylim(0, 1)
+        axes.grid(False)
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    left.set_ylabel(f"share by {title}" if title else "share", parse_math=False)
+    handles = [Patch(facecolor=PALETTE[number % len(PALETTE)]) for number in range(len(names))]
+    # The first area is at the bottom, so the list runs upwards like the areas.
+    _legend(figure, handles[::-1], names[::-1])
+    return figure
+
+
+def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], is_wide: bool = False) -> Figure:
+    """Return lines over steps: `series` gives (steps_S, values_S) by name; values that are not finite are left out.
+
+    `unit` is written along the axis; "share" as percentages. Names share a legend where there are several.
+    """
+    figure, axes = _panel((7.6, 3.3) if is_wide else (5.0, 3.0))
+    handles: list[Artist] = []
+    for number, (steps_S, values_S) in enumerate(series.values()):
+        x, y = thinned(np.asarray(steps_S, dtype=float), np.asarray(values_S, dtype=float))
+        marker = "o" if len(x) <= 25 else None
+        style = ("-", "--", ":")[number // len(PALETTE) % 3]
+        colour = PALETTE[number % len(PALETTE)]
+        handles += axes.plot(x, y, style, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+    if unit == "share":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    else:
+        axes.set_ylabel(unit, parse_math=False)
+    axes.set_title(title, fontsize=11, color=INK, loc="left", parse_math=False)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(series) > 1:
+        _legend(figure, handles, list(series), is_below=not is_wide)
+    return figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    return Figure(figsize=size, layout="constrained", facecolor="white")
+
+
+def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = _figure(size)
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#777777")
+    axes.grid(color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9.5, color="#777777")
+    axes.xaxis.label.set_fontsize(10)
+    axes.yaxis.label.set_fontsize(10)
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """Return limits that a few far outliers do not stretch."""
+    low, high = np.quantile(values, [0.002, 0.998])
+    margin = 0.06 * (high - low) or max(1e-6, abs(high) * 0.1)
+    return low - margin, high + margin
+
+
+def _medians(rate: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the median score in tenths of the success rate that have enough problems to have one."""
+    tenth = np.clip((rate * 10).astype(int), 0, 9)
+    filled = [t for t in range(10) if (tenth == t).sum() >= 5]
+    middle = np.array([rate[tenth == t].mean() for t in filled])
+    return middle, np.array([np.median(score[tenth == t]) for t in filled])
+
+
+def _stack(axes: Axes, steps_S: np.ndarray, shares: Sequence[np.ndarray]) -> None:
+    """Stack shares over steps: bars where there are few steps, areas of neighbouring steps' means else."""
+    is_known_S = np.all([np.isfinite(share) for share in shares], axis=0) if shares else np.zeros(len(steps_S), bool)
+    if not is_known_S.any():
+        return
+    steps = steps_S[is_known_S].astype(float)
+    heights = [share[is_known_S] for share in shares]
+    points = [thinned(steps, height, MAX_BANDS) for height in heights]
+    x = points[0][0]
+    colours = [PALETTE[number % len(PALETTE)] for number in range(len(shares))]
+    if len(x) >= 4:
+        axes.stackplot(x, [y for _, y in points], colors=colours, linewidth=0)
+        axes.set_xlim(x[0], x[-1])
+    else:
+        bottom = np.zeros(len(x))
+        for (_, y), colour in zip(points, colours, strict=True):
+            axes.bar(x, y, 0.7, bottom=bottom, color=colour)
+            bottom = bottom + y
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str], is_below: bool = False) -> None:
+    """Put a legend outside the axes. Its texts are set afterwards: a label that begins with "_" would be left out."""
+    shown = min(len(names), MAX_LEGEND_NAMES)
+    placeholders = ["n" * min(len(name), MAX_NAME_CHARS) for name in names[:shown]]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "handlelength": 1.3}
+    if is_below:
+        legend = figure.legend(
+            handles[:shown], placeholders, loc="outside lower left", ncols=2 if shown > 1 else 1, **style
+        )
+    else:
+        legend = figure.legend(handles[:shown], placeholders, loc="outside right center", **style)
+    for text, name in zip(legend.get_texts(), names, strict=False):
+        text.set_parse_math(False)
+        text.set_text(name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 3] + "...")
