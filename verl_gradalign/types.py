@@ -135,6 +135,19 @@ class Measurements:
         return self.success_PR.nanmean(dim=1)
 
     @property
+    def dot_error_P(self) -> Tensor:
+        """Return the standard error of dot: how much it varies with the responses that were drawn.
+
+        Of n contributions x that add up to dot, sqrt(n / (n - 1) sum (x - mean)^2); where they were not measured, of
+        the two halves |h_0 - h_1|, which has one degree of freedom only. nan where neither is known.
+        """
+        count_P = self.contribution_PR.isfinite().sum(dim=1).double()
+        deviation_PR = self.contribution_PR - self.contribution_PR.nanmean(dim=1, keepdim=True)
+        variance_P = deviation_PR.square().nansum(dim=1) * count_P / (count_P - 1)
+        by_half_P = (self.half_dot_P2[:, 0] - self.half_dot_P2[:, 1]).abs()
+        return torch.where(count_P > 1, variance_P.sqrt(), by_half_P)
+
+    @property
     def cosine_P(self) -> Tensor:
         """Return <g_i, v> / (|g_i| |v|), 0 where the gradient is exactly zero."""
         return ratio(self.dot_P, self.norm_P)

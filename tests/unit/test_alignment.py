@@ -16,10 +16,12 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration import alignment, worker
+from verl_gradalign.integration.choosing import Choice
 from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
+from verl_gradalign.integration.recorder import StepRecorder
 from verl_gradalign.integration.records import log_columns
 from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply, ScoringRequest
-from verl_gradalign.metrics import METRICS
+from verl_gradalign.metrics import metric_of
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.trusted import SetReport
@@ -51,7 +53,9 @@ def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False
     coefficients = tuple(-a / max(len(rewards), 1) for a in advantages)
     is_live = is_live and not is_failed
     halves = tuple(int(k >= (num + 1) // 2) for k in range(num))
-    return Group(Problem(uid, row, "tasks"), keys, 20, rewards, is_failed, is_live, advantages, coefficients, halves)
+    problem = Problem(uid, row, "tasks")
+    tokens = (20, 3 * num)
+    return Group(problem, keys, tokens[0], rewards, is_failed, is_live, advantages, coefficients, halves, tokens[1])
 
 
 class Step:
@@ -64,15 +68,17 @@ class Step:
         self.dots, self.half_dots, self.diagnostics = dots, half_dots, diagnostics or {}
         self.half_cosine = 0.5
         config = GradAlignConfig.from_mapping(
-            {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}} | (values or {})
+            {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}}
+            | {"log": {"sample_problems": 0}}
+            | (values or {})
         )
         self.log_folder = tmp_path / "log"
         self.curriculum = None
         if config.schedule != "step":
             self.curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
-        log = SelectionLog(self.log_folder)
+        recorder = StepRecorder(config, SelectionLog(self.log_folder), problems=None, decode=str)
         self.verl = copy.deepcopy(VERL)
-        self.selector = alignment.AlignmentSelector(config, self.verl, log, self, NUM_CANDIDATES, self.curriculum)
+        self.selector = alignment.AlignmentSelector(config, self.verl, recorder, self, NUM_CANDIDATES, self.curriculum)
         self.selector.attach_workers(self.score, dp_rank_of=[0])
         self.monkeypatch = monkeypatch
 
@@ -110,7 +116,7 @@ class Step:
         self.selector.expect(draw or Draw(tuple(g.problem.problem_id for g in candidates), NUM_KEPT))
         self.selector.register([g.problem for g in groups])
         keys = [key for group in groups for key in group.keys]
-        batch = KVBatchMeta(keys=keys, tags=[{"seq_len": 10}] * len(keys), partition_id="train")
+        batch = KVBatchMeta(keys=keys, tags=[{"seq_len": 10, "response_len": 3}] * len(keys), partition_id="train")
         kept, metrics = self.selector.select(batch, list(self.groups), set(), NUM_KEPT, step)
         self.kept_keys = kept.keys
         assert sorted([*kept.keys, *self.cleared]) == sorted(keys)
@@ -240,7 +246,7 @@ def test_what_the_estimator_says_of_itself_becomes_metrics(tmp_path, monkeypatch
     _, metrics = step.run(1)
     for name, value in diagnostics.items():
         assert metrics[f"gradalign/probe/{name}"] == value
-        assert f"probe/{name}" in METRICS
+        assert metric_of(f"probe/{name}").unit
 
 
 def test_the_worker_takes_a_fresh_direction_else_the_stored_one_where_allowed(monkeypatch):
@@ -380,7 +386,7 @@ def test_a_hundred_thousand_candidates_are_ranked_kept_and_logged_in_a_second(tm
     tracemalloc.start()
     started = time.process_time()  # a busy machine is no failure
     selection = select_top(candidates, num // 4, config.dead_groups, (0, 1))
-    log.write(1, log_columns(1, groups, selection, scores, np.full(num, 0.5), None, np.arange(num)))
+    log.write(1, log_columns(1, groups, Choice(selection, scores), np.full(num, 0.5), None))
     seconds = time.process_time() - started
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

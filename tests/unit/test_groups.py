@@ -16,7 +16,7 @@ from verl_gradalign.integration.groups import Problem, cancels, halved, keys_by_
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
 KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
-BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5}] * 4, partition_id="train")
+BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5, "response_len": 2}] * 4, partition_id="train")
 
 
 def nested(rows):

@@ -16,8 +16,10 @@ def row(step, problem_id, **changes):
         "score": 0.25,
         "dot": -1.5,
         "norm": 6.0,
+        "dot_error": 0.5,
         "success_rate": 0.5,
         "num_responses": 8,
+        "response_tokens": 12.5,
         "kept": True,
         "reason": "top",
     }

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-import numpy as np
 import transfer_queue as tq
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
@@ -24,23 +23,13 @@ from verl_gradalign.integration.choosing import Choice, Chooser
 from verl_gradalign.integration.dealing import audited_problems, build_requests, drawn, token_budget
 from verl_gradalign.integration.groups import Group, Problem, natural_order, needs_values, read_groups, session_of
 from verl_gradalign.integration.measuring import measurements
-from verl_gradalign.integration.records import (
-    log_columns,
-    reply_metrics,
-    score_metrics,
-    selection_metrics,
-    success_rates,
-    trusted_metrics,
-)
+from verl_gradalign.integration.recorder import StepRecorder
 from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.trusted import COMBINED
-from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.scores import learnability, score_of
-from verl_gradalign.selection.select import (
-    REASONS,
-)
+from verl_gradalign.selection.select import REASONS
 from verl_gradalign.types import Selection
 
 logger = logging.getLogger(__name__)
@@ -66,7 +55,7 @@ class AlignmentSelector:
     Args:
         config: the `gradalign` block.
         verl_config: the whole verl configuration.
-        log: where every candidate of every step is noted.
+        recorder: notes every candidate of every step.
         host: the trainer.
         num_problems: rows of the train files.
         curriculum: decides what is trained on between selections; None where verl's own data loader does.
@@ -76,14 +65,14 @@ class AlignmentSelector:
         self,
         config: GradAlignConfig,
         verl_config: DictConfig,
-        log: SelectionLog,
+        recorder: StepRecorder,
         host: Host,
         num_problems: int,
         curriculum: Curriculum | None,
     ) -> None:
         self._config = config
         self._verl_config = verl_config
-        self._log = log
+        self._recorder = recorder
         self._host = host
         self._score = score_of(config.score)
         self._curriculum = curriculum
@@ -167,21 +156,11 @@ class AlignmentSelector:
             choice, reply = self._score_and_choose(batch, groups, trusted, step)
         else:
             choice, reply = self._chooser.take_all(groups, is_planned=self._curriculum is not None), None
-        selection = choice.selection
-        kept = self._keep(batch, groups, selection, step)
-        rate_P = success_rates(groups, self._config.success_threshold)
-        live = np.flatnonzero([g.is_live for g in groups])
-        scores = None if reply is None else reply.scores
-        self._log.write(step, log_columns(step, groups, selection, choice.score_P, rate_P, scores, live))
+        metrics = self._recorder.record(step, batch, groups, choice, reply, trusted)
+        kept = self._keep(batch, groups, choice.selection, step)
+        metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
         self.last_selection_s = time.perf_counter() - started
-        metrics = {
-            **choice.metrics,
-            **selection_metrics(groups, selection, rate_P),
-            **score_metrics(choice.score_P, selection),
-            "seconds/selection": self.last_selection_s,
-        }
-        if self._score.needs_direction and trusted:
-            metrics |= trusted_metrics(trusted, is_degenerate=not (reply is not None and reply.is_fresh))
+        metrics["seconds/selection"] = self.last_selection_s
         if self._direction_step is not None:
             metrics["direction/age"] = step - self._direction_step
         return kept, named(metrics)
@@ -221,18 +200,14 @@ class AlignmentSelector:
     def _score_and_choose(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
     ) -> tuple[Choice, ScoringReply | None]:
-        """Return what was chosen, with the metrics of it and of the actor's reply."""
+        """Return what was chosen, and the actor's reply if it was asked."""
         live = [g for g in groups if g.is_live]
         reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
         if reply is not None and reply.is_fresh:
             self._direction_step = step
             self._chooser.note_direction(reply.reports[COMBINED].half_cosine)
         scores = None if reply is None else reply.scores
-        choice = self._chooser.choose(groups, scores, self._draw.num_kept, step)
-        if reply is not None:
-            has_several_sets = len(self._config.validation.trusted_sets()) > 1
-            choice = choice.with_metrics(reply_metrics(reply, has_several_sets))
-        return choice, reply
+        return self._chooser.choose(groups, scores, self._draw.num_kept, step), reply
 
     def _measure(
         self, batch: KVBatchMeta, live: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

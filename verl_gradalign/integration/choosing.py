@@ -38,11 +38,9 @@ class Choice:
     selection: Selection
     score_P: np.ndarray
     """Of every group, float64; nan where it has none."""
+    dot_error_P: np.ndarray | None = None
+    """Standard error of every group's dot product, float64; nan where it is not known. None: nothing was measured."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def with_metrics(self, metrics: Mapping[str, float]) -> Choice:
-        """Return the choice with further metrics."""
-        return replace(self, metrics={**metrics, **self.metrics})
 
 
 class Chooser:
@@ -72,7 +70,8 @@ class Chooser:
         if self._score.needs_gradients and live and scores is None:
             return Choice(self._without_direction(candidates, num_kept, step), candidates.score_P)
         m = measurements(live, scores, len(groups), self._config.success_threshold)
-        score_P = spread(self._remembered(m), np.flatnonzero([g.is_live for g in groups]), len(groups))
+        places = np.flatnonzero([g.is_live for g in groups])
+        score_P = spread(self._remembered(m), places, len(groups))
         candidates = replace(candidates, score_P=score_P)
         reliability = score_reliability(m, self._score, self._config.score_options)
         is_unreliable = self._is_unreliable(reliability)
@@ -86,7 +85,7 @@ class Chooser:
             "reliability/scores/problems": float(reliability.num_problems),
             "reliability/fallback": float(is_unreliable),
         }
-        return Choice(selection, score_P, metrics)
+        return Choice(selection, score_P, spread(m.dot_error_P.numpy(), places, len(groups)), metrics)
 
     def state(self) -> dict[str, Any]:
         """Return what later choices depend on, for the checkpoint."""

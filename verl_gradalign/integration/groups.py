@@ -61,6 +61,8 @@ class Group:
     """Factor of each key's log-probability in the problem's objective; nan where its tokens have different ones."""
     halves: tuple[int, ...] = ()
     """0 or 1: the half of the group that each key counts to when reliability is measured. Empty: not split."""
+    num_response_tokens: int = 0
+    """Of all trajectories, prompts excluded."""
 
     def success_rate(self, threshold: float) -> float:
         """Return the share of responses with a reward above `threshold`; NaN without responses."""
@@ -162,6 +164,7 @@ def read_groups(
             advantages=tuple(per_key[key][0] for key in ordered.get(p.uid, ()) if key in per_key),
             coefficients=tuple(per_key[key][1] for key in ordered.get(p.uid, ()) if key in per_key),
             halves=tuple(half for half, _ in split.get(p.uid, ())),
+            num_response_tokens=sum(tags[key]["response_len"] for key in by_uid.get(p.uid, ())),
         )
         for p in problems
     ]

@@ -18,6 +18,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl_gradalign.integration.groups import Problem
 
 PROBLEM_ID = "gradalign_problem_id"
+MAX_LABEL_CHARS = 200
 
 
 class PromptTable:
@@ -30,6 +31,7 @@ class PromptTable:
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self.problem_ids = np.asarray(rows_in_files(dataset.dataframe), dtype=np.int64)
+        self._labels: dict[str, list[str]] = {}
         self._place_of = {int(problem_id): place for place, problem_id in enumerate(self.problem_ids)}
 
     def __len__(self) -> int:
@@ -39,6 +41,33 @@ class PromptTable:
     def num_rows(self) -> int:
         """Rows of the files, as far as they are known: one more than the largest problem id."""
         return int(self.problem_ids.max()) + 1 if len(self) else 0
+
+    def text(self, problem_id: int) -> tuple[str, str]:
+        """Return a problem's prompt, all messages, and the ground truth of its reward, if it has one."""
+        row = self._dataset[self._place_of[problem_id]]
+        contents = [str(message.get("content")) for message in row["raw_prompt"]]
+        return "\n\n".join(contents), str((row.get("reward_model") or {}).get("ground_truth", ""))
+
+    def read_labels(self, columns: Sequence[str]) -> None:
+        """Read the columns of extra_info that `label` is asked for.
+
+        Raises: ValueError if no problem has such a key.
+        """
+        frame = self._dataset.dataframe
+        infos = frame["extra_info"] if columns and "extra_info" in frame.column_names else []
+        for column in columns:
+            values = [info.get(column) for info in infos]
+            if all(value is None for value in values):
+                known = sorted({key for info in list(infos)[:100] for key in info})
+                raise ValueError(
+                    f"gradalign.log.columns={list(columns)}: no problem of data.train_files has {column!r} in its "
+                    f"extra_info. Remedy: use one of {', '.join(known) or '(there are none)'}."
+                )
+            self._labels[column] = [str(value)[:MAX_LABEL_CHARS] for value in values]
+
+    def label(self, column: str, problem_id: int) -> str:
+        """Return the problem's value of a column that was read, as text."""
+        return self._labels[column][self._place_of[problem_id]]
 
     def batch(self, problem_ids: Sequence[int], step: int, n: int) -> TensorDict:
         """Return the prompt rows of the problems, each to be answered `n` times.

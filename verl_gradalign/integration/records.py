@@ -6,17 +6,22 @@ Shape legend: P candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from verl_gradalign.integration.groups import Group
 from verl_gradalign.integration.worker import ScoringReply
+from verl_gradalign.metrics import PREFIX
 from verl_gradalign.probe.trusted import COMBINED, SetReport
 from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.select import KEPT_REASONS, REASONS
 from verl_gradalign.types import ProblemScores, Selection
+
+if TYPE_CHECKING:  # which takes `spread` from here
+    from verl_gradalign.integration.choosing import Choice
 
 
 def success_rates(groups: Sequence[Group], threshold: float) -> np.ndarray:
@@ -32,33 +37,37 @@ def spread(values: Any, positions: np.ndarray, num_candidates: int) -> np.ndarra
 
 
 def log_columns(
-    step: int,
-    groups: Sequence[Group],
-    selection: Selection,
-    score_P: np.ndarray,
-    success_rate_P: np.ndarray,
-    scores: ProblemScores | None,
-    live: np.ndarray,
+    step: int, groups: Sequence[Group], choice: Choice, success_rate_P: np.ndarray, scores: ProblemScores | None
 ) -> dict[str, Any]:
-    """Return the selection log's columns of a step. `scores` are those of the candidates at the positions `live`."""
-    norms = None if scores is None else scores.norm_P
+    """Return the selection log's columns of a step. `scores` are those of the live groups."""
+    live = np.flatnonzero([g.is_live for g in groups])
+    norm_P = None if scores is None else scores.norm_P
+    unknown_P = np.full(len(groups), np.nan)
     return {
         "step": np.full(len(groups), step),
         "problem_id": np.array([g.problem.problem_id for g in groups], dtype=np.int64),
         "data_source": [g.problem.data_source for g in groups],
-        "score": score_P,
-        "dot": spread([] if scores is None else scores.dot_P.numpy(), live if scores else live[:0], len(groups)),
-        "norm": spread([] if norms is None else norms.numpy(), live if norms is not None else live[:0], len(groups)),
+        "score": choice.score_P,
+        "dot": unknown_P if scores is None else spread(scores.dot_P.numpy(), live, len(groups)),
+        "norm": unknown_P if norm_P is None else spread(norm_P.numpy(), live, len(groups)),
+        "dot_error": unknown_P if choice.dot_error_P is None else choice.dot_error_P,
         "success_rate": success_rate_P,
         "num_responses": np.array([len(g.rewards) for g in groups], dtype=np.int64),
-        "kept": selection.reason_P < len(KEPT_REASONS),
-        "reason": np.array(REASONS, dtype=object)[selection.reason_P],
+        "response_tokens": mean_lengths(groups),
+        "kept": choice.selection.reason_P < len(KEPT_REASONS),
+        "reason": np.array(REASONS, dtype=object)[choice.selection.reason_P],
     }
 
 
+def mean_lengths(groups: Sequence[Group]) -> np.ndarray:
+    """Return the mean tokens of each group's responses, nan where nothing was generated."""
+    return np.array([g.num_response_tokens / len(g.rewards) if g.rewards else np.nan for g in groups])
+
+
 def selection_metrics(groups: Sequence[Group], selection: Selection, success_rate_P: np.ndarray) -> dict[str, float]:
-    """Return the metrics that every score has: counts by reason, and success rates."""
+    """Return the metrics that every score has: counts by reason, success rates, lengths."""
     counts = np.bincount(selection.reason_P, minlength=len(REASONS))
+    lengths_P = mean_lengths(groups)
     return {
         "candidates": len(groups),
         "live": sum(g.is_live for g in groups),
@@ -70,6 +79,8 @@ def selection_metrics(groups: Sequence[Group], selection: Selection, success_rat
         },
         "success_rate/pool": _mean(success_rate_P),
         "success_rate/kept": _mean(success_rate_P[selection.kept]),
+        "response_length/pool": _mean(lengths_P),
+        "response_length/kept": _mean(lengths_P[selection.kept]),
     }
 
 
@@ -92,6 +103,8 @@ def reply_metrics(reply: ScoringReply, has_several_sets: bool) -> dict[str, floa
     if reply.scores is not None:
         values["direction/norm"] = reply.scores.direction_norm
         values |= {f"probe/{name}": value for name, value in reply.scores.diagnostics.items()}
+    if not math.isnan(reply.cosine_previous):
+        values["direction/cosine_previous"] = reply.cosine_previous
     for name, report in reply.reports.items():
         if name == COMBINED or has_several_sets:
             values |= _set_metrics(name, report)
@@ -107,6 +120,43 @@ def trusted_metrics(trusted: Mapping[str, Sequence[Group]], is_degenerate: bool)
         "validation/failed": sum(g.is_failed for g in groups),
         "direction/degenerate": float(is_degenerate),
     }
+
+
+def token_metrics(
+    groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], reply: ScoringReply | None
+) -> dict[str, float]:
+    """Return what was generated for the step, and what the actor read to measure it, in tokens."""
+    trusted_groups = [g for members in trusted.values() for g in members]
+    num_trusted = sum(g.num_response_tokens for g in trusted_groups)
+    is_measured = reply is not None and reply.scores is not None
+    return {
+        "tokens/generated": num_trusted + sum(g.num_response_tokens for g in groups),
+        "tokens/trusted": num_trusted,
+        "tokens/direction": sum(g.num_tokens for g in trusted_groups if g.is_live and reply is not None),
+        "tokens/scores": sum(g.num_tokens for g in groups if g.is_live and is_measured),
+    }
+
+
+def cost_metrics(metrics: Mapping[str, float], timing_s: Mapping[str, float], selection_s: float) -> dict[str, float]:
+    """Return what selection costs of a step, rollouts that are not trained on included.
+
+    `metrics` are those of the step's selection, under their full names; `timing_s` is verl's.
+    """
+    step_s = timing_s["step"]
+    # verl's sampling waits for the groups and then has them chosen among.
+    rollout_s = max(0.0, timing_s["gen"] - selection_s)
+    values = {
+        "seconds/rollout": rollout_s,
+        "seconds/share_of_step": selection_s / step_s,
+    }
+    if "update_actor" in timing_s:
+        values["seconds/update"] = timing_s["update_actor"]
+    generated, trained = (metrics.get(f"{PREFIX}tokens/{name}") for name in ("generated", "trained"))
+    if generated and trained is not None:
+        unused = 1 - trained / generated
+        values["cost/unused_rollouts"] = unused
+        values["cost/share_of_step"] = (selection_s + unused * rollout_s) / step_s
+    return values
 
 
 def _set_metrics(name: str, report: SetReport) -> dict[str, float]:

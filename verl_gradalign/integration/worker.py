@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from verl_gradalign.probe.gradient import require_no_dropout
 from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.shards import inner
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import SetReport, TrustedRows, trusted_direction
 from verl_gradalign.types import ProblemRows, ProblemScores
@@ -73,6 +75,8 @@ class ScoringReply:
     """On each trusted set of which a direction was made in this call, and on all under trusted.COMBINED."""
     direction_s: float
     scores_s: float
+    cosine_previous: float = math.nan
+    """Between the fresh direction and the one before; nan without either."""
 
 
 class GradAlignWorker(ActorRolloutRefWorker):
@@ -105,6 +109,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
             direction, fresh, reports = self._direction_for(engine, request)
             direction_s = time.perf_counter() - started
             scores = None if direction is None else _scores(engine, request, direction)
+            cosine_previous = _cosine(engine, fresh, self._direction)
         if fresh is not None:
             self._direction = on_cpu(fresh) if request.direction.offload else fresh
         return ScoringReply(
@@ -113,6 +118,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
             reports=reports,
             direction_s=direction_s,
             scores_s=time.perf_counter() - started - direction_s,
+            cosine_previous=cosine_previous,
         )
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -149,6 +155,11 @@ class GradAlignWorker(ActorRolloutRefWorker):
         elif used is not None and request.direction.metric == "candidates":
             used = with_candidates_metric(used, engine, [request.candidates[i] for i in request.metric_on])
         return used, fresh, reports
+
+
+def _cosine(engine: VerlEngine, first: Direction | None, second: Direction | None) -> float:
+    """Return the cosine of two directions, nan without either. Collective."""
+    return math.nan if first is None or second is None else inner(engine, first.shards, second.shards)
 
 
 def use_own_workers(role_worker_mapping: dict[Any, Any]) -> None:
