@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan what selection costs before it is run: pure functions of sizes, without torch or verl.
+
+    from verl_gradalign.cost import Setting, estimate, shape_of
+
+    estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
+"""
+
+from verl_gradalign.cost.estimate import Cost, Flops, Seconds, Speeds, estimate
+from verl_gradalign.cost.memory import Memory
+from verl_gradalign.cost.setting import Setting
+from verl_gradalign.cost.shapes import PRESETS, ModelShape, shape_of
+
+__all__ = ["PRESETS", "Cost", "Flops", "Memory", "ModelShape", "Seconds", "Setting", "Speeds", "estimate", "shape_of"]
