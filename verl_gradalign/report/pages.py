@@ -10,6 +10,7 @@ Shape legend: P candidates, S steps.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class Pages:
                 columns=list(COLUMNS), data=[[_plain(row[name]) for name in COLUMNS] for row in self.table()]
             )
         for name, figure in self.figures().items():
-            pages[f"{PREFIX}figures/{name}"] = wandb.Image(figure)
+            pages[f"{PREFIX}figures/{name}"] = wandb.Image(_picture(figure))
         if pages:
             wandb.log(pages, step=step)
         self._rows.clear()
@@ -97,7 +98,8 @@ class Pages:
         steps = sorted(self._shares)
         pool, kept = (_shares_of(self._shares, steps, "data_source", group) for group in ("pool", "kept"))
         if pool:
-            figures["composition"] = composition_over_time(np.array(steps), pool, kept)
+            shares = {value: (pool[value], kept[value]) for value in pool}
+            figures["composition"] = composition_over_time(np.array(steps), shares)
         return figures
 
 
@@ -111,6 +113,15 @@ def _shares_of(
         name.removeprefix(start).removesuffix(end): np.array([by_step[step].get(name, 0.0) for step in steps])
         for name in names
     }
+
+
+def _picture(figure: Any) -> Any:
+    """Return the figure as a picture: wandb takes figures of pyplot only."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer)
 
 
 def _plain(value: Any) -> Any:
