@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts, answers and responses of a few problems: from the log's samples, else from the train files.
+
+texts = problem_texts(reader, about, problem_ids)
+texts[17].prompt, texts[17].responses[0].text
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl_gradalign.report.log_reader import LogReader
+from verl_gradalign.report.run_data import key_of
+from verl_gradalign.report.tallies import texts_of
+
+__all__ = ["ProblemText", "Response", "problem_texts"]
+
+MAX_RESPONSES = 4
+BATCH_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response."""
+
+    step: int
+    text: str
+    reward: float
+    num_tokens: int | None
+
+
+@dataclass
+class ProblemText:
+    """What is known of a problem's text. None: not known."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    origin: str | None = None
+    """The train file that prompt and answer were read from; None: the log."""
+    responses: list[Response] = field(default_factory=list)
+
+
+def problem_texts(reader: LogReader, about: Mapping[str, Any], problem_ids: Sequence[int]) -> dict[int, ProblemText]:
+    """Return the texts of the problems, with each the best and the worst response of its last two sampled steps."""
+    texts = {int(problem_id): ProblemText() for problem_id in problem_ids}
+    if not texts:
+        return texts
+    wanted = pa.array(sorted(texts), pa.int64())
+    for rows in reader.batches("samples", having=wanted):
+        _take(rows, texts)
+    for text in texts.values():
+        text.responses = _newest_extremes(text.responses)
+    unknown = {problem_id for problem_id, text in texts.items() if text.prompt is None}
+    for problem_id, prompt, answer, origin in _rows_of_train_files(about, unknown):
+        texts[problem_id].prompt, texts[problem_id].answer, texts[problem_id].origin = prompt, answer, origin
+    return texts
+
+
+def _take(rows: pa.Table, texts: dict[int, ProblemText]) -> None:
+    columns = {name: texts_of(rows[name]) for name in ("prompt", "answer", "response")}
+    numbers = {name: rows[name].to_pylist() for name in ("step", "problem_id", "reward", "num_tokens")}
+    is_there = {name: rows[name].is_valid().to_pylist() for name in columns}
+    for place, problem_id in enumerate(numbers["problem_id"]):
+        text = texts[problem_id]
+        if is_there["prompt"][place]:
+            text.prompt = columns["prompt"][place]
+        if is_there["answer"][place]:
+            text.answer = columns["answer"][place]
+        reward = numbers["reward"][place]
+        if is_there["response"][place]:
+            text.responses.append(
+                Response(
+                    numbers["step"][place],
+                    columns["response"][place],
+                    float("nan") if reward is None else reward,
+                    numbers["num_tokens"][place],
+                )
+            )
+        if len(text.responses) > 8 * MAX_RESPONSES:
+            text.responses = _newest_extremes(text.responses)
+
+
+def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
+    """Return the best and the worst response of the two newest steps."""
+    chosen: list[Response] = []
+    for step in sorted({response.step for response in responses}, reverse=True)[:2]:
+        mine = sorted((r for r in responses if r.step == step), key=lambda r: -r.reward)
+        chosen += [mine[0], mine[-1]] if len(mine) > 1 else mine
+    return chosen[:MAX_RESPONSES]
+
+
+def _rows_of_train_files(about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[int, str, str, str]]:
+    """Yield (problem_id, prompt, answer, file) of the problems that the train files, as they are now, still have."""
+    files = key_of(about, "data.train_files", [])
+    first = 0
+    for name in [files] if isinstance(files, str) else list(files):
+        path = Path(str(name)).expanduser()
+        if not wanted or not path.is_file():
+            return  # without its number of rows, those of later files have unknown ids
+        last = first
+        try:
+            for last, row in enumerate(_rows_of(path, about, {w - first for w in wanted}), start=first):
+                if last in wanted and row is not None:
+                    yield last, *row, str(path)
+        except (OSError, ValueError, pa.ArrowException):
+            return
+        first = last + 1
+
+
+def _rows_of(path: Path, about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[str, str] | None]:
+    """Yield prompt and answer of every row of a file, None where they are not wanted."""
+    prompt_key = key_of(about, "data.prompt_key", "prompt")
+    if path.suffix != ".parquet":
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for place, line in enumerate(file):
+                yield _texts_of_row(json.loads(line), prompt_key) if place in wanted else None
+        return
+    file = pq.ParquetFile(path)
+    columns = [name for name in (prompt_key, "reward_model") if name in file.schema_arrow.names]
+    place = 0
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        for row in range(len(batch)):
+            is_wanted = place + row in wanted
+            yield _texts_of_row(batch.slice(row, 1).to_pylist()[0], prompt_key) if is_wanted else None
+        place += len(batch)
+
+
+def _texts_of_row(row: Mapping[str, Any], prompt_key: str) -> tuple[str, str]:
+    prompt = row.get(prompt_key)
+    if isinstance(prompt, list):
+        prompt = "\n\n".join(str(m.get("content")) if isinstance(m, Mapping) else str(m) for m in prompt)
+    answer = row.get("reward_model")
+    return str(prompt), str(answer.get("ground_truth", "") if isinstance(answer, Mapping) else "")

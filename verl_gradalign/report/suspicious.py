@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems whose alignment is persistently negative, or is not there although it could have been seen.
+
+Each problem's mean alignment m over its occurrences has a standard error, from the finite number of its responses. Its
+95% interval (Student's t, by the number of responses) lies below zero: `negative`. It contains zero, but not the
+typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Anything else is in order, or not
+measured well enough to say.
+
+    suspects = find_suspects(problems)
+    print(len(suspects.problem_id_S), suspects.expected_by_chance)
+
+Shape legend: P problems, S suspects, the farthest from the typical alignment first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_gradalign.report.problem_sums import Problems
+
+__all__ = ["Suspects", "find_suspects"]
+
+Z = 1.959964
+"""Of a two-sided interval of 95%."""
+MIN_FREEDOM = 3
+MIN_REPEATS = 3
+NEGATIVE = "negative"
+NOISE_LIKE = "noise-like"
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What was found, and how much of it would be found in a pool without fault."""
+
+    is_cosine: bool
+    num_problems: int
+    num_measured: int
+    """Problems whose alignment and standard error are known."""
+    typical: float
+    """Median alignment of the measured problems; nan of none."""
+    expected_by_chance: float
+    """How many would look suspicious if problems lay below the typical alignment only as far as others lie above it,
+    by their own differences and by measurement error."""
+    negative_if_none_aligned: float
+    """How many would look negative if no problem were aligned at all."""
+    problem_id_S: np.ndarray
+    source_S: np.ndarray
+    is_negative_S: np.ndarray
+    """Else noise-like."""
+    mean_S: np.ndarray
+    error_S: np.ndarray
+    low_S: np.ndarray
+    high_S: np.ndarray
+    distance_S: np.ndarray
+    """(m - typical) / standard error, below zero."""
+    num_measured_S: np.ndarray
+    num_negative_S: np.ndarray
+    success_rate_S: np.ndarray
+    num_kept_S: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.problem_id_S)
+
+    def kind(self, place: int) -> str:
+        return NEGATIVE if self.is_negative_S[place] else NOISE_LIKE
+
+
+def find_suspects(problems: Problems) -> Suspects:
+    """Return the suspicious ones among the problems."""
+    mean_P, error_P, width_P = _estimates(problems)
+    is_measured_P = np.isfinite(error_P)
+    mean, error, width = (a[is_measured_P] for a in (mean_P, error_P, width_P))
+    typical = float(np.median(mean)) if len(mean) else float("nan")
+    low, high = mean - width * error, mean + width * error
+    is_negative = high < 0
+    is_noise = (typical > 0) & (low <= 0) & (high >= 0) & (high < typical)
+    distance = (mean - max(typical, 0.0)) / error if len(mean) else mean
+    chosen = np.flatnonzero(is_negative | is_noise)
+    chosen = chosen[np.argsort(distance[chosen], kind="stable")]
+    rows = np.flatnonzero(is_measured_P)[chosen]
+    sums = problems.sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        success_rate = sums["success"][rows] / sums["num_rated"][rows]
+    return Suspects(
+        is_cosine=problems.is_cosine,
+        num_problems=len(problems),
+        num_measured=int(is_measured_P.sum()),
+        typical=typical,
+        expected_by_chance=_expected(typical, mean, error, width),
+        negative_if_none_aligned=0.025 * len(mean),
+        problem_id_S=problems.problem_id_P[rows],
+        source_S=problems.source_P[rows],
+        is_negative_S=is_negative[chosen],
+        mean_S=mean[chosen],
+        error_S=error[chosen],
+        low_S=low[chosen],
+        high_S=high[chosen],
+        distance_S=distance[chosen],
+        num_measured_S=sums["num_measured"][rows].astype(int),
+        num_negative_S=sums["num_negative"][rows].astype(int),
+        success_rate_S=success_rate,
+        num_kept_S=sums["num_kept"][rows].astype(int),
+    )
+
+
+def student_t(freedom: np.ndarray) -> np.ndarray:
+    """Return the half width of a 95% interval in standard errors: Student's t, within 1% from 3 degrees of freedom on.
+
+    Source: Cornish and Fisher's expansion, Abramowitz and Stegun 26.7.5.
+    """
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
+    return np.asarray(Z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
+
+
+def _estimates(problems: Problems) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each problem's mean alignment, its standard error (nan: not known), and the interval's half width in it.
+
+    From the errors of single occurrences where they are known, else from the spread of at least three occurrences.
+    """
+    sums = problems.sums
+    k_P, e_P = sums["num_measured"], sums["num_with_error"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        has_error_P = (e_P > 0) & (sums["freedom"] >= MIN_FREEDOM)
+        mean_P = np.where(has_error_P, sums["value_with_error"] / e_P, sums["value"] / k_P)
+        spread_P = np.maximum(sums["square"] - sums["value"] ** 2 / k_P, 0) / (k_P - 1)
+        is_repeated_P = (k_P >= MIN_REPEATS) & (spread_P > 0)
+        from_spread_P = np.where(is_repeated_P, np.sqrt(spread_P / k_P), np.nan)
+        error_P = np.where(has_error_P, np.sqrt(sums["variance"]) / e_P, from_spread_P)
+        freedom_P = np.where(has_error_P, sums["freedom"], np.maximum(k_P - 1, 2))
+        return mean_P, error_P, student_t(freedom_P)
+
+
+def _expected(typical: float, mean: np.ndarray, error: np.ndarray, width: np.ndarray) -> float:
+    """Return the expected number of suspects if the upper half of the alignments were mirrored at the typical one."""
+    if not len(error) or not typical > 0:
+        return 0.025 * len(error)
+    # The estimated error makes it Student's t, which the interval's own width brings back to the normal, nearly.
+    variance = (error * width / Z) ** 2
+    is_above = mean >= typical
+    own = max(0.0, float(np.mean((mean[is_above] - typical) ** 2 - variance[is_above])))
+    spread = np.sqrt(variance + own)
+    # Means up to here are suspicious: negative, or with an interval that leaves the typical alignment out and is not
+    # wholly above zero.
+    bound = np.maximum(np.minimum(typical - width * error, width * error), -width * error)
+    return float(_normal((bound - typical) / spread).sum())
+
+
+def _normal(z: np.ndarray) -> np.ndarray:
+    """Return the normal distribution function, interpolated in a table: numpy has none, and errors are below 1e-6."""
+    grid = np.linspace(-9, 9, 3601)
+    table = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in grid])
+    return np.interp(z, grid, table)
