@@ -50,8 +50,13 @@ class Part:
 
 def parts_of(folder: str | Path, table: str) -> list[Part]:
     """Return the parts that hold a table's rows, steps ascending; members of a merged part are left out."""
-    found = _all_parts(folder, table)
-    return [part for part in found if not any(other.hides(part) for other in found)]
+    parts, reached = [], -1
+    for part in _all_parts(folder, table):
+        if part.last > reached:
+            parts.append(part)
+        if part.is_merged:
+            reached = max(reached, part.last)
+    return parts
 
 
 def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -148,9 +153,10 @@ class PartedTable:
 
 
 def _all_parts(folder: str | Path, table: str) -> list[Part]:
+    """Return all complete files of a table, a merged part before its members."""
     found = []
     for path in Path(folder).glob(f"{table}-*.parquet"):
         match = NAME.fullmatch(path.name)
         if match and match["table"] == table:
             found.append(Part(path, int(match["first"]), int(match["last"] or match["first"])))
-    return sorted(found, key=lambda part: (part.first, part.last))
+    return sorted(found, key=lambda part: (part.first, -part.last))
