@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verl-gradalign score`: offline selection of a subset, with verl's own rollout and actor."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from verl_gradalign.cli.app import app, refusals_as_messages
+
+EXAMPLES = """
+Examples:
+
+  verl-gradalign score --pool train.parquet --trusted trusted.parquet --model Qwen2.5-1.5B-Instruct
+  --output scores --keep 0.25 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8
+
+  verl-gradalign score --pool train.parquet --score learnalign --model checkpoints/run/global_step_100
+  --output scores --keep 1000 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8
+
+  VERL_PLATFORM=cpu verl-gradalign score --pool pool.parquet --score accuracy_greedy --model tiny
+  --output scores --json -- +platform=cpu
+
+The same command goes on with a scoring that was interrupted. Exit code: 0 done, 1 verl failed, 2 bad input.
+"""
+
+
+@app.command(epilog=EXAMPLES)
+def score(
+    pool: Annotated[list[Path], typer.Option(help="Parquet file in verl's schema to choose from; repeatable.")],
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model, or verl's global_step_<n>.")],
+    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
+    trusted: Annotated[
+        list[Path] | None, typer.Option(help="The trusted set, for scores along it; repeatable.")
+    ] = None,
+    by: Annotated[str, typer.Option("--score", help="What problems are ranked by; see configs/gradalign.")] = "cosine",
+    keep: Annotated[float, typer.Option(help="A share of the pool (0.25), or a number of problems (1000).")] = 0.25,
+    responses: Annotated[int, typer.Option(help="Responses to each problem.")] = 8,
+    trusted_responses: Annotated[
+        int | None, typer.Option(help="Responses to each trusted problem; as many by default.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Problems that are stored and scored together; 512 responses.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of ties and of verl's data.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="verl's own overrides, after --.")] = None,
+) -> None:
+    """Score a pool of problems with a model, without training it, and write the best as Parquet. Resumable.
+
+    Writes OUTPUT/scores.parquet (a row per problem), OUTPUT/selected.parquet (the kept rows of the pool, ready for
+    data.train_files), OUTPUT/summary.json, and a selection log that `verl-gradalign report OUTPUT` shows.
+    """
+    console = Console(stderr=True)
+    with refusals_as_messages(), console.status("loading verl") as status:
+        from verl_gradalign.integration.scoring_run import run_scoring
+        from verl_gradalign.integration.scoring_task import ScoringTask
+
+        task = ScoringTask(
+            pool=tuple(pool),
+            model=model,
+            output=output,
+            trusted=tuple(trusted or ()),
+            score=by,
+            keep=keep,
+            responses=responses,
+            trusted_responses=trusted_responses,
+            chunk=chunk,
+            seed=seed,
+            overrides=tuple(overrides or ()),
+        )
+        status.stop()
+        with _bars(console) as watch:
+            summary = run_scoring(task, sys.argv, watch)
+    if as_json:
+        print((output / "summary.json").read_text(encoding="utf-8"))
+        return
+    out = Console()
+    out.print(_table(summary))
+    out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show how far a run is; yields what is told of it (`GradAlignScoringTrainer`)."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        rolled_out = progress.add_task("rolled out", total=None)
+        scored = progress.add_task("scored", total=None)
+
+        def watch(now: Mapping[str, Any]) -> None:
+            progress.update(rolled_out, completed=now.get("rolled_out", 0), total=now.get("to_roll_out"))
+            progress.update(scored, completed=now.get("scored", 0), total=now.get("to_score"))
+
+        yield watch
+
+
+def _table(summary: Mapping[str, Any]) -> Table:
+    title = f"{summary['score']}: {summary['kept']} of {summary['problems']} problems kept, {summary['scored']} scored"
+    table = Table(title=title)
+    for column in ("data source", "problems", "kept", "success rate"):
+        table.add_column(column, justify="left" if column == "data source" else "right")
+    for source, counts in summary["by_source"].items():
+        rate = counts["success_rate"]
+        shown = "-" if rate is None else f"{rate:.1%}"
+        table.add_row(source, str(counts["problems"]), str(counts["kept"]), shown)
+    return table

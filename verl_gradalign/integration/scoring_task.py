@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an offline scoring is asked for, checked before anything starts.
+
+task = ScoringTask(pool=(Path("pool.parquet"),), trusted=(Path("trusted.parquet"),), model=..., output=...)
+check_task(task)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl_gradalign.config import CurriculumConfig
+from verl_gradalign.selection.scores import score_of
+
+__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept", "refuse_option"]
+
+RESPONSES_PER_CHUNK = 512
+SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+
+# Keys of verl's configuration that an option of the command stands for.
+OPTIONS = {
+    "gradalign": "--score",
+    "gradalign.score": "--score",
+    "gradalign.seed": "--seed",
+    "gradalign.validation.files": "--trusted",
+    "gradalign.validation.n": "--trusted-responses",
+    "gradalign.log.dir": "--output",
+    "data.train_files": "--pool",
+    "data.seed": "--seed",
+    "actor_rollout_ref.model.path": "--model",
+    "actor_rollout_ref.rollout.n": "--responses",
+    "trainer.default_local_dir": "--output",
+}
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """A scoring, as the command line names it."""
+
+    pool: tuple[Path, ...]
+    """Parquet files in verl's schema, scored as one; a problem is known by its row in all of them."""
+    model: Path
+    """Folder of a Hugging Face model, or verl's checkpoint `global_step_<n>`."""
+    output: Path
+    trusted: tuple[Path, ...] = ()
+    score: str = "cosine"
+    keep: float = 0.25
+    """A share of the pool from 0 to 1, or a whole number from 2 on. May change when everything is scored."""
+    responses: int = 8
+    """Responses to each problem of the pool."""
+    trusted_responses: int | None = None
+    """Responses to each trusted problem; None: as many as to the others."""
+    chunk: int | None = None
+    """Problems that are stored and scored together; None: some hundreds of responses."""
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+    """Of verl's configuration."""
+
+    @property
+    def state(self) -> Path:
+        """The folder with everything that an interrupted scoring goes on from."""
+        return self.output.resolve() / "state"
+
+    @property
+    def problems_per_chunk(self) -> int:
+        return self.chunk or max(1, RESPONSES_PER_CHUNK // self.responses)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An actor that verl saved as one shard for each rank."""
+
+    folder: Path
+    num_ranks: int
+
+
+def check_task(task: ScoringTask) -> None:
+    """Raise ValueError, naming the option and the remedy, for what can be seen to be wrong at once."""
+    score = score_of(task.score)
+    overridden = {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in task.overrides)}
+    for key in overridden:
+        if key in OPTIONS:
+            refuse_option(key, overridden[key], "is set by an option of this command", f"use {OPTIONS[key]} for it")
+    if score.rank is None:
+        refuse_option(
+            "--score", task.score, "draws problems without looking at them", "use a score that ranks, e.g. cosine"
+        )
+    has_trusted = bool(task.trusted) or "gradalign.validation.sets" in overridden
+    if score.needs_direction and not has_trusted:
+        why = f"score {task.score} needs a trusted set"
+        refuse_option("--trusted", None, why, "name a file, or use a score without one, e.g. --score learnalign")
+    if task.trusted and not score.needs_direction:
+        why = f"score {task.score} does not look at a trusted set"
+        refuse_option("--trusted", ", ".join(map(str, task.trusted)), why, "leave it out, or use --score cosine")
+    for option, value, least in (
+        ("--responses", task.responses, 2),
+        ("--trusted-responses", task.trusted_responses, 2),
+    ):
+        if value is not None and value < least:
+            refuse_option(option, value, f"must be at least {least}: advantages compare responses", "use 8 or more")
+    prompt_key = overridden.get("data.prompt_key", "prompt")
+    num_problems = sum(_check_file("--pool", path, prompt_key) for path in task.pool)
+    for path in task.trusted:
+        _check_file("--trusted", path, prompt_key)
+    _check_schemas(task.pool)
+    CurriculumConfig(keep=task.keep)
+    if num_kept(task.keep, num_problems) > num_problems:
+        why = f"the pool has {num_problems} problems only"
+        refuse_option("--keep", int(task.keep), why, "use a smaller number, or a share such as 0.25")
+    _check_model(task.model)
+
+
+def num_kept(keep: float, num_problems: int) -> int:
+    """Return how many problems are kept of so many: at least one."""
+    return max(1, round(keep * num_problems)) if keep <= 1 else int(keep)
+
+
+def find_checkpoint(model: Path) -> Checkpoint | None:
+    """Return verl's shards in a folder `global_step_<n>` (or in its `actor`), None if it is a model of another kind.
+
+    Raises: ValueError if a shard is missing.
+    """
+    for folder in (model / "actor", model):
+        found = [m for m in (SHARD.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt")) if m]
+        if not found:
+            continue
+        num_ranks = int(found[0][1])
+        missing = set(range(num_ranks)) - {int(match[2]) for match in found if int(match[1]) == num_ranks}
+        if missing or not (folder / "huggingface" / "config.json").is_file():
+            what = f"the shards of ranks {sorted(missing)} of {num_ranks}" if missing else "huggingface/config.json"
+            refuse_option("--model", folder, f"lacks {what}", "copy the checkpoint again, whole")
+        return Checkpoint(folder.resolve(), num_ranks)
+    return None
+
+
+def _check_file(option: str, path: Path, prompt_key: str) -> int:
+    """Return the rows of a Parquet file; raise ValueError if it has none, or no prompts."""
+    if not path.is_file():
+        refuse_option(option, path, "no such file", "give the path of a Parquet file in verl's schema")
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{option} {path}: is not Parquet ({error}). Remedy: convert it.") from error
+    with file:
+        if prompt_key not in file.schema_arrow.names:
+            why = f"has no column {prompt_key!r}, only {', '.join(file.schema_arrow.names)}"
+            refuse_option(option, path, why, "add it, or set data.prompt_key after --")
+        if not file.metadata.num_rows:
+            refuse_option(option, path, "is empty", "give a file with problems")
+        return int(file.metadata.num_rows)
+
+
+def _check_schemas(pool: Sequence[Path]) -> None:
+    """The chosen problems of all files are written as one."""
+    first = pq.read_schema(pool[0])
+    for path in pool[1:]:
+        schema = pq.read_schema(path)
+        if not schema.equals(first):
+            different = {f.name for f in {*schema, *first} if f not in schema or f not in first}
+            why = f"its columns are not those of {pool[0]}: {', '.join(sorted(different)) or 'another order'}"
+            refuse_option("--pool", path, why, "write the files with one schema, or score them apart")
+
+
+def _check_model(model: Path) -> None:
+    if find_checkpoint(model) is None and not (model / "config.json").is_file():
+        refuse_option(
+            "--model",
+            model,
+            "is neither a folder with config.json nor one of verl's checkpoints (global_step_<n>)",
+            "give one of them; a model of the hub is fetched with `hf download NAME --local-dir FOLDER`",
+        )
+
+
+def refuse_option(option: str, value: Any, why: str, remedy: str) -> None:
+    """Raise the ValueError that all checks of the command raise."""
+    shown = option if value is None else f"{option} {value}" if option.startswith("--") else f"{option}={value}"
+    raise ValueError(f"{shown}: {why}. Remedy: {remedy}.")
