@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan what selection costs before it is run: pure functions of sizes, without torch or verl.
 
-    from verl_gradalign.cost import Setting, estimate, shape_of
+from verl_gradalign.cost import Setting, estimate, shape_of
 
-    estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
+estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
 """
 
 from verl_gradalign.cost.estimate import Cost, Flops, Seconds, Speeds, estimate

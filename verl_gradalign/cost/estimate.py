@@ -144,9 +144,7 @@ def estimate(setting: Setting, speeds: Speeds | None = None, device: str = "cuda
     )
 
 
-def _flops(
-    setting: Setting, candidates: float, trusted: float, trained: float, generated: float, device: str
-) -> Flops:
+def _flops(setting: Setting, candidates: float, trusted: float, trained: float, generated: float, device: str) -> Flops:
     """Return the operations of a step that scores `candidates` responses and makes a direction of `trusted` ones."""
     shape, length = setting.shape, setting.tokens_per_row
     once, whole = forward(shape, length), update(setting)
@@ -163,9 +161,7 @@ def _flops(
     )
 
 
-def _seconds(
-    setting: Setting, speeds: Speeds, flops: Flops, plain: Flops, generated: float, trained: float
-) -> Seconds:
+def _seconds(setting: Setting, speeds: Speeds, flops: Flops, plain: Flops, generated: float, trained: float) -> Seconds:
     rate = speeds.tflops * 1e12 * setting.num_gpus
     token_s = setting.response_tokens / (speeds.tokens_per_second * setting.num_gpus)
     training = (flops.log_probs + flops.update) / rate

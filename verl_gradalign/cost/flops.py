@@ -73,9 +73,9 @@ def score(setting: Setting, device: str = "cuda") -> float:
 def ghost_products(setting: Setting, outputs: int, inputs: int, device: str) -> float:
     """Return the operations, per token, of one matrix's products with the direction and of its squared norm.
 
-    Three exact forms, the cheapest in time is taken. Per row: each row's gradient is formed, 2 O I, the weight gradient
-    of an update. Per problem: the same once, and delta V: 4 O I. Gram: delta V, and delta delta^T and input input^T over
-    the problem's T tokens: 2 O I + 2 T (O + I). Without response derivatives a problem counts as two rows, its halves.
+    Three exact forms, the cheapest in time is taken. Per row: each row's gradient is formed, 2 O I, as in an update.
+    Per problem: the same once, and delta V: 4 O I. Gram: delta V, and delta delta^T and input input^T over the
+    problem's T tokens: 2 O I + 2 T (O + I). Without response derivatives a problem counts as two rows, its halves.
     Source: ghost dot product, Wang et al. 2024 (arXiv 2406.11011); Gram form, Li et al. 2022 (arXiv 2110.05679).
     """
     num_tokens = setting.responses_per_candidate * setting.tokens_per_row

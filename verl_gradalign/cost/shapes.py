@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shape of a decoder-only transformer, as far as its cost depends on it. No weights are loaded.
 
-    shape = shape_of("7b")
-    shape = ModelShape.from_hf_config(json.loads(Path("model/config.json").read_text()))
-    shape.num_parameters
+shape = shape_of("7b")
+shape = ModelShape.from_hf_config(json.loads(Path("model/config.json").read_text()))
+shape.num_parameters
 """
 
 from __future__ import annotations
