@@ -2,6 +2,7 @@
 # make test    installs into .venv and .venv-vllm and runs all tests that this machine can run
 # make lint    style, types, spelling
 # make unit    the quick tests only
+# make docs    writes the pages of configuration keys and metrics
 # make test-vllm    installs vLLM's CPU build into .venv-vllm and trains with it
 
 PYTHON ?= python3.11
@@ -27,7 +28,7 @@ $(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
   || $(@D)/bin/python -m pip install -q $(TORCH)
 endef
 
-.PHONY: demo test test-vllm unit lint clean
+.PHONY: demo test test-vllm unit lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
@@ -47,6 +48,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+docs: $(INSTALLED)
+	$(BIN)/python -m verl_gradalign.reference
 
 # The package is installed in place.
 $(INSTALLED): setup.py pyproject.toml

@@ -26,7 +26,7 @@ class TrustedSetConfig:
     weight: float = 1.0
     """Its unit direction's weight in the combined direction, above 0."""
     n: int | None = None
-    """Responses per problem. None: validation.n."""
+    """Responses per problem, at least 1. None: validation.n."""
 
     def __post_init__(self) -> None:
         key = f"validation.sets[{self.name}]"
@@ -44,8 +44,8 @@ class ValidationConfig:
     """Parquet, json or jsonl files in verl's schema. Its problems must not stand in data.train_files. Required by
     every score that needs a direction."""
     n: int | None = None
-    """Responses per trusted problem (k_v). None: actor_rollout_ref.rollout.n. More responses give a less noisy
-    direction; the noise of |v| falls with the square root of problems x n."""
+    """Responses per trusted problem (k_v), at least 1. None: actor_rollout_ref.rollout.n. More responses give a less
+    noisy direction; the noise of |v| falls with the square root of problems x n."""
     sets: tuple[TrustedSetConfig, ...] = ()
     """Instead of `files`: several trusted sets. Each gives a unit direction of its own, so sets with rewards of another
     size count alike; the weighted sum of them is the direction."""

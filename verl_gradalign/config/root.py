@@ -83,9 +83,10 @@ class GradAlignConfig:
     over the same tokens, and `backward`, one problem at a time, for models that ghost has no rules for. Cheaper and
     approximate: `finite_difference`, `low_rank`, `output_layer`; they report their fidelity."""
     success_threshold: float = 0.0
-    """A response counts as a success when its reward is above this. Used for success rates in metrics and the log."""
+    """A response counts as a success when its reward (any number, in the reward's own unit) is above this. Used for
+    success rates in metrics and the log, and by scores that ask for them."""
     seed: int = 0
-    """Seeds the shuffle that breaks ties and the random score."""
+    """Seeds the shuffle that breaks ties and the random score, 0 or more."""
     regime: str | None = None
     """Set by a file of configs/regime that changes keys of this block, to its name; see `checks.read_config`."""
     poll_interval_s: float = 0.5

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two reference pages, made of what the code itself goes by, so that they cannot say anything else.
+
+configs/gradalign/README.md is made of the dataclasses of `verl_gradalign.config` and the text below each of their
+fields; recipes/how_to/metrics.md of `metrics.CATALOGUE`. `make docs` is
+
+    python -m verl_gradalign.reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from inspect import cleandoc, getsource
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from verl_gradalign.config import GradAlignConfig, choosing, measuring, root
+from verl_gradalign.metrics import CATALOGUE, PREFIX
+
+__all__ = ["Block", "Key", "blocks_of", "choices_of_keys", "configuration_page", "field_texts", "metrics_page", "pages"]
+
+CHECKOUT = Path(__file__).parents[1]
+
+WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+
+CONFIGURATION_HEAD = """
+# Every key of `gradalign:`
+
+Made by `make docs` from [verl_gradalign/config](../../verl_gradalign/config); change it there. On verl's command line
+`+gradalign=NAME` loads one of the files beside this page: [base.yaml](base.yaml) with all defaults and the trainer's
+own keys, then the score that gives the file its name. Every key may be overridden behind it
+(`gradalign.direction.refresh_interval=5`); only keys of entries that are not there yet need a `+`. A regime
+(`+regime=...`) stands behind `+gradalign=...`, or it is refused.
+
+What is out of its range, of another type or unknown is refused before any worker starts, with the key, the value and
+the remedy ([test](../../tests/unit/test_config.py)).
+"""
+
+METRICS_HEAD = """
+# Every metric
+
+Made by `make docs` from [verl_gradalign/metrics.py](../../verl_gradalign/metrics.py); change it there. A name that is
+not in this list is refused when it is logged. All of them go to every logger of verl (console, file, wandb, ...) and
+into the `metrics` table of the selection log. A metric appears in the steps that it is measured in: without a scored
+candidate there is no score. `<...>` stands for a word of the run's own.
+
+What they mean for your run is told in [Read the report](read_report.md); the symbols are those of the
+[README](../../README.md#scores): v the direction, g the gradient of a problem's loss.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, as a user writes it."""
+
+    name: str
+    values: str
+    """Its type in words, or the names it may have."""
+    default: str
+    text: str
+    """Meaning, unit, range and reason: what stands below the field."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The keys of one dataclass."""
+
+    name: str
+    text: str
+    keys: tuple[Key, ...]
+
+
+def field_texts() -> dict[tuple[str, str], str]:
+    """Return the string below each field of the configuration's classes, by class and field name."""
+    texts: dict[tuple[str, str], str] = {}
+    for module in (root, choosing, measuring):
+        for node in ast.parse(getsource(module)).body:
+            if isinstance(node, ast.ClassDef):
+                texts |= {(node.name, name): text for name, text in _texts_below_fields(node)}
+    return texts
+
+
+def _texts_below_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for statement, follower in zip(node.body, node.body[1:], strict=False):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+            yield statement.target.id, " ".join(cleandoc(str(follower.value.value)).split())
+
+
+def choices_of_keys() -> dict[str, tuple[str, ...]]:
+    """Return the names that a key may have, for every key that has some (by its name without `gradalign.`)."""
+    from verl_gradalign.probe.estimators import ESTIMATORS
+    from verl_gradalign.probe.objective import LOSS_AGG_MODES
+    from verl_gradalign.selection.scores import SCORES
+
+    return {
+        "score": tuple(SCORES),
+        "schedule": root.SCHEDULES,
+        "estimator": tuple(ESTIMATORS),
+        "dead_groups": root.DEAD_GROUPS,
+        "advantage": root.ADVANTAGES,
+        "loss_agg_mode": tuple(LOSS_AGG_MODES),
+        "direction.on_degenerate": measuring.ON_DEGENERATE,
+        "direction.aggregation": measuring.AGGREGATIONS,
+        "direction.metric": measuring.METRICS_OF_DIRECTION,
+        "probe.oversized": measuring.OVERSIZED,
+        "probe.pool_dots": measuring.POOL_DOTS,
+        "reliability.of": choosing.RELIABILITIES,
+        "reliability.fallback": choosing.FALLBACKS,
+    }
+
+
+def blocks_of(cls: Any = GradAlignConfig, name: str = "gradalign") -> list[Block]:
+    """Return the block of a dataclass, and behind it those that it contains.
+
+    Raises: ValueError that names a field without a text.
+    """
+    texts, hints, choices = field_texts(), get_type_hints(cls), choices_of_keys()
+    keys, inner = [], []
+    for field in fields(cls):
+        key, hint = f"{name}.{field.name}", hints[field.name]
+        item = _item_of(hint)
+        if is_dataclass(hint):
+            inner += blocks_of(hint, key)
+            continue
+        if is_dataclass(item):
+            inner += blocks_of(item, f"{key}[]")
+        if (cls.__name__, field.name) not in texts:
+            raise ValueError(
+                f"{key}: nothing stands below {cls.__name__}.{field.name}. Remedy: say there what it means."
+            )
+        names = choices.get(key.removeprefix("gradalign."))
+        values = _type_in_words(hint) if names is None else ", ".join(f"`{each}`" for each in names)
+        values += " or null" if names is not None and type(None) in getattr(hint, "__args__", ()) else ""
+        keys.append(Key(key, values, _default(field), re.sub(r"\bNone\b", "null", texts[cls.__name__, field.name])))
+    return [Block(name, " ".join(cleandoc(cls.__doc__ or "").split("\n\n")[0].split()), tuple(keys)), *inner]
+
+
+def _item_of(hint: Any) -> Any:
+    """Return what a tuple holds, None if the type is no tuple."""
+    return hint.__args__[0] if getattr(hint, "__origin__", None) is tuple else None
+
+
+def _type_in_words(hint: Any) -> str:
+    item = _item_of(hint)
+    if item is not None:
+        return "list of blocks" if is_dataclass(item) else f"list: {WORDS[item]}"
+    return " or ".join(WORDS[each] for each in getattr(hint, "__args__", (hint,)))
+
+
+def _default(field: Field[Any]) -> str:
+    """Return the default as it is written in YAML."""
+    assert field.default is not MISSING, f"{field.name} has a factory, or no default"
+    if field.default is None or isinstance(field.default, bool):
+        return {None: "null", True: "true", False: "false"}[field.default]
+    if field.default in ("", ()):
+        return "[]" if field.default == () else '""'
+    return str(field.default)
+
+
+def cell(text: str) -> str:
+    """Return the text for a cell of a Markdown table: outside of `code` nothing is taken for markup."""
+    parts = text.replace("|", r"\|").split("`")
+    return "`".join(
+        part if place % 2 else part.replace("<", "&lt;").replace("*", r"\*") for place, part in enumerate(parts)
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *[[cell(each) for each in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def configuration_page() -> str:
+    """Return the page of every key."""
+    parts = [CONFIGURATION_HEAD.strip()]
+    for block in blocks_of():
+        rows = [(f"`{key.name}`", f"`{key.default}`", key.values, key.text) for key in block.keys]
+        parts += [f"## `{block.name}`", block.text, table(("key", "default", "values", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """Return the page of every metric."""
+    parts = [METRICS_HEAD.strip()]
+    for group, metrics in groupby(CATALOGUE, key=lambda metric: metric.group):
+        rows = [(f"`{PREFIX}{metric.name}`", metric.unit, metric.formula) for metric in metrics]
+        parts += [f"## {group}", table(("metric", "unit", "what it is"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Return the text of both pages, by path in the checkout."""
+    return {"configs/gradalign/README.md": configuration_page(), "recipes/how_to/metrics.md": metrics_page()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the pages."""
+    parser = argparse.ArgumentParser(prog="python -m verl_gradalign.reference", description="Write both pages.")
+    parser.add_argument("--output", type=Path, default=CHECKOUT, metavar="ROOT", help="default: this checkout")
+    output = parser.parse_args(arguments).output
+    for path, text in pages().items():
+        place = output / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote {place}\n")
+
+
+if __name__ == "__main__":
+    main()
