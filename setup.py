@@ -23,7 +23,7 @@ setup(
     # configs/ stays at the top of the checkout, where verl users look for it, and is installed as a subpackage.
     packages=[*find_packages(include=["verl_gradalign", "verl_gradalign.*"]), "verl_gradalign.configs"],
     package_dir={"verl_gradalign.configs": "configs"},
-    package_data={"verl_gradalign.configs": ["**/*.yaml"]},
+    package_data={"verl_gradalign.configs": ["**/*.yaml"], "verl_gradalign.report": ["templates/*"]},
     install_requires=[
         VERL,
         *VERL_V1_TRAINER,

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-__all__ = ["PALETTE", "composition_over_time", "curves", "score_against_success", "thinned"]
+__all__ = ["PALETTE", "alignments", "composition_over_time", "curves", "score_against_success", "thinned"]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24", "#4D4D4D")
 """Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white."""
@@ -57,6 +57,7 @@ def score_against_success(
     rate, score, kept = success_rate_P[is_known_P], score_P[is_known_P], np.asarray(kept_P)[is_known_P].astype(bool)
     figure, axes = _panel((7.6, 3.9))
     random = np.random.default_rng(0)
+    middle, median = _medians(rate, score)
     if len(rate) > MAX_DOTS:
         chosen = random.permutation(len(rate))[:MAX_DOTS]
         rate, score, kept = rate[chosen], score[chosen], kept[chosen]
@@ -66,7 +67,6 @@ def score_against_success(
         axes.scatter(
             jittered[is_mine], score[is_mine], s=9, c=colour, alpha=0.45, linewidths=0, label=label, rasterized=True
         )
-    middle, median = _medians(rate, score)
     if len(middle) > 1:
         axes.plot(middle, median, color=INK, linewidth=1.8, label="median of all")
     if len(score):
@@ -131,6 +131,25 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if len(series) > 1:
         _legend(figure, handles, list(series), is_below=not is_wide)
+    return figure
+
+
+def alignments(
+    mean_M: np.ndarray, suspect_S: np.ndarray, typical: float, unit: str = "mean cosine with the direction"
+) -> Figure:
+    """Return a histogram of problems by mean alignment, the suspicious ones in colour."""
+    figure, axes = _panel((7.6, 2.9))
+    low, high = _span(mean_M)
+    edges = np.linspace(low, high, 61)
+    counts, suspects = (np.histogram(np.clip(values, low, high), edges)[0] for values in (mean_M, suspect_S))
+    middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+    axes.bar(middles, counts - suspects, width * 0.92, bottom=suspects, color="#B9C4CE", label="other problems")
+    axes.bar(middles, suspects, width * 0.92, color=PALETTE[1], label="suspicious")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(typical, color=PALETTE[0], linewidth=1.4, linestyle="--", label="typical (median)")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("problems")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

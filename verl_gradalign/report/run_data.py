@@ -170,7 +170,7 @@ def _named_gaps(beginning: str, gaps: list[tuple[int, int]]) -> list[str]:
 def _of_the_run(abouts: list[dict[str, Any]], selected: set[int]) -> list[str]:
     found = []
     if not abouts:
-        return ["The run's configuration and versions are unknown, and whether it was to go on."]
+        return []
     planned = key_of(abouts[-1], "trainer.total_training_steps")
     last = max(selected, default=0)
     if isinstance(planned, int) and last < planned:

@@ -9,7 +9,7 @@ measured well enough to say.
     suspects = find_suspects(problems)
     print(len(suspects.problem_id_S), suspects.expected_by_chance)
 
-Shape legend: P problems, S suspects, the farthest from the typical alignment first.
+Shape legend: P problems, M measured problems, S suspects, the farthest from the typical alignment first.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Suspects:
     by their own differences and by measurement error."""
     negative_if_none_aligned: float
     """How many would look negative if no problem were aligned at all."""
+    mean_M: np.ndarray
+    """Mean alignments of all the measured ones."""
     problem_id_S: np.ndarray
     source_S: np.ndarray
     is_negative_S: np.ndarray
@@ -91,6 +93,7 @@ def find_suspects(problems: Problems) -> Suspects:
         typical=typical,
         expected_by_chance=_expected(typical, mean, error, width),
         negative_if_none_aligned=0.025 * len(mean),
+        mean_M=mean,
         problem_id_S=problems.problem_id_P[rows],
         source_S=problems.source_P[rows],
         is_negative_S=is_negative[chosen],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Shown", "shown", "visible"]
+__all__ = ["Shown", "short", "shown", "visible"]
 
 INVISIBLE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f]"  # C0 but for tab and line feed
@@ -61,3 +61,9 @@ def _sign(code: int) -> str:
     if 0xD800 <= code <= 0xDFFF or code in (0xFFFE, 0xFFFF):
         return "\ufffd"
     return f"[U+{code:04X}]"
+
+
+def short(text: str, most: int = 80) -> str:
+    """Return a name as it may stand within a line: visible, on one line, cut."""
+    line = visible(text).replace("\n", " ").replace("\t", " ")
+    return line if len(line) <= most else line[: most - 3] + "..."

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verl-gradalign report`: one HTML file on what was selected, how reliably, at what price."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from verl_gradalign.cli.app import app, refusals_as_messages
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; report.html in the first RUN_DIR by default.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers, all suspicious problems among them, as JSON.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
+) -> None:
+    """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems.
+
+    Example: verl-gradalign report checkpoints/project/cosine checkpoints/project/random --output report.html
+    """
+    import json
+
+    from verl_gradalign.report.html import write_report
+    from verl_gradalign.report.run_data import read_run
+    from verl_gradalign.report.run_folders import find_runs
+    from verl_gradalign.report.summary import summary_of
+
+    # What is for people goes to stderr where stdout is for machines.
+    console = Console(stderr=as_json, soft_wrap=True)
+    with refusals_as_messages():
+        found = find_runs(run_dirs)
+        with console.status("reading") as status:
+
+            def tell(text: str) -> None:
+                status.update(rich_escape(text))
+
+            runs = [read_run(run, tell) for run in found]
+            path = write_report(runs, output or run_dirs[0] / "report.html", top, tell)
+    for run in runs:
+        for line in run.missing:
+            console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
+    size = path.stat().st_size
+    console.print(f"wrote {path} ({size / 1e6:.2f} MB, {len(runs)} runs)", markup=False, highlight=False)
+    if as_json:
+        typer.echo(
+            json.dumps({"report": str(path), "bytes": size, "runs": [summary_of(run) for run in runs]}, indent=1)
+        )
+
+
+def rich_escape(text: str) -> str:
+    """Return text in which rich sees no markup."""
+    from rich.markup import escape
+
+    return escape(text)
