@@ -47,9 +47,9 @@ def test_grpo_without_std_and_steps_that_fall_back(workplace: Workplace) -> None
         TWO_STEPS,
     )
     for metrics in run.steps:
-        assert metrics["gradalign/reliability/scores/problems"] >= 3
+        assert metrics["gradalign/reliability/scores_problems"] >= 3
         assert metrics["gradalign/reliability/fallback"] == 1
-        assert metrics["gradalign/kept/top"] + metrics["gradalign/kept/filler"] == 4
+        assert metrics["gradalign/kept_by/top"] + metrics["gradalign/kept_by/filler"] == 4
     scores = [row["score"] for row in run.log if row["score"] is not None]
     assert all(-1 - 1e-9 <= score <= 1 + 1e-9 for score in scores) and len(scores) > 4
 

@@ -66,7 +66,7 @@ def test_metrics_count_every_candidate_once(cosine_run: Run) -> None:
         assert metrics["gradalign/candidates"] == len(rows)
         assert metrics["gradalign/kept"] + metrics["gradalign/rejected"] == len(rows)
         for reason in ("low_score", "dead", "failed", "non_finite"):
-            assert metrics[f"gradalign/rejected/{reason}"] == sum(row["reason"] == reason for row in rows)
+            assert metrics[f"gradalign/rejected_by/{reason}"] == sum(row["reason"] == reason for row in rows)
         scores = [row["score"] for row in rows if row["score"] is not None]
         assert metrics["gradalign/live"] == len(scores)
         assert metrics["gradalign/score/max"] == pytest.approx(max(scores))

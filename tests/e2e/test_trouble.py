@@ -37,7 +37,7 @@ def test_a_trusted_set_without_direction_is_counted_and_training_goes_on(
     for metrics in run.steps:
         assert metrics["gradalign/direction/degenerate"] == 1
         assert metrics["gradalign/validation/live"] == 0
-        assert metrics["gradalign/kept/random"] == metrics["gradalign/kept"] == 4
+        assert metrics["gradalign/kept_by/random"] == metrics["gradalign/kept"] == 4
         assert "gradalign/score/mean" not in metrics
     assert "gives no direction" in run.output
     assert all(row["score"] is None for row in run.log)
@@ -72,7 +72,7 @@ def test_failed_groups_are_left_out_and_counted(workplace: Workplace) -> None:
     assert len(run.steps) == 2
     failing = [row for row in run.log if row["problem_id"] % 3 == 0]
     assert failing and all(row["reason"] == "failed" and not row["kept"] for row in failing)
-    assert sum(m["gradalign/rejected/failed"] for m in run.steps) == len(failing)
+    assert sum(m["gradalign/rejected_by/failed"] for m in run.steps) == len(failing)
 
 
 def test_a_bad_configuration_is_refused_before_any_worker_starts(workplace: Workplace) -> None:

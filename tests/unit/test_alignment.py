@@ -137,7 +137,7 @@ def test_a_score_that_is_not_finite_is_counted_and_never_kept(tmp_path, monkeypa
     step = Step(tmp_path, monkeypatch, dots=[0.1, bad, -0.5, 0.3, bad, 0.0])
     kept, metrics = step.run(1)
     assert kept == {"c0", "c3"}
-    assert metrics["gradalign/rejected/non_finite"] == 2
+    assert metrics["gradalign/rejected_by/non_finite"] == 2
     assert metrics["gradalign/score/max"] == pytest.approx(0.3)
     reasons = {row["problem_id"]: row["reason"] for row in read_selection_log(step.log_folder).to_pylist()}
     assert reasons[1] == reasons[4] == "non_finite"
@@ -156,7 +156,7 @@ def test_previous_selects_at_random_while_there_is_no_direction(tmp_path, monkey
     step = Step(tmp_path, monkeypatch, dots=[0.0] * NUM_CANDIDATES, on_degenerate="previous")
     _, metrics = step.run(1, trusted_live=False)
     assert not step.requests
-    assert metrics["gradalign/kept/random"] == NUM_KEPT and metrics["gradalign/direction/degenerate"] == 1
+    assert metrics["gradalign/kept_by/random"] == NUM_KEPT and metrics["gradalign/direction/degenerate"] == 1
 
 
 def test_random_never_uses_an_old_direction(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_random_never_uses_an_old_direction(tmp_path, monkeypatch):
     step.run(1)
     _, metrics = step.run(2, trusted_live=False)
     assert len(step.requests) == 1
-    assert metrics["gradalign/kept/random"] == NUM_KEPT
+    assert metrics["gradalign/kept_by/random"] == NUM_KEPT
 
 
 def test_stop_raises_with_the_remedy(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_dead_groups_cost_nothing_and_fill_empty_places_only(tmp_path, monkeypat
     groups = [make_group(f"c{i}", i, is_live=i == 3) for i in range(NUM_CANDIDATES)]
     kept, metrics = step.run(1, candidates=groups)
     assert [problem.uid for problem in step.requests[0].candidates] == ["c3"]
-    assert "c3" in kept and metrics["gradalign/kept/filler"] == 1 and metrics["gradalign/kept/top"] == 1
+    assert "c3" in kept and metrics["gradalign/kept_by/filler"] == 1 and metrics["gradalign/kept_by/top"] == 1
 
 
 def test_nothing_to_train_on_is_an_error_that_counts_the_reasons(tmp_path, monkeypatch):
@@ -276,8 +276,8 @@ def test_an_unreliable_selection_falls_back_and_says_so(tmp_path, monkeypatch):
     values = {"reliability": {"min_reliability": 0.2, "fallback": "random"}}
     step = Step(tmp_path, monkeypatch, dots, half_dots=halves, values=values)
     _, metrics = step.run(1)
-    assert metrics["gradalign/reliability/scores/spearman"] == pytest.approx(-1.0)
-    assert metrics["gradalign/reliability/fallback"] == 1 and metrics["gradalign/kept/random"] == NUM_KEPT
+    assert metrics["gradalign/reliability/scores_spearman"] == pytest.approx(-1.0)
+    assert metrics["gradalign/reliability/fallback"] == 1 and metrics["gradalign/kept_by/random"] == NUM_KEPT
     calm = Step(tmp_path, monkeypatch, [float(i) for i in range(NUM_CANDIDATES)], values=values)
     kept, metrics = calm.run(1)
     assert kept == {"c4", "c5"} and metrics["gradalign/reliability/fallback"] == 0
@@ -292,7 +292,7 @@ def test_an_unreliable_direction_falls_back_to_success_rates(tmp_path, monkeypat
     groups[2:] = [dataclasses.replace(g, rewards=rare) for g in groups[2:]]
     kept, metrics = step.run(1, groups)
     assert kept == {"c0", "c1"} and metrics["gradalign/reliability/fallback"] == 1
-    assert metrics["gradalign/reliability/direction/cosine"] == 0.5
+    assert metrics["gradalign/reliability/direction_cosine"] == 0.5
     assert metrics["gradalign/reliability/direction"] == pytest.approx(2 / 3)
     assert step.run(2, groups, trusted_live=False)[1]["gradalign/reliability/fallback"] == 1
 
@@ -326,7 +326,7 @@ def test_a_round_trains_on_one_batch_of_what_it_keeps_and_then_on_what_is_schedu
     groups = [make_group(f"c{i}", i) for i in draw.problem_ids]
     trained_later, metrics = step.run(2, groups, draw=draw)
     assert trained | trained_later == {"c1", "c3", "c4", "c5"}
-    assert metrics["gradalign/kept/scheduled"] == NUM_KEPT and len(step.requests) == 1
+    assert metrics["gradalign/kept_by/scheduled"] == NUM_KEPT and len(step.requests) == 1
 
 
 def test_more_responses_than_training_takes_are_scored_but_not_trained_on(tmp_path, monkeypatch):

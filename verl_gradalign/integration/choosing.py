@@ -80,9 +80,9 @@ class Chooser:
         else:
             selection = select_top(candidates, num_kept, self._config.dead_groups, seed)
         metrics = {
-            "reliability/scores/spearman": reliability.spearman,
+            "reliability/scores_spearman": reliability.spearman,
             "reliability/scores": reliability.corrected,
-            "reliability/scores/problems": float(reliability.num_problems),
+            "reliability/scores_problems": float(reliability.num_problems),
             "reliability/fallback": float(is_unreliable),
         }
         return Choice(selection, score_P, spread(m.dot_error_P.numpy(), places, len(groups)), metrics)

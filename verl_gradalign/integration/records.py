@@ -74,7 +74,7 @@ def selection_metrics(groups: Sequence[Group], selection: Selection, success_rat
         "kept": len(selection.kept),
         "rejected": len(groups) - len(selection.kept),
         **{
-            f"{'kept' if reason in KEPT_REASONS else 'rejected'}/{reason}": float(count)
+            f"{'kept' if reason in KEPT_REASONS else 'rejected'}_by/{reason}": float(count)
             for reason, count in zip(REASONS, counts, strict=True)
         },
         "success_rate/pool": _mean(success_rate_P),
@@ -162,7 +162,7 @@ def cost_metrics(metrics: Mapping[str, float], timing_s: Mapping[str, float], se
 def _set_metrics(name: str, report: SetReport) -> dict[str, float]:
     if name == COMBINED:
         cosine = report.half_cosine
-        return {"reliability/direction/cosine": cosine, "reliability/direction": spearman_brown(cosine)}
+        return {"reliability/direction_cosine": cosine, "reliability/direction": spearman_brown(cosine)}
     return {
         f"direction/{name}/norm": report.norm,
         f"direction/{name}/half_cosine": report.half_cosine,
