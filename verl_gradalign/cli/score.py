@@ -2,6 +2,7 @@
 """`verl-gradalign score`: offline selection of a subset, with verl's own rollout and actor."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,8 @@ def score(
     data.train_files), OUTPUT/summary.json, and a selection log that `verl-gradalign report OUTPUT` shows.
     """
     console = Console(stderr=True)
+    # verl tells of every engine that is not installed.
+    warnings.filterwarnings("ignore", module=r"verl\.")
     with refusals_as_messages(), console.status("loading verl") as status:
         from verl_gradalign.integration.scoring_run import run_scoring
         from verl_gradalign.integration.scoring_task import ScoringTask

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
+from verl.utils import hf_tokenizer
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.about import about_run, installed_versions
 from verl_gradalign.integration.choosing import Chooser
 from verl_gradalign.integration.groups import Group, Problem
 from verl_gradalign.integration.records import log_columns, score_metrics, selection_metrics, success_rates
+from verl_gradalign.integration.scoring_samples import sample_texts
 from verl_gradalign.integration.scoring_store import Measured, ScoringStore, joined_scores, replace_file
 from verl_gradalign.integration.scoring_task import ScoringTask, num_kept
 from verl_gradalign.metrics import named
@@ -71,6 +73,10 @@ def write_results(
     columns, metrics = choose(config, measured, store.failed() or [], num_kept(task.keep, len(pool)), len(pool))
     about = about_run(verl_config)
     log = SelectionLog(output / "gradalign", about=about)
+    prompt_key = verl_config.data.get("prompt_key", "prompt")
+    samples = sample_texts(STEP, columns, store, pool, prompt_key, _decoder(verl_config), config.log)
+    if samples["step"]:
+        log.write_samples(STEP, samples)
     log.write_metrics(STEP, metrics)
     log.write(STEP, columns)
     scores = _scores_table(columns, pool, {METADATA_KEY: json.dumps(about, default=str).encode()})
@@ -118,6 +124,12 @@ def choose(
     }
     order = np.argsort(columns["problem_id"], kind="stable")
     return {name: [values[i] for i in order] for name, values in columns.items()}, named(metrics)
+
+
+def _decoder(verl_config: DictConfig) -> Callable[[list[int]], str]:
+    model = verl_config.actor_rollout_ref.model
+    tokenizer = hf_tokenizer(model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code)
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def _failed_group(problem: Problem) -> Group:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from hydra import initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -50,6 +52,7 @@ def run_scoring(
         it fails. What is done stays done.
     """
     check_task(task)
+    datasets.disable_progress_bars()
     checkpoint = find_checkpoint(task.model)
     with _alone(task):
         model = task.model.resolve() if checkpoint is None else _weights_of(checkpoint, task)
@@ -87,7 +90,10 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration that verl will run with. Raises ValueError for what it does not take."""
     try:
         # verl prints while it validates; the standard output is for the result.
-        with contextlib.redirect_stdout(sys.stderr), initialize_config_module("verl.trainer.config", version_base=None):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            initialize_config_module("verl.trainer.config", version_base=None),
+        ):
             return compose_run(overrides)
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise ValueError(

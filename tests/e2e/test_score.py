@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline scoring: killed and gone on with, from a model and from verl's shards, against plain autograd in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.conftest import REPOSITORY, TIMEOUT_S, Workplace, kill_all
+from verl_gradalign.probe.objective import token_coefficients
+from verl_gradalign.probe.oracle import problem_gradients_float64
+from verl_gradalign.report.selection_log import read_selection_log
+from verl_gradalign.types import TokenRow
+
+pytestmark = pytest.mark.e2e
+
+NUM_PROBLEMS = 48
+# float32 passes against float64 ones, of gradients that partly cancel.
+RTOL, ATOL_COSINE = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A folder that `verl-gradalign score` wrote, and what it printed last."""
+
+    folder: Path
+    summary: dict
+
+    @property
+    def scores(self) -> list[dict]:
+        return pq.read_table(self.folder / "scores.parquet").to_pylist()
+
+    def rollouts(self) -> dict[tuple[str | None, int], list[dict]]:
+        """All stored rows by trusted set and problem."""
+        rows = [row for path in rollout_files(self.folder) for row in pq.read_table(path).to_pylist()]
+        groups = defaultdict(list)
+        for row in rows:
+            groups[row["trusted_set"], row["problem_id"]].append(row)
+        return dict(groups)
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    return sorted((folder / "state").glob("rollouts-*.parquet"))
+
+
+def start(pool: Path, model: Path, output: Path, *options: object, interrupt_at: str = "") -> subprocess.Popen:
+    command = [sys.executable, "-m", "verl_gradalign.cli", "score", "--pool", pool, "--model", model]
+    # Sampling in float64 is not tipped by rounding.
+    own = ["+platform=cpu", "+regime=quickstart", "gradalign.poll_interval_s=0.2"]
+    own += ["actor_rollout_ref.rollout.agent.num_workers=1", "actor_rollout_ref.rollout.dtype=float64"]
+    command += ["--output", output, "--json", *options, "--", *own]
+    environment = {
+        **os.environ,
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQ_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    if interrupt_at:
+        environment |= {"VERL_USE_EXTERNAL_MODULES": "tests.e2e.interruption", "INTERRUPT_AT": interrupt_at}
+    return subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen, output: Path) -> Scoring:
+    printed, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors[-5000:]
+    return Scoring(output, json.loads(printed))
+
+
+@pytest.fixture(scope="module")
+def pool(workplace: Workplace) -> Path:
+    """Few problems without coin flips, which a repeated rollout would throw again."""
+    rows = pq.read_table(workplace.files["pool"]).to_pylist()
+    clean = [row for row in rows if not row["extra_info"]["corrupted"]][:NUM_PROBLEMS]
+    path = workplace.root / "score_pool.parquet"
+    schema = pq.read_schema(workplace.files["pool"])
+    pq.write_table(pq.read_table(workplace.files["pool"]).from_pylist(clean, schema=schema), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resumed(workplace: Workplace, pool: Path) -> tuple[Scoring, dict[str, int], list[dict]]:
+    """Scored along the trusted set: killed while the second chunk is scored, deprived of some rollouts, gone on with.
+
+    With the times of the files that it was left with, and the rows that it was deprived of.
+    """
+    output, marker = workplace.root / "scored", workplace.root / "score_marker"
+    options = ["--trusted", workplace.files["trusted"], "--keep", "0.25", "--chunk", "16"]
+    process = start(pool, workplace.model, output, *options, interrupt_at=f"scoring 2 {marker}")
+    deadline = time.monotonic() + TIMEOUT_S
+    while not marker.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-5000:]
+        time.sleep(0.05)
+    kill_all(process)
+    state = output / "state"
+    assert [path.name for path in sorted(state.glob("measured-*"))] == ["measured-000000.json"]
+    # As if it had been killed in the middle of the rollout.
+    last = rollout_files(output)[-1]
+    lost = pq.read_table(last).to_pylist()
+    last.unlink()
+    (state / "failed.json").unlink()
+    left = [*rollout_files(output), state / "measured-000000.json"]
+    times = {path.name: path.stat().st_mtime_ns for path in left}
+    scoring = finish(start(pool, workplace.model, output, *options), output)
+    return scoring, times, lost
+
+
+@pytest.fixture(scope="module")
+def from_shards(workplace: Workplace, pool: Path) -> tuple[Scoring, Path]:
+    """LearnAlign's scores of a policy that verl saved as shards, and the folder of the whole policy."""
+    folder = workplace.root / "shards"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.e2e.shards", str(workplace.model), str(folder)]
+    environment = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=TIMEOUT_S)
+    output = workplace.root / "scored_shards"
+    options = ["--score", "learnalign", "--keep", "10", "--chunk", "16"]
+    return finish(start(pool, folder / "global_step_7", output, *options), output), folder / "policy"
+
+
+def gradients_of(rollouts: dict, model: Path) -> dict[tuple[str | None, int], torch.Tensor]:
+    """Each live problem's gradient in float64, from its stored responses and rewards, by plain autograd."""
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    problems, members = [], []
+    for member, rows in rollouts.items():
+        rewards_R = torch.tensor([sum(row["rewards"]) for row in rows], dtype=torch.float64)
+        distinct = {(tuple(row["response"])) for row in rows}
+        if rewards_R.std() == 0 or len(distinct) == 1:
+            continue
+        advantage_R = (rewards_R - rewards_R.mean()) / (rewards_R.std() + 1e-6)
+        mask_RT = torch.zeros(len(rows), max(len(row["response"]) for row in rows), dtype=torch.float64)
+        for place, row in enumerate(rows):
+            mask_RT[place, : len(row["response"])] = 1
+        coefficient_RT = token_coefficients(advantage_R.unsqueeze(1) * mask_RT, mask_RT, "token-mean")
+        problems.append(
+            [
+                TokenRow(torch.tensor(row["prompt"]), torch.tensor(row["response"]), c[: len(row["response"])])
+                for row, c in zip(rows, coefficient_RT, strict=True)
+            ]
+        )
+        members.append(member)
+    return dict(zip(members, problem_gradients_float64(policy, problems, temperature=1.0), strict=True))
+
+
+def test_scores_equal_plain_autograd_on_the_stored_rollouts(
+    resumed: tuple[Scoring, dict, list], workplace: Workplace
+) -> None:
+    scoring = resumed[0]
+    gradients = gradients_of(scoring.rollouts(), workplace.model)
+    direction = sum(gradient for (name, _), gradient in gradients.items() if name == "trusted")
+    unit = direction / direction.norm()
+    live = {problem_id: gradient for (name, problem_id), gradient in gradients.items() if name is None}
+    assert {row["problem_id"] for row in scoring.scores if row["score"] is not None} == set(live)
+    assert len(live) > NUM_PROBLEMS // 2
+    for row in scoring.scores:
+        if row["problem_id"] in live:
+            gradient = live[row["problem_id"]]
+            assert row["norm"] == pytest.approx(float(gradient.norm()), rel=RTOL)
+            assert row["cosine"] == row["score"]
+            assert row["cosine"] == pytest.approx(float(gradient @ unit / gradient.norm()), rel=RTOL, abs=ATOL_COSINE)
+            assert row["dot"] == pytest.approx(row["cosine"] * row["norm"])
+    assert scoring.summary["metrics"]["gradalign/direction/norm"] == pytest.approx(float(direction.norm()), rel=RTOL)
+
+
+def test_nothing_is_rolled_out_or_scored_twice(resumed: tuple[Scoring, dict, list]) -> None:
+    scoring, times, lost = resumed
+    state = scoring.folder / "state"
+    assert {name: (state / name).stat().st_mtime_ns for name in times} == times
+    rollouts = scoring.rollouts()
+    assert sorted(i for name, i in rollouts if name is None) == list(range(NUM_PROBLEMS))
+    assert sorted(i for name, i in rollouts if name == "trusted") == list(range(24))
+    assert all(sorted(row["session"] for row in rows) == list(range(8)) for rows in rollouts.values())
+    assert not list(scoring.folder.rglob("*.unfinished"))
+    # What was lost has been rolled out again, to the same responses.
+    groups = defaultdict(list)
+    for row in lost:
+        groups[row["trusted_set"], row["problem_id"]].append(row)
+    for member, rows in groups.items():
+        again, before = (sorted((r["response"], sum(r["rewards"])) for r in part) for part in (rollouts[member], rows))
+        assert again == before, member
+
+
+def test_the_selected_rows_are_the_best_and_load_as_verls_training_data(
+    resumed: tuple[Scoring, dict, list], pool: Path, workplace: Workplace
+) -> None:
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    scoring = resumed[0]
+    kept = [row["problem_id"] for row in scoring.scores if row["kept"]]
+    others = [row["score"] for row in scoring.scores if row["reason"] == "low_score"]
+    assert len(kept) == NUM_PROBLEMS // 4 and scoring.summary["kept"] == len(kept)
+    assert min(row["score"] for row in scoring.scores if row["kept"]) >= max(others)
+    selected = pq.read_table(scoring.folder / "selected.parquet")
+    assert selected.schema.equals(pq.read_schema(pool), check_metadata=True)
+    assert selected.equals(pq.read_table(pool).take(kept))
+    config = OmegaConf.create({"prompt_key": "prompt", "max_prompt_length": 64, "filter_overlong_prompts": False})
+    tokenizer = AutoTokenizer.from_pretrained(workplace.model)
+    dataset = RLHFDataset([str(scoring.folder / "selected.parquet")], tokenizer, config)
+    assert len(dataset) == len(kept) and dataset[0]["raw_prompt"]
+
+
+def test_the_selection_log_holds_the_choice(resumed: tuple[Scoring, dict, list]) -> None:
+    scoring = resumed[0]
+    log = read_selection_log(scoring.folder / "gradalign").to_pylist()
+    assert [(row["problem_id"], row["kept"], row["reason"], row["score"]) for row in log] == [
+        (row["problem_id"], row["kept"], row["reason"], row["score"]) for row in scoring.scores
+    ]
+    samples = pq.read_table(next((scoring.folder / "gradalign").glob("samples-*"))).to_pylist()
+    assert samples and all(row["prompt"] and row["answer"] for row in samples)
+
+
+def test_another_share_is_kept_without_starting_verl_and_another_score_is_refused(
+    resumed: tuple[Scoring, dict, list], workplace: Workplace, pool: Path
+) -> None:
+    scoring = resumed[0]
+    before = (scoring.folder / "state" / "run.log").stat().st_mtime_ns
+    options = ["--trusted", workplace.files["trusted"], "--chunk", "16"]
+    half = finish(start(pool, workplace.model, scoring.folder, *options, "--keep", "0.5"), scoring.folder)
+    assert half.summary["kept"] == NUM_PROBLEMS // 2
+    assert (scoring.folder / "state" / "run.log").stat().st_mtime_ns == before
+    refused = start(pool, workplace.model, scoring.folder, *options, "--score", "dot", "--responses", "6")
+    errors = refused.communicate(timeout=TIMEOUT_S)[1]
+    assert refused.returncode == 2
+    assert "verl.gradalign.score was 'cosine', is 'dot'" in errors and "rollout.n was 8, is 6" in errors
+    assert "Remedy: use another --output" in errors
+
+
+def test_learnalign_from_verls_shards_is_the_row_mean_of_the_dense_matrix(from_shards: tuple[Scoring, Path]) -> None:
+    """V_i V_j cos(g_i, g_j) over the pool, of the exact weights in the shards."""
+    scoring, policy = from_shards
+    rollouts = scoring.rollouts()
+    gradients = {i: gradient for (_, i), gradient in gradients_of(rollouts, policy).items()}
+    rates = {i: np.mean([sum(row["rewards"]) > 0 for row in rows]) for (_, i), rows in rollouts.items()}
+    learnability = torch.tensor([rates[i] * (1 - rates[i]) for i in gradients])
+    units = torch.stack([gradient / gradient.norm() for gradient in gradients.values()])
+    dense = (torch.outer(learnability, learnability) * (units @ units.T)).sum(dim=1) / NUM_PROBLEMS
+    expected = dict(zip(gradients, dense.tolist(), strict=True))
+    found = {row["problem_id"]: row["score"] for row in scoring.scores if row["score"] is not None}
+    assert set(found) == set(expected) and len(found) > 10
+    for problem_id, value in expected.items():
+        assert found[problem_id] == pytest.approx(value, rel=RTOL, abs=ATOL_COSINE * max(expected.values()))
+    for row in scoring.scores:
+        assert row["success_rate"] == pytest.approx(rates[row["problem_id"]])
+    assert sum(row["kept"] for row in scoring.scores) == 10
