@@ -30,7 +30,7 @@ INK = "#222222"
 
 MAX_POINTS = 400
 MAX_DOTS = 4000
-MAX_BANDS = 60
+MAX_BANDS = 24
 MAX_NAME_CHARS = 32
 MAX_LEGEND_NAMES = 12
 
@@ -55,7 +55,7 @@ def score_against_success(
     """
     is_known_P = np.isfinite(success_rate_P) & np.isfinite(score_P)
     rate, score, kept = success_rate_P[is_known_P], score_P[is_known_P], np.asarray(kept_P)[is_known_P].astype(bool)
-    figure, axes = _panel((7.6, 3.9))
+    figure, axes = _panel((9.4, 4.2))
     random = np.random.default_rng(0)
     middle, median = _medians(rate, score)
     if len(rate) > MAX_DOTS:
@@ -92,7 +92,7 @@ def composition_over_time(
     to 1. A step in which nothing was kept is nan.
     """
     names = list(shares)
-    figure = _figure((7.6, 3.5))
+    figure = _figure((9.4, 3.9))
     left, right = figure.subplots(1, 2, sharey=True)
     for group, (axes, label) in enumerate(((left, "candidates"), (right, "trained on"))):
         _style(axes)
@@ -114,7 +114,7 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
 
     `unit` is written along the axis; "share" as percentages. Names share a legend where there are several.
     """
-    figure, axes = _panel((7.6, 3.3) if is_wide else (5.0, 3.0))
+    figure, axes = _panel((9.4, 3.6) if is_wide else (5.0, 3.0))
     handles: list[Artist] = []
     for number, (steps_S, values_S) in enumerate(series.values()):
         x, y = thinned(np.asarray(steps_S, dtype=float), np.asarray(values_S, dtype=float))
@@ -126,6 +126,8 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     else:
         axes.set_ylabel(unit, parse_math=False)
+    if unit == "correlation":
+        axes.set_ylim(min(0.0, *axes.get_ylim()) - 0.02, 1.02)
     axes.set_title(title, fontsize=11, color=INK, loc="left", parse_math=False)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -138,7 +140,7 @@ def alignments(
     mean_M: np.ndarray, suspect_S: np.ndarray, typical: float, unit: str = "mean cosine with the direction"
 ) -> Figure:
     """Return a histogram of problems by mean alignment, the suspicious ones in colour."""
-    figure, axes = _panel((7.6, 2.9))
+    figure, axes = _panel((9.4, 3.1))
     low, high = _span(mean_M)
     edges = np.linspace(low, high, 61)
     counts, suspects = (np.histogram(np.clip(values, low, high), edges)[0] for values in (mean_M, suspect_S))

@@ -111,10 +111,10 @@ class LogReader:
         with part.path.open("rb") as source:  # so that a part that has gone is told from one that is damaged
             footer = pq.read_schema(source)
             extra = [name for name in footer.names if name.startswith(EXTRA)] if table == "selection" else []
-            file = pq.ParquetFile(source, read_dictionary=texts + extra)
             lacking = [name for name in REQUIRED[table] if name not in footer.names]
             if lacking:
                 raise ValueError(f"it has no column {' or '.join(lacking)}")
+            file = pq.ParquetFile(source, read_dictionary=[name for name in texts + extra if name in footer.names])
             self._note(table, footer, [name for name in schema.names if name not in footer.names])
             if having is not None and not pc.any(pc.is_in(file.read(["problem_id"])["problem_id"], having)).as_py():
                 return

@@ -180,7 +180,7 @@ def comparison_table(runs: Sequence[RunData]) -> Table:
 def _facts(run: RunData) -> list[tuple[str, str]]:
     steps = run.steps
     facts = [
-        ("Log", f"{steps.num_rows:,} candidates in {len(steps.steps):,} steps, {steps.num_kept:,} kept"),
+        ("Size", f"{steps.num_rows:,} candidates in {len(steps.steps):,} steps"),
         *((label, short(str(run.key(path)))) for label, path in SETTINGS.items() if run.key(path) is not None),
     ]
     versions = run.about.get("versions")

@@ -75,7 +75,13 @@ def composition(run: RunData) -> list[Picture]:
             name = short(column.removeprefix(EXTRA), 40)
             steps, shares = shares_over_time(tally)
             alt = f"Stacked areas over steps: shares of the candidates and of what was trained on, by {name}."
-            drawn.append(picture(composition_over_time(steps, shares, name), alt, f"By {name}: candidates, and kept."))
+            drawn.append(
+                picture(
+                    composition_over_time(steps, shares, name),
+                    alt,
+                    f"By {name}. Neighbouring steps are taken together.",
+                )
+            )
     return drawn
 
 
@@ -102,11 +108,21 @@ def reliability(run: RunData) -> list[Picture]:
     """Return the curves of how far scores and direction can be trusted."""
     named = {"scores": "gradalign/reliability/scores", "direction": "gradalign/reliability/direction"}
     agreement = {"with the one before": run.metrics.curve("gradalign/direction/cosine_previous")}
+    age = (
+        {"age": run.metrics.curve("gradalign/direction/age")} if run.metrics.most("gradalign/direction/age") > 0 else {}
+    )
     drawn = [
-        _curves("Reliability", "correlation", _series(run, named), "1: a repetition gives the same; 0: pure noise."),
+        _curves(
+            "Reliability", "correlation", _series(run, named), "1: a repetition would give the same; 0: pure noise."
+        ),
         _curves("Direction", "cosine", agreement, "Agreement of a direction with the one before it."),
-        _curves("Length of the direction", "norm", {"norm": run.metrics.curve("gradalign/direction/norm")}, "|v|."),
-        _curves("Age of the direction", "steps", {"age": run.metrics.curve("gradalign/direction/age")}, "In use."),
+        _curves(
+            "Length of the direction",
+            "norm",
+            {"norm": run.metrics.curve("gradalign/direction/norm")},
+            "A direction that grows or vanishes: the trusted set is being learned, or has few live groups.",
+        ),
+        _curves("Age of the direction", "steps", age, "Steps since the direction in use was made."),
     ]
     return [one for one in drawn if one is not None]
 
@@ -118,8 +134,18 @@ def cost(run: RunData) -> list[Picture]:
         "with unused rollouts": "gradalign/cost/share_of_step",
     }
     drawn = [
-        _curves("Seconds of a step", "s", _series(run, {"all": "timing_s/step", **STAGES}), "By stage."),
-        _curves("Selection's share of a step", "share", _series(run, shares), "Of its seconds."),
+        _curves(
+            "Seconds of a step",
+            "s",
+            _series(run, {"whole step": "timing_s/step", **STAGES}),
+            "The whole step, and its largest stages.",
+        ),
+        _curves(
+            "Selection's share of a step",
+            "share",
+            _series(run, shares),
+            "With unused rollouts: those of candidates that are not trained on count too.",
+        ),
     ]
     return [one for one in drawn if one is not None]
 

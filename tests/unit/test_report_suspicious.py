@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suspicious problems: mislabelled and coin-flip problems are found, sound ones are left alone."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.benchmarks.report_logs import CLEAN, COIN_FLIP, MISLABELLED, LogPlan, write_log
+from verl_gradalign.report.problem_sums import ProblemSums
+from verl_gradalign.report.run_data import read_run
+from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.suspicious import find_suspects, student_t
+from verl_gradalign.report.tallies import Rows
+
+
+def rows_of(problem_id, cosine, error, norm=1.0, num_responses=16):
+    """Rows of the selection table with these alignments; nan errors and norms are unknown."""
+    size = len(problem_id)
+    norm = np.broadcast_to(np.asarray(norm, dtype=float), size)
+    scale = np.where(np.isnan(norm), 1.0, norm)
+    columns = {
+        "step": np.ones(size, dtype=int),
+        "problem_id": problem_id,
+        "data_source": ["a"] * size,
+        "score": cosine,
+        "dot": cosine * scale,
+        "norm": norm,
+        "dot_error": np.broadcast_to(error, size) * scale,
+        "success_rate": np.full(size, 0.5),
+        "num_responses": np.full(size, num_responses),
+        "response_tokens": np.full(size, 9.0),
+        "kept": np.zeros(size, dtype=bool),
+        "reason": ["low_score"] * size,
+    }
+    return Rows.of(pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()}))
+
+
+def suspects_of(*pieces):
+    sums = ProblemSums()
+    for piece in pieces:
+        sums.add(piece, np.zeros(len(piece), dtype=int))
+    return find_suspects(sums.problems())
+
+
+def simulated(random, truth_P, num_occurrences, error=0.06, **changes):
+    """Measurements of problems with these true alignments, with the noise that their errors say."""
+    problem_id = np.repeat(np.arange(len(truth_P)), num_occurrences)
+    cosine = truth_P[problem_id] + error * random.standard_normal(len(problem_id))
+    return rows_of(problem_id, cosine, error, **changes)
+
+
+def test_mislabelled_and_coin_flip_problems_are_found_in_a_log(tmp_path):
+    plan = LogPlan(num_steps=120, num_candidates=64, num_problems=500)
+    truth = write_log(tmp_path / "gradalign", plan)
+    suspects = read_run(find_runs([tmp_path])[0]).suspects
+    found = truth[suspects.problem_id_S]
+    is_bad = found != CLEAN
+    recall = is_bad.sum() / (truth != CLEAN).sum()
+    precision = is_bad.mean()
+    assert recall > 0.9 and precision > 0.85
+    negative = truth[suspects.problem_id_S[suspects.is_negative_S]]
+    assert (negative == MISLABELLED).mean() > 0.9
+    assert (found[~suspects.is_negative_S] == COIN_FLIP).mean() > 0.6
+    assert (truth[suspects.problem_id_S[:20]] == MISLABELLED).all()  # the farthest come first
+
+
+def test_among_sound_problems_there_are_about_as_many_as_expected_by_chance():
+    random = np.random.default_rng(0)
+    found, expected = [], []
+    for _ in range(10):
+        truth_P = 0.12 + 0.05 * random.standard_normal(2000)
+        suspects = suspects_of(simulated(random, truth_P, 4))
+        found.append(len(suspects))
+        expected.append(suspects.expected_by_chance)
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=0.2)
+    assert np.mean(found) > 20  # the comparison is of something
+
+
+def test_without_any_alignment_one_in_forty_looks_negative_and_that_is_said():
+    random = np.random.default_rng(1)
+    suspects = suspects_of(simulated(random, np.zeros(4000), 5))
+    assert suspects.negative_if_none_aligned == 100
+    assert int(suspects.is_negative_S.sum()) == pytest.approx(100, abs=35)
+
+
+def test_errors_that_are_not_known_come_from_the_spread_between_occurrences():
+    random = np.random.default_rng(2)
+    truth_P = np.where(np.arange(400) < 20, -0.15, 0.15)
+    problem_id = np.repeat(np.arange(400), 8)
+    cosine = truth_P[problem_id] + 0.04 * random.standard_normal(len(problem_id))
+    suspects = suspects_of(rows_of(problem_id, cosine, np.nan))
+    assert set(range(20)) <= set(suspects.problem_id_S.tolist())
+    assert len(suspects) < 30
+
+
+def test_an_estimator_without_norms_is_judged_by_its_dot_products():
+    random = np.random.default_rng(3)
+    truth_P = np.where(np.arange(300) < 15, -2.0, 2.0)
+    suspects = suspects_of(simulated(random, truth_P, 5, error=0.7, norm=np.nan))
+    assert not suspects.is_cosine
+    assert set(range(15)) <= set(suspects.problem_id_S.tolist()) and len(suspects) < 20
+
+
+def test_a_single_poor_measurement_accuses_nobody():
+    suspects = suspects_of(rows_of(np.array([0, 1, 2]), np.array([-0.5, 0.1, 0.1]), 0.01, num_responses=2))
+    assert len(suspects) == 0 and suspects.num_measured == 0
+
+
+def test_sums_in_pieces_are_those_of_the_whole():
+    random = np.random.default_rng(4)
+    piece = simulated(random, np.linspace(-0.1, 0.2, 50), 6)
+    order = random.permutation(len(piece))
+    whole = suspects_of(piece)
+    fields = {name: value for name, value in vars(piece).items() if name != "texts"}
+    parts = [
+        Rows(**{name: value[part] for name, value in fields.items()}, texts={}) for part in np.array_split(order, 7)
+    ]
+    divided = suspects_of(*parts)
+    assert divided.problem_id_S.tolist() == whole.problem_id_S.tolist()
+    np.testing.assert_allclose(divided.mean_S, whole.mean_S)
+    np.testing.assert_allclose(divided.error_S, whole.error_S)
+
+
+def test_interval_widths_are_students():
+    # Quantiles of 0.975 from any table of Student's distribution.
+    freedom = np.array([3.0, 5.0, 10.0, 30.0, 1e6])
+    np.testing.assert_allclose(student_t(freedom), [3.182, 2.571, 2.228, 2.042, 1.960], rtol=1e-2)
