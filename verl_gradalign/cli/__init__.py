@@ -6,7 +6,7 @@ Importing this package imports neither torch nor verl; commands import what they
     verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
 """
 
-from verl_gradalign.cli import compare, cost, prepare, report, score  # noqa: F401  (each registers itself)
+from verl_gradalign.cli import compare, cost, doctor, prepare, report, score  # noqa: F401  (each registers itself)
 from verl_gradalign.cli.app import app, refusals_as_messages
 
 __all__ = ["app", "refusals_as_messages"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,15 @@ def refuse(key: str, value: Any, why: str, remedy: str) -> None:
 
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
     """Raise ValueError if selection cannot work, or cannot be exact, under this verl configuration."""
-    score = score_of(config.score)
-    _check_batch(config, verl_config)
-    _check_mode(config, verl_config)
-    if score.needs_gradients:
-        _check_algorithm(config, verl_config)
-        _check_actor(verl_config)
-        _check_estimator(config, verl_config)
+    for check in verl_checks(config):
+        check(config, verl_config)
+
+
+def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, DictConfig], None], ...]:
+    """Return the checks of a verl configuration, each of which raises ValueError, in their order."""
+    if score_of(config.score).needs_gradients:
+        return _check_batch, _check_mode, _check_algorithm, _check_actor, _check_estimator
+    return _check_batch, _check_mode
 
 
 def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -145,7 +147,7 @@ def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
         )
 
 
-def _check_actor(verl_config: DictConfig) -> None:
+def _check_actor(_: GradAlignConfig, verl_config: DictConfig) -> None:
     actor, model = verl_config.actor_rollout_ref.actor, verl_config.actor_rollout_ref.model
     if actor.strategy not in ENGINES:
         refuse(

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor on real configurations, data and models: a good one passes, and every mistake has its finding."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from packaging.specifiers import SpecifierSet
+from transformers import GPT2Config
+from typer.testing import CliRunner
+
+from verl_gradalign.cli import app
+from verl_gradalign.cpu.tiny_model import build_tiny_model
+from verl_gradalign.data.tasks import write_task_files
+from verl_gradalign.doctor import Finding, Findings, Machine
+from verl_gradalign.doctor.environment import REQUIRED, examine_environment
+from verl_gradalign.integration.doctor_cost import _memory
+from verl_gradalign.integration.doctor_data import AT_RESPONSES, RELIABILITY, reliability_of
+
+ROOT = Path(__file__).parents[2]
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, and task files beside it."""
+    root = tmp_path_factory.mktemp("doctor")
+    write_task_files(root / "data", num_pool=120, num_trusted=24, num_test=8, seed=0)
+    build_tiny_model(root / "model")
+    return root
+
+
+@pytest.fixture
+def command(place, tmp_path, monkeypatch):
+    """Return a function that gives the doctor's answer to the quickstart's configuration with further overrides."""
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.chdir(tmp_path)
+    files = {path.stem: path for path in (place / "data").iterdir()}
+
+    def overrides(*further):
+        return [
+            *("+platform=cpu", "+gradalign=cosine", "+regime=quickstart"),
+            f"gradalign.validation.files={files['trusted']}",
+            f"data.train_files={files['pool']}",
+            f"data.val_files={files['test']}",
+            f"actor_rollout_ref.model.path={place / 'model'}",
+            f"trainer.default_local_dir={tmp_path / 'run'}",
+            *further,
+        ]
+
+    def answer(*further, without=()):
+        given = [o for o in overrides(*further) if not o.startswith(tuple(without))] if without else overrides(*further)
+        result = runner.invoke(app, ["doctor", "--json", "--", *given])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+        found = json.loads(result.stdout)
+        assert result.exit_code == (0 if found["ok"] else 1)
+        return found
+
+    answer.overrides, answer.files = overrides, files
+    return answer
+
+
+def errors(answer):
+    return [f for f in answer["findings"] if f["level"] == "error"]
+
+
+def only_error(answer, *parts):
+    """The one error of the answer, which names the parts in its message and has a remedy."""
+    (error,) = errors(answer)
+    assert all(part in error["message"] for part in parts), error
+    assert error["remedy"], error
+    return error
+
+
+def texts(answer, area, level):
+    return " | ".join(f["message"] for f in answer["findings"] if (f["area"], f["level"]) == (area, level))
+
+
+def test_a_good_configuration_has_no_errors_and_a_cost(command):
+    answer = command()
+    assert answer["ok"] and not errors(answer), errors(answer)
+    assert "verl accepts the configuration" in texts(answer, "configuration", "ok")
+    assert "score cosine with schedule step" in texts(answer, "configuration", "ok")
+    assert "Qwen2ForCausalLM can be scored with estimator ghost" in texts(answer, "model", "ok")
+    assert "24 problems x 8 responses = 192" in texts(answer, "trusted set", "ok")
+    assert "has a reward function" in texts(answer, "reward", "ok")
+    assert "120 problems, 40 steps of 4 (trainer.total_training_steps); as candidates" in texts(
+        answer, "train files", "note"
+    )
+    cost = answer["cost"]
+    assert cost["candidates"] == 4 * 4 * 8 and cost["trusted"] == 24 * 8 and cost["setting"]["compute_bytes"] == 4
+    assert cost["num_parameters"] == cost["setting"]["shape"]["exact_parameters"]
+    assert "of this machine's free memory" in texts(answer, "cost", "ok")
+
+
+def test_the_command_starts_no_ray_and_prints_only_json_to_standard_output(command, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_gradalign.cli", "doctor", "--json", "--", *command.overrides()],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"findings", "cost", "ok"} and answer["ok"]
+    assert all(set(finding) == {"area", "level", "message", "remedy"} for finding in answer["findings"])
+    assert "verl has loaded the plugin" in texts(answer, "plugin", "ok")
+    assert not (tmp_path / "run").exists() and "ray init" not in done.stderr
+
+
+def test_the_table_names_what_was_found_and_what_it_costs(command):
+    result = runner.invoke(app, ["doctor", *command.overrides()], env={"COLUMNS": "250"})
+    assert result.exit_code == 0, result.output
+    assert "0 errors" in result.stdout and "responses generated" in result.stdout
+    assert "what to change" in result.stdout
+
+
+def test_without_overrides_it_looks_at_the_machine_alone(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    result = runner.invoke(app, ["doctor", "--json"])
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["cost"] is None
+    assert {f["area"] for f in answer["findings"]} == {"environment", "hardware", "plugin"}
+    for package in REQUIRED:
+        assert f"{package} " in texts(answer, "environment", "ok")
+
+
+def test_bad_usage_has_exit_code_2():
+    assert runner.invoke(app, ["doctor", "--response-tokens", "many"]).exit_code == 2
+
+
+def test_required_versions_are_those_of_setup():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'"([A-Za-z-]+)(?:\[[a-z0-9_,]+\])?((?:[<>=]=?[0-9.]+,?)+)"', setup))
+    for package, wanted in REQUIRED.items():
+        if wanted:
+            assert SpecifierSet(asked[package]) == SpecifierSet(wanted), package
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["nonsense=1"], ["nonsense"]),
+        (["gradalign.oversample=0.5"], ["gradalign.oversample=0.5"]),
+        (["gradalign.estimator=finite_difference"], ["gradalign.estimator", "norms"]),
+        (["algorithm.use_kl_in_reward=true"], ["algorithm.use_kl_in_reward=True"]),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], ["actor_rollout_ref.model.use_fused_kernels=True"]),
+        (["gradalign.oversample=60"], ["gradalign.oversample=60"]),
+        (["data.max_prompt_length=8"], ["trusted set"]),
+        (["trainer.v1.trainer_mode=sync"], ["trainer.v1.trainer_mode=sync"]),
+        (["trainer.default_local_dir=/proc/run"], ["trainer.default_local_dir=/proc/run"]),
+        (["+actor_rollout_ref.model.override_config.attention_dropout=0.1"], ["dropout is active"]),
+        (["reward.custom_reward_function.name=missing"], ["reward.custom_reward_function"]),
+        (["reward.custom_reward_function.path=null"], ["no reward function for data source"]),
+        (["actor_rollout_ref.model.path=/nowhere"], ["actor_rollout_ref.model.path=/nowhere"]),
+    ],
+)
+def test_each_mistake_is_an_error_with_its_remedy(command, overrides, parts):
+    found = errors(command(*overrides))
+    text = " | ".join(f"{f['area']}: {f['message']}" for f in found)
+    assert found and all(part in text for part in parts), text
+    assert all(f["remedy"] for f in found), found
+
+
+def test_all_that_is_wrong_is_found_at_once(command):
+    found = errors(
+        command(
+            "algorithm.use_kl_in_reward=true",
+            "actor_rollout_ref.model.use_fused_kernels=true",
+            "trainer.v1.sampler.sync_refill_failed_groups=true",
+            "gradalign.oversample=60",
+            "trainer.default_local_dir=/proc/run",
+        )
+    )
+    text = " | ".join(f["message"] for f in found)
+    for key in ("use_kl_in_reward", "use_fused_kernels", "sync_refill", "gradalign.oversample", "default_local_dir"):
+        assert key in text
+    assert len(found) == 5
+
+
+def test_selection_that_is_not_switched_on_is_an_error(command):
+    answer = command(without=("+gradalign", "gradalign.", "+regime"))
+    assert "selection is not switched on" in " ".join(f["message"] for f in errors(answer))
+
+
+def test_a_cpu_platform_without_its_variable_is_an_error(command, monkeypatch):
+    monkeypatch.delenv("VERL_PLATFORM")
+    found = {f["area"]: f for f in errors(command())}
+    assert "VERL_PLATFORM" in found["hardware"]["message"] and "VERL_PLATFORM=cpu" in found["environment"]["remedy"]
+
+
+def test_an_engine_that_is_not_installed_is_an_error(command):
+    error = only_error(command("actor_rollout_ref.rollout.name=sglang"), "sglang is not installed")
+    assert "pip install 'verl[sglang]'" in error["remedy"]
+
+
+def test_a_layer_without_a_rule_is_named_and_backward_accepts_it(command, place):
+    folder = place / "gpt2"
+    if not folder.exists():
+        build_tiny_model(folder)
+        GPT2Config(vocab_size=261, n_embd=64, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+                   attn_pdrop=0.0).save_pretrained(folder)  # fmt: skip
+    path = f"actor_rollout_ref.model.path={folder}"
+    error = only_error(command(path), "c_attn.weight (Conv1D)")
+    assert "gradalign.estimator=backward" in error["remedy"]
+    answer = command(path, "gradalign.estimator=backward")
+    assert answer["ok"] and answer["cost"] is None
+    assert "cost of a step is not estimated" in texts(answer, "model", "note")
+
+
+def test_adapters_are_built_and_their_cost_is_left_out(command):
+    answer = command("actor_rollout_ref.model.lora_rank=4")
+    assert answer["ok"], errors(answer)
+    assert "of them trained" in texts(answer, "model", "note") and answer["cost"] is None
+    assert "adapters" in texts(answer, "cost", "note")
+
+
+def changed(command, name, tmp_path, change):
+    """A copy of a data file with its rows changed."""
+    table = pq.read_table(command.files[name])
+    rows = [change(copy.deepcopy(row)) for row in table.to_pylist()]
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_missing_answers_are_counted(command, tmp_path):
+    def without(row):
+        row["reward_model"]["ground_truth"] = None
+        return row
+
+    path = changed(command, "trusted", tmp_path, without)
+    answer = command(f"gradalign.validation.files={path}")
+    assert "24 of 24 problems have no reward_model.ground_truth" in texts(answer, "trusted set", "warning")
+
+
+def test_trusted_problems_that_are_trained_on_are_an_error(command):
+    only_error(command(f"gradalign.validation.files={command.files['pool']}"), "also stand in data.train_files")
+
+
+def test_a_file_that_is_not_there_is_named(command):
+    only_error(command("gradalign.validation.files=nowhere.parquet"), "nowhere.parquet", "no such file")
+
+
+def test_prompts_that_are_too_long_are_an_error_unless_they_are_left_out(command):
+    assert "longer than data.max_prompt_length=14" in " ".join(
+        f["message"] for f in errors(command("data.max_prompt_length=14"))
+    )
+    answer = command("data.max_prompt_length=14", "data.filter_overlong_prompts=true")
+    assert "will be left out" in texts(answer, "trusted set", "warning")
+
+
+def test_few_trusted_responses_are_a_warning_that_says_how_noisy(command):
+    answer = command("gradalign.validation.n=2")
+    assert "24 problems x 2 responses = 48" in texts(answer, "trusted set", "warning")
+    assert reliability_of(AT_RESPONSES) == RELIABILITY and reliability_of(128) == pytest.approx(0.65, abs=0.01)
+
+
+def test_wandb_without_a_login_is_a_warning(command, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert "there is no login" in texts(command("trainer.logger=[wandb]"), "logging", "warning")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "WANDB_MODE=offline" in texts(command("trainer.logger=[wandb]"), "logging", "note")
+
+
+def test_a_run_that_would_go_on_is_said(command, tmp_path):
+    (tmp_path / "run" / "global_step_3").mkdir(parents=True)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("3", encoding="utf-8")
+    assert "would go on from" in texts(command(), "folders", "note")
+
+
+def test_other_schedules_and_scores_have_a_cost(command):
+    random = command("gradalign.score=random")["cost"]
+    assert random["ratios"]["rollout"] == 1 and random["trusted"] == 0
+    rounds = command("gradalign.schedule=round", "gradalign.curriculum.num_candidates=80")["cost"]
+    assert rounds["candidates"] == 80 * 8 / 10
+    once = command("gradalign.schedule=once", "gradalign.curriculum.keep=0.5", "gradalign.curriculum.warmup_steps=4")
+    assert once["cost"]["candidates"] == 120 * 8 / 40
+
+
+def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):
+    from types import SimpleNamespace
+
+    from verl_gradalign.cost import Setting, estimate, shape_of
+    from verl_gradalign.cost.tables import Column
+
+    setting = Setting(shape_of("14b"), num_gpus=8)
+    trainer = SimpleNamespace(device="cuda", n_gpus_per_node=8)
+    for gb, level in ((80, "warning"), (140, "ok")):
+        findings = Findings()
+        machine = Machine(8, gb * 1e9, 1e12)
+        _memory(setting, Column(setting, estimate(setting)), SimpleNamespace(trainer=trainer), machine, findings)
+        (finding,) = findings.all
+        assert finding.level == level and "making the direction" in finding.message
+
+
+def test_a_refusal_is_split_into_message_and_remedy():
+    findings = Findings()
+    findings.refusal("data", ValueError("a=1: is wrong. Remedy: set a=2."))
+    with findings.refusals("model"):
+        raise KeyError("weight")
+    assert findings.all == [
+        Finding("data", "error", "a=1: is wrong.", "set a=2."),
+        Finding("model", "error", "KeyError: 'weight'", ""),
+    ]
+
+
+def test_a_plugin_that_is_switched_off_is_an_error(monkeypatch):
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    findings = Findings()
+    examine_environment(findings)
+    assert any("VERL_USE_EXTERNAL_PLUGINS=none" in f.message for f in findings.all if f.level == "error")
+
+
+def test_help_has_examples():
+    for name in ("doctor", "cost"):
+        result = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0 and f"verl-gradalign {name} " in result.stdout and "Examples" in result.stdout

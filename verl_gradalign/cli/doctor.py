@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verl-gradalign doctor`: what is wrong with a machine and a configuration, and what to change."""
+
+import json
+import sys
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, app
+from verl_gradalign.cli.cost import as_mapping, rich_table
+from verl_gradalign.cost.tables import Column, assumptions, tables_of
+
+if TYPE_CHECKING:
+    from verl_gradalign.doctor import Findings
+
+EXAMPLES = """
+Examples:
+
+  verl-gradalign doctor
+
+  verl-gradalign doctor +gradalign=cosine gradalign.validation.files=trusted.parquet data.train_files=train.parquet
+  actor_rollout_ref.model.path=Qwen/Qwen2.5-7B
+
+  VERL_PLATFORM=cpu verl-gradalign doctor --json -- +platform=cpu +regime=quickstart ...
+
+Exit code 0: no errors; 1: errors were found; 2: the command line was wrong.
+"""
+STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
+
+
+@app.command(epilog=EXAMPLES)
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="What verl's entry point would be given; none: the machine alone.")
+    ] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(help="Mean tokens of a response, for the cost. Half of data.max_response_length.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: findings, cost, ok.")] = False,
+) -> None:
+    """Check an environment and a composed configuration, and say what to change. Starts nothing.
+
+    Versions, plugin, GPUs and limits; with overrides also what verl and the plugin refuse, the model against the
+    estimator, the trusted set, rewards, folders, and the cost of a step.
+    """
+    from verl_gradalign.doctor import Findings
+
+    findings = Findings()
+    # verl prints while it checks; standard output is for the result.
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        column = _examine(overrides or [], response_tokens, findings)
+    if as_json:
+        cost = None if column is None else as_mapping(column)
+        found = [asdict(finding) for finding in findings.all]
+        print(json.dumps({"findings": found, "cost": cost, "ok": not findings.has_errors}, indent=2))
+    else:
+        _print(findings, column)
+    if findings.has_errors:
+        raise typer.Exit(FAILED_RUN_EXIT_CODE)
+
+
+def _examine(overrides: list[str], response_tokens: float | None, findings: "Findings") -> Column | None:
+    from verl_gradalign.doctor import examine_environment
+
+    machine = examine_environment(findings)
+    try:
+        from verl_gradalign.integration import doctor as of_configuration
+    except Exception as error:
+        findings.refusal("environment", error, "install what is missing, see above")
+        return None
+    of_configuration.examine_trainer_mode(findings)
+    if not overrides:
+        return None
+    return of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
+
+
+def _print(findings: "Findings", column: Column | None) -> None:
+    console = Console()
+    table = Table("", "area", "finding", "what to change", show_lines=False)
+    for finding in findings.all:
+        style = STYLES[finding.level]
+        level = f"[{style}]{finding.level}[/{style}]"
+        table.add_row(level, finding.area, escape(finding.message), escape(finding.remedy))
+    console.print(table)
+    if column is not None:
+        console.print(assumptions(column.setting), markup=False, highlight=False)
+        for part in tables_of([column]):
+            console.print(rich_table(part))
+    counts = {level: sum(f.level == level for f in findings.all) for level in ("error", "warning")}
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings", style="bold", highlight=False)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Findings: what was looked at, how it stands, and what to change. Collected, not raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["LEVELS", "Finding", "Findings"]
+
+LEVELS = ("ok", "note", "warning", "error")
+REMEDY = "Remedy: "
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    area: str
+    """environment, plugin, hardware, configuration, model, trusted set, train files, reward, cost, logging, folders."""
+    level: str
+    """ok: as it should be; note: good to know; warning: may go wrong; error: will go wrong."""
+    message: str
+    remedy: str = ""
+
+
+class Findings:
+    """A list that refusals are turned into entries of."""
+
+    def __init__(self) -> None:
+        self.all: list[Finding] = []
+
+    @property
+    def has_errors(self) -> bool:
+        return any(finding.level == "error" for finding in self.all)
+
+    def add(self, area: str, level: str, message: str, remedy: str = "") -> None:
+        assert level in LEVELS
+        self.all.append(Finding(area, level, message, remedy))
+
+    def refusal(self, area: str, error: BaseException, remedy: str = "") -> None:
+        """Add an exception as an error; the package's own say the remedy behind "Remedy: "."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, ValueError | AssertionError | OSError):
+            text = f"{type(error).__name__}: {text}"
+        message, _, own_remedy = text.partition(REMEDY)
+        self.add(area, "error", message.strip(), own_remedy or remedy)
+
+    @contextmanager
+    def refusals(self, area: str, remedy: str = "") -> Iterator[None]:
+        """Turn an exception of the block into an error: it may come from verl, a reward function or a model's code."""
+        try:
+            yield
+        except Exception as error:
+            self.refusal(area, error, remedy)
