@@ -89,6 +89,7 @@ class Workplace:
             "TOKENIZERS_PARALLELISM": "false",
             # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
             "TQ_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
         }
         command = [
             *(sys.executable, "-m", "verl.trainer.main_ppo", "+platform=cpu", "+regime=quickstart"),
@@ -142,5 +143,12 @@ def kill_all(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="session")
 def cosine_run(workplace: Workplace) -> Run:
-    """Six steps on one rank, chosen by cosine."""
-    return workplace.run("cosine", *gradalign("cosine", workplace.files), "trainer.total_training_steps=6")
+    """Six steps on one rank, chosen by cosine, validated before, with everything logged that can be."""
+    log = {"columns": "[corrupted,family]", "pages_interval": 3, "steps_per_part": 4}
+    return workplace.run(
+        "cosine",
+        *gradalign("cosine", workplace.files, **{f"log__{key}": value for key, value in log.items()}),
+        "trainer.total_training_steps=6",
+        "trainer.val_before_train=true",
+        "trainer.logger=[console,file,wandb,tensorboard]",
+    )

@@ -3,12 +3,12 @@
 
 import json
 import re
-import struct
 
 import numpy as np
 import pytest
 from verl.utils.tracking import Tracking
 
+from tests.wandb_files import history
 from verl_gradalign.metrics import CATALOGUE, named
 from verl_gradalign.report.pages import COLUMNS, Pages
 
@@ -75,40 +75,6 @@ def test_mlflow_holds_every_metric(place):
     for name in of_step(1):
         history = client.get_metric_history(run.info.run_id, name)
         assert {m.step: m.value for m in history} == {step: of_step(step)[name] for step in STEPS}
-
-
-BLOCK, FILE_HEADER, RECORD_HEADER = 32_768, 7, 7
-WHOLE, LAST = 1, 4
-
-
-def records(folder):
-    """The records of an offline run's file: LevelDB's log format, in blocks; wandb itself reads it in Go."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    content, at, pieces = path.read_bytes(), FILE_HEADER, b""
-    while at + RECORD_HEADER <= len(content):
-        if BLOCK - at % BLOCK < RECORD_HEADER:
-            at += BLOCK - at % BLOCK  # the rest of a block that no header fits in is padding
-            continue
-        length, kind = struct.unpack("<HB", content[at + 4 : at + RECORD_HEADER])
-        pieces += content[at + RECORD_HEADER : at + RECORD_HEADER + length]
-        at += RECORD_HEADER + length
-        if kind in (WHOLE, LAST):
-            record = Record()
-            record.ParseFromString(pieces)
-            pieces = b""
-            yield record
-
-
-def history(folder):
-    """What an offline run holds, by step."""
-    rows = {}
-    for record in records(folder):
-        if record.HasField("history"):
-            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            rows.setdefault(items["_step"], {}).update(items)
-    return rows
 
 
 def selection(num=40):

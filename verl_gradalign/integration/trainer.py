@@ -9,11 +9,9 @@ groups while others are generated.
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
@@ -24,7 +22,6 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_gradalign.integration.about import about_run
 from verl_gradalign.integration.alignment import AlignmentSelector
 from verl_gradalign.integration.checkpoint import (
     check_resume,
@@ -36,13 +33,9 @@ from verl_gradalign.integration.checkpoint import (
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.completion import add_values
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
-from verl_gradalign.integration.recorder import StepRecorder
-from verl_gradalign.integration.records import cost_metrics
+from verl_gradalign.integration.run_notes import RunNotes
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.worker import use_own_workers
-from verl_gradalign.metrics import named
-from verl_gradalign.report.pages import Pages
-from verl_gradalign.report.selection_log import SelectionLog
 from verl_gradalign.selection.checkpoint import load_state, save_state
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.scores import score_of
@@ -54,8 +47,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# Of verl's metrics those that the report reads.
-KEPT_METRICS = ("gradalign/", "timing_s/", "val-core/", "critic/score/mean", "response_length/mean", "actor/", "perf/")
 SAMPLER_PATH = "pkg://verl_gradalign.integration.sampler"
 
 
@@ -110,23 +101,11 @@ class ChoosesProblems(_Trainer):
         if not is_plain:
             chooses = self._score.rank is not None
             self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
-        self._pool.read_labels(self.gradalign.log.columns)
+        self._notes = RunNotes(self.gradalign, self.config, self._pool, self._decode)
         self._selector = AlignmentSelector(
-            self.gradalign, self.config, self._make_recorder(), self, self._pool.num_rows, self._curriculum
+            self.gradalign, self.config, self._notes.recorder, self, self._pool.num_rows, self._curriculum
         )
         self.replay_buffer.attach(self._selector)
-
-    def _make_recorder(self) -> StepRecorder:
-        """Return what notes every step, and get the log and the pages ready that it writes to."""
-        own = self.gradalign.log
-        folder = own.dir or str(Path(self.config.trainer.default_local_dir) / "gradalign")
-        max_bytes = None if own.max_gb is None else int(own.max_gb * 1e9)
-        self._log = SelectionLog(folder, own.columns, about_run(self.config), own.steps_per_part, max_bytes)
-        has_pages = own.pages_interval > 0 and "wandb" in self.config.trainer.logger
-        self._pages = Pages(own.pages_problems) if has_pages else None
-        self._late_logging_s = 0.0
-        self._recorder = StepRecorder(self.gradalign, self._log, self._pool, self._decode, self._pages)
-        return self._recorder
 
     def _decode(self, token_ids: Any) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -235,7 +214,7 @@ class ChoosesProblems(_Trainer):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        self._log.begin(self.global_steps)
+        self._notes.begin(self.global_steps)
         folder = resume_folder(self.config)
         if folder is None or not self.global_steps or not state_file(folder).exists():
             return
@@ -252,18 +231,12 @@ class ChoosesProblems(_Trainer):
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
-        started = time.perf_counter()
-        metrics.update(named(cost_metrics(metrics, timing_raw, self._selector.last_selection_s)))
-        metrics.update(named({"seconds/logging": self._recorder.seconds + self._late_logging_s}))
-        self._log.write_metrics(global_steps, _to_keep(metrics))
-        if self._pages is not None and global_steps % self.gradalign.log.pages_interval == 0:
-            self._pages.publish(self.logger.logger["wandb"], global_steps)
-        self._late_logging_s = time.perf_counter() - started
+        selection_s = self._selector.last_selection_s
+        metrics.update(self._notes.end_step(global_steps, metrics, timing_raw, selection_s, self.logger))
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float] = super()._validate()
-        if self.global_steps == 0:
-            self._log.write_metrics(0, _to_keep(metrics))
+        self._notes.note_validation(self.global_steps, metrics)
         return metrics
 
     def _use_own_sampler(self, verl_config: DictConfig) -> None:
@@ -282,12 +255,6 @@ class ChoosesProblems(_Trainer):
             if not (custom.path and custom.name) or (custom.path, custom.name) == (SAMPLER_PATH, "GradAlignSampler"):
                 custom.update({"path": SAMPLER_PATH, "name": self.sampler_class.__name__})
             sampler.sampler_kwargs = {**own, **(sampler.sampler_kwargs or {})}
-
-
-def _to_keep(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers that the selection log keeps."""
-    numbers = (int, float, np.number)
-    return {k: float(v) for k, v in metrics.items() if k.startswith(KEPT_METRICS) and isinstance(v, numbers)}
 
 
 @register_trainer("gradalign")
