@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 
 from verl_gradalign.cli.app import app, refusals_as_messages
@@ -60,7 +61,7 @@ def score(
     console = Console(stderr=True)
     # verl tells of every engine that is not installed.
     warnings.filterwarnings("ignore", module=r"verl\.")
-    with refusals_as_messages(), console.status("loading verl") as status:
+    with refusals_as_messages(), console.status("starting verl") as status:
         from verl_gradalign.integration.scoring_run import run_scoring
         from verl_gradalign.integration.scoring_task import ScoringTask
 
@@ -77,8 +78,7 @@ def score(
             seed=seed,
             overrides=tuple(overrides or ()),
         )
-        status.stop()
-        with _bars(console) as watch:
+        with _bars(console, status) as watch:
             summary = run_scoring(task, sys.argv, watch)
     if as_json:
         print((output / "summary.json").read_text(encoding="utf-8"))
@@ -89,18 +89,23 @@ def score(
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def _bars(console: Console, status: Status) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Show how far a run is; yields what is told of it (`GradAlignScoringTrainer`)."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        rolled_out = progress.add_task("rolled out", total=None)
-        scored = progress.add_task("scored", total=None)
+    progress = Progress(*columns, console=console)
+    rolled_out = progress.add_task("rolled out", total=None)
+    scored = progress.add_task("scored", total=None)
 
-        def watch(now: Mapping[str, Any]) -> None:
-            progress.update(rolled_out, completed=now.get("rolled_out", 0), total=now.get("to_roll_out"))
-            progress.update(scored, completed=now.get("scored", 0), total=now.get("to_score"))
+    def watch(now: Mapping[str, Any]) -> None:
+        status.stop()  # rich shows one live display at a time
+        progress.start()
+        progress.update(rolled_out, completed=now.get("rolled_out", 0), total=now.get("to_roll_out"))
+        progress.update(scored, completed=now.get("scored", 0), total=now.get("to_score"))
 
+    try:
         yield watch
+    finally:
+        progress.stop()
 
 
 def _table(summary: Mapping[str, Any]) -> Table:

@@ -145,7 +145,7 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
         """
         done = self._store.members()
         tables = self._tables()
-        waiting = deque(_chunks(tables, done, self._chunk))
+        waiting = deque(chunks_of(tables, done, self._chunk))
         self._report(
             rolled_out=len(done), to_roll_out=sum(len(table) for table, _ in tables.values()), phase="rolling out"
         )
@@ -244,7 +244,7 @@ def needs_whole_pool(config: GradAlignConfig) -> bool:
     return score_of(config.score).direction in ("pool", "learnability") or config.direction.metric == "candidates"
 
 
-def _chunks(
+def chunks_of(
     tables: Mapping[str | None, tuple[PromptTable, int]], done: set[Member], size: int
 ) -> list[tuple[str | None, list[int]]]:
     """Return the problems that are not done, in order, in chunks of one table each."""

@@ -64,6 +64,7 @@ def own_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None)
         "data.train_batch_size": 1,
         "data.seed": task.seed,
         "algorithm.adv_estimator": "grpo",
+        "critic.enable": "false",
         "actor_rollout_ref.model.path": _quoted(model),
         "actor_rollout_ref.actor.use_dynamic_bsz": "true",
         "actor_rollout_ref.actor.ppo_mini_batch_size": 1,

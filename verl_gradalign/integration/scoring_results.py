@@ -35,7 +35,7 @@ from verl_gradalign.integration.scoring_task import ScoringTask, num_kept
 from verl_gradalign.metrics import named
 from verl_gradalign.report.selection_log import METADATA_KEY, SelectionLog
 
-__all__ = ["SCORES", "choose", "write_results"]
+__all__ = ["SCORES", "choose", "scores_table", "write_results"]
 
 STEP = 1
 """Of the selection log: there is one choice."""
@@ -79,7 +79,7 @@ def write_results(
         log.write_samples(STEP, samples)
     log.write_metrics(STEP, metrics)
     log.write(STEP, columns)
-    scores = _scores_table(columns, pool, {METADATA_KEY: json.dumps(about, default=str).encode()})
+    scores = scores_table(columns, pool, {METADATA_KEY: json.dumps(about, default=str).encode()})
     _replace_table(scores, output / "scores.parquet")
     _replace_table(pool.filter(scores["kept"]), output / "selected.parquet")
     summary = {
@@ -136,7 +136,7 @@ def _failed_group(problem: Problem) -> Group:
     return Group(problem=problem, keys=(), num_tokens=0, rewards=(), is_failed=True, is_live=False)
 
 
-def _scores_table(columns: Mapping[str, Sequence[Any]], pool: pa.Table, metadata: Mapping[bytes, bytes]) -> pa.Table:
+def scores_table(columns: Mapping[str, Sequence[Any]], pool: pa.Table, metadata: Mapping[bytes, bytes]) -> pa.Table:
     """Return a row for every problem of the pool: its columns, or only why there are none."""
     places = {problem_id: place for place, problem_id in enumerate(columns["problem_id"])}
     sources = pool["data_source"].to_pylist() if "data_source" in pool.column_names else ["unknown"] * len(pool)
