@@ -30,10 +30,13 @@ def report(
     """
     import json
 
+    from rich.markup import escape
+
     from verl_gradalign.report.html import write_report
     from verl_gradalign.report.run_data import read_run
     from verl_gradalign.report.run_folders import find_runs
     from verl_gradalign.report.summary import summary_of
+    from verl_gradalign.report.visible_text import short, visible
 
     # What is for people goes to stderr where stdout is for machines.
     console = Console(stderr=as_json, soft_wrap=True)
@@ -42,23 +45,17 @@ def report(
         with console.status("reading") as status:
 
             def tell(text: str) -> None:
-                status.update(rich_escape(text))
+                status.update(escape(short(text)))
 
             runs = [read_run(run, tell) for run in found]
             path = write_report(runs, output or run_dirs[0] / "report.html", top, tell)
     for run in runs:
         for line in run.missing:
-            console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
+            console.print(visible(f"{run.name}: {line}"), style="yellow", markup=False, highlight=False)
     size = path.stat().st_size
-    console.print(f"wrote {path} ({size / 1e6:.2f} MB, {len(runs)} runs)", markup=False, highlight=False)
+    runs_made = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    console.print(f"wrote {path} ({size / 1e6:.2f} MB, {runs_made})", markup=False, highlight=False)
     if as_json:
         typer.echo(
             json.dumps({"report": str(path), "bytes": size, "runs": [summary_of(run) for run in runs]}, indent=1)
         )
-
-
-def rich_escape(text: str) -> str:
-    """Return text in which rich sees no markup."""
-    from rich.markup import escape
-
-    return escape(text)
