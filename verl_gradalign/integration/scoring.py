@@ -99,6 +99,7 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
 
     verl_mode = "sync"
     sampler_class = ScoringSampler
+    selector_class = PoolScorer
 
     def __init__(self, config: DictConfig) -> None:
         check_scoring(config)
@@ -110,11 +111,6 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
     def _use_own_sampler(self, verl_config: DictConfig) -> None:
         super()._use_own_sampler(verl_config)
         verl_config.trainer.v1.sampler.custom_sampler.path = f"pkg://{__name__}"
-
-    def _init_dataloader(self) -> None:
-        super()._init_dataloader()
-        self._scorer = PoolScorer(self.gradalign, self.config, self._recorder, self, self._pool.num_rows, None)
-        self._selector = self._scorer
 
     def _load_checkpoint(self) -> None:
         """Load the actor's weights alone: neither a training's data loader nor its selection is gone on with."""
@@ -206,7 +202,8 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
     ) -> Measured:
         """Put rows back into TransferQueue, have them scored, and clear them."""
         batch, problems = load_rows(rows)
-        groups, trusted, reply = self._scorer.measure(batch, problems, step)
+        assert isinstance(self._selector, PoolScorer), "as selector_class says"
+        groups, trusted, reply = self._selector.measure(batch, problems, step)
         tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
         metrics = {} if reply is None else reply_metrics(reply, len(self._trusted) > 1)
         if trusted:

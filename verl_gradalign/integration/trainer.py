@@ -58,6 +58,7 @@ class ChoosesProblems(_Trainer):
 
     verl_mode: str
     sampler_class: type[GradAlignSampler] | type[GradAlignAsyncSampler]
+    selector_class: type[AlignmentSelector] = AlignmentSelector
 
     def __init__(self, config: DictConfig) -> None:
         self.gradalign = read_config(config)
@@ -102,7 +103,7 @@ class ChoosesProblems(_Trainer):
             chooses = self._score.rank is not None
             self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
         self._notes = RunNotes(self.gradalign, self.config, self._pool, self._decode)
-        self._selector = AlignmentSelector(
+        self._selector = self.selector_class(
             self.gradalign, self.config, self._notes.recorder, self, self._pool.num_rows, self._curriculum
         )
         self.replay_buffer.attach(self._selector)
