@@ -121,7 +121,7 @@ def test_computed_memory_agrees_with_measured_peaks():
             formed = FULL * matrix_scores.MAX_GRADIENT_ELEMENTS["cpu"]
             # Adam's moments and the direction were there before the measured call.
             own = shard if record["method"] == "update" else formed
-            factor = record["peak_bytes"] / (activation_bytes(setting) + logits + own)
+            factor = record["peak_bytes"] / (activation_bytes(setting, setting.micro_batch_tokens) + logits + own)
             assert MEMORY_FACTORS[0] <= factor <= MEMORY_FACTORS[1], (record["method"], record["sweep"], factor)
 
 
@@ -346,3 +346,10 @@ def test_the_page_states_what_each_change_saves(change):
     cost = estimate(Setting(shape_of("7b"), **SAVINGS[change]))
     (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {change}"))
     assert f"| {cost.flops_ratio:.2f} | {cost.rollout_ratio:.2f} |" in row
+
+
+def test_scoring_may_have_micro_batches_of_its_own():
+    update_only, both = (Setting(shape_of("7b"), max_tokens_per_rank=n) for n in (None, 32768))
+    small, large = estimate(update_only), estimate(both)
+    assert large.memory.update == small.memory.update and large.memory.score > small.memory.score
+    assert "16,384" in small.notes[0] and "32,768" in large.notes[0]

@@ -89,7 +89,7 @@ def test_a_good_configuration_has_no_errors_and_a_cost(command):
     assert "score cosine with schedule step" in texts(answer, "configuration", "ok")
     assert "Qwen2ForCausalLM can be scored with estimator ghost" in texts(answer, "model", "ok")
     assert "24 problems x 8 responses = 192" in texts(answer, "trusted set", "ok")
-    assert "has a reward function" in texts(answer, "reward", "ok")
+    assert "trusted set: 5 of 5 data sources" in texts(answer, "reward", "ok")
     assert "120 problems, 40 steps of 4 (trainer.total_training_steps); as candidates" in texts(
         answer, "train files", "note"
     )
@@ -152,6 +152,7 @@ def test_required_versions_are_those_of_setup():
         (["actor_rollout_ref.model.use_fused_kernels=true"], ["actor_rollout_ref.model.use_fused_kernels=True"]),
         (["gradalign.oversample=60"], ["gradalign.oversample=60"]),
         (["data.max_prompt_length=8"], ["trusted set"]),
+        (["actor_rollout_ref.rollout.name=???"], ["actor_rollout_ref.rollout.name has no value"]),
         (["trainer.v1.trainer_mode=sync"], ["trainer.v1.trainer_mode=sync"]),
         (["trainer.default_local_dir=/proc/run"], ["trainer.default_local_dir=/proc/run"]),
         (["+actor_rollout_ref.model.override_config.attention_dropout=0.1"], ["dropout is active"]),
@@ -317,6 +318,19 @@ def test_a_plugin_that_is_switched_off_is_an_error(monkeypatch):
     findings = Findings()
     examine_environment(findings)
     assert any("VERL_USE_EXTERNAL_PLUGINS=none" in f.message for f in findings.all if f.level == "error")
+
+
+def test_gpus_are_counted_and_one_in_use_is_a_warning(monkeypatch):
+    """No GPU is needed: torch's answers are those of a machine with two."""
+    memory = [(80e9, 80e9), (20e9, 80e9)]
+    answers = {"is_available": lambda: True, "device_count": lambda: 2, "mem_get_info": memory.__getitem__}
+    for name, answer in {**answers, "get_device_name": lambda _: "H100"}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", answer)
+    findings = Findings()
+    assert examine_environment(findings).gpu_gb == 80
+    found = {f.message: f.level for f in findings.all if f.area == "hardware"}
+    assert any(text.startswith("2 x H100, 80 GB") for text in found)
+    assert found["GPU 1: 20 of 80 GB are free"] == "warning"
 
 
 def test_help_has_examples():

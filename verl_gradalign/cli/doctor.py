@@ -79,7 +79,11 @@ def _examine(overrides: list[str], response_tokens: float | None, findings: "Fin
     of_configuration.examine_trainer_mode(findings)
     if not overrides:
         return None
-    return of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
+    column = None
+    # Whatever a configuration brings about, what was found before is shown.
+    with findings.refusals("configuration"):
+        column = of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
+    return column
 
 
 def _print(findings: "Findings", column: Column | None) -> None:

@@ -119,10 +119,8 @@ def estimate(setting: Setting, speeds: Speeds | None = None, device: str = "cuda
     trained = float(setting.train_batch_size * n)
     chosen_from = float(setting.candidates_per_selection * setting.responses_per_candidate)
     trusted = float(setting.trusted_problems * (setting.validation_n or n))
-    # The direction is refreshed in a step that selects, if it is then older than the interval.
-    refresh_steps = per_selection * math.ceil(setting.refresh_interval / per_selection)
     candidates, others = chosen_from / per_selection, trained * (per_selection - 1) / per_selection
-    fresh = trusted / refresh_steps
+    fresh = trusted / setting.refresh_steps
     generated = candidates + fresh + others
     flops = _flops(setting, candidates, fresh, trained, generated, device)
     plain = _flops(setting, 0.0, 0.0, trained, trained, device)
@@ -180,11 +178,11 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     mean = setting.responses_per_candidate * setting.tokens_per_row
     longest = setting.responses_per_candidate * (setting.max_prompt_tokens + setting.max_response_tokens)
     is_whole = setting.estimator not in (None, "backward")
-    if is_whole and longest > setting.micro_batch_tokens:
-        which = "a mean problem" if mean > setting.micro_batch_tokens else "a problem of the longest responses"
-        size = mean if mean > setting.micro_batch_tokens else longest
+    if is_whole and longest > setting.probe_tokens:
+        which = "a mean problem" if mean > setting.probe_tokens else "a problem of the longest responses"
+        size = mean if mean > setting.probe_tokens else longest
         notes.append(
-            f"{which} takes {size:,.0f} positions, more than the {setting.micro_batch_tokens:,} of a micro-batch: such "
+            f"{which} takes {size:,.0f} positions, more than the {setting.probe_tokens:,} of a micro-batch: such "
             "problems are scored one at a time on all GPUs, exactly but slowly. Raise gradalign.probe."
             "max_tokens_per_rank if memory allows"
         )

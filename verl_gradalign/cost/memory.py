@@ -41,7 +41,7 @@ class Memory:
     """Layers put together from shards, two at a time, and the embedding and output layer."""
     activations: float
     logits: float
-    """Of a micro-batch, with their gradient."""
+    """Of a micro-batch of the update, as the activations, with their gradient."""
     update: float
     """Peak of the update, selection included: the direction that is kept."""
     make_direction: float
@@ -61,13 +61,14 @@ def memory_of(setting: Setting) -> Memory:
     is_sharded = setting.num_gpus > 1
     embeddings = shape.head_parameters * (1 if shape.is_tied else 2)
     gathered = bytes_each * (2 * shape.layer_parameters + embeddings) if is_sharded or bytes_each < FULL else 0
-    activations, logits = activation_bytes(setting), logits_bytes(setting)
-    base, passing = 3 * shard, gathered + activations + logits
+    activations, logits = (of(setting, setting.micro_batch_tokens) for of in (activation_bytes, logits_bytes))
+    measuring = gathered + sum(of(setting, setting.probe_tokens) for of in (activation_bytes, logits_bytes))
+    base = 3 * shard
     selects = setting.estimator is not None
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
-    plain = base + shard + passing
-    making = max(2 * shard + passing, SHARDS_WHILE_MADE * shard) if has_direction else 0.0
+    plain = base + shard + gathered + activations + logits
+    making = max(2 * shard + measuring, SHARDS_WHILE_MADE * shard) if has_direction else 0.0
     return Memory(
         parameters=shard,
         gradients=shard,
@@ -78,7 +79,7 @@ def memory_of(setting: Setting) -> Memory:
         logits=logits,
         update=plain + kept,
         make_direction=base + kept + making if has_direction else 0.0,
-        score=base + kept + (shard if has_direction else 0.0) + passing + _scoring_extra(setting) if selects else 0.0,
+        score=base + kept + shard + measuring + _scoring_extra(setting) if selects else 0.0,
         plain=plain,
     )
 
@@ -98,29 +99,29 @@ def _scoring_extra(setting: Setting) -> float:
     return float(extra[setting.estimator or "ghost"])
 
 
-def activation_bytes(setting: Setting) -> float:
+def activation_bytes(setting: Setting, micro_batch_tokens: int) -> float:
     """Return the bytes that autograd keeps of a micro-batch's layers.
 
     Per token and layer 10 hidden + 4 intermediate numbers are kept (measured on transformers' Qwen2 with SDPA: the
     norms' inputs and outputs, queries, keys, values, the attention's and the MLP's products). With checkpointing one
     layer at a time, and each layer's input.
     """
-    shape, tokens = setting.shape, micro_batch_positions(setting)
+    shape, tokens = setting.shape, _positions(setting, micro_batch_tokens)
     layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * setting.compute_bytes
     if not setting.has_checkpointing:
         return float(shape.num_layers * layer)
     return float(layer + shape.num_layers * tokens * shape.hidden * setting.compute_bytes)
 
 
-def logits_bytes(setting: Setting) -> float:
+def logits_bytes(setting: Setting, micro_batch_tokens: int) -> float:
     """Return the bytes of a micro-batch's logits, their gradient, and the chunk that is converted to float32."""
-    logits = micro_batch_positions(setting) * setting.shape.vocabulary
+    logits = _positions(setting, micro_batch_tokens) * setting.shape.vocabulary
     return float(2 * logits * setting.compute_bytes + min(CHUNK_BYTES, 2 * FULL * logits))
 
 
-def micro_batch_positions(setting: Setting) -> float:
+def _positions(setting: Setting, micro_batch_tokens: int) -> int:
     """Return the positions of a micro-batch; a longest row, where that is more, is one of its own."""
-    return max(setting.micro_batch_tokens, setting.max_prompt_tokens + setting.max_response_tokens)
+    return max(micro_batch_tokens, setting.max_prompt_tokens + setting.max_response_tokens)
 
 
 def rollout_bytes(setting: Setting, num_responses: float) -> float:

@@ -60,7 +60,9 @@ class Setting:
     """Whether a reference policy's log-probs are computed (a KL term)."""
     ppo_epochs: int = 1
     micro_batch_tokens: int = 16384
-    """Positions of a micro-batch of one GPU (ppo_max_token_len_per_gpu, probe.max_tokens_per_rank)."""
+    """Positions of a micro-batch of the update on one GPU (ppo_max_token_len_per_gpu)."""
+    max_tokens_per_rank: int | None = None
+    """Positions of a micro-batch of direction and scores (probe.max_tokens_per_rank). None: the update's."""
     compute_bytes: int = 2
     """Of a number that is computed with: 2 in bf16, 4 in float32. Master parameters and Adam are float32."""
     is_direction_offloaded: bool = False
@@ -72,7 +74,7 @@ class Setting:
         positive = ("num_gpus", "train_batch_size", "rollout_n", "steps_per_round", "refresh_interval", "ppo_epochs")
         for key in (*positive, "micro_batch_tokens", "max_response_tokens", "max_prompt_tokens"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("num_candidates", "candidate_n", "validation_n"):
+        for key in ("num_candidates", "candidate_n", "validation_n", "max_tokens_per_rank"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "must be at least 1")
         for key in ("prompt_tokens", "response_tokens"):
@@ -96,6 +98,16 @@ class Setting:
     @property
     def responses_per_candidate(self) -> int:
         return self.rollout_n if self.schedule == "step" else self.candidate_n or self.rollout_n
+
+    @property
+    def refresh_steps(self) -> int:
+        """Steps between two directions: one is made in a step that selects, if the last is older than the interval."""
+        return self.steps_per_selection * math.ceil(self.refresh_interval / self.steps_per_selection)
+
+    @property
+    def probe_tokens(self) -> int:
+        """Positions of a micro-batch of direction and scores."""
+        return self.max_tokens_per_rank or self.micro_batch_tokens
 
     @property
     def candidates_per_selection(self) -> int:

@@ -52,7 +52,7 @@ def markdown_of(table: Table) -> str:
 
 def assumptions(setting: Setting) -> str:
     """Return one sentence that says what the numbers were computed for."""
-    n, interval = setting.rollout_n, setting.refresh_interval
+    n, interval = setting.rollout_n, setting.refresh_steps
     schedule = f"{setting.oversample:g} candidates each"
     if setting.schedule == "round":
         num, steps = setting.candidates_per_selection, setting.steps_per_round
@@ -61,7 +61,7 @@ def assumptions(setting: Setting) -> str:
     return (
         f"An estimate for batches of {setting.train_batch_size} problems x {n} responses, {schedule}, "
         f"{setting.trusted_problems} trusted problems x {setting.validation_n or n} responses {refresh}, "
-        f"{setting.prompt_tokens:g} prompt and {setting.response_tokens:g} response tokens in the mean, "
+        f"{setting.prompt_tokens:.4g} prompt and {setting.response_tokens:.4g} response tokens in the mean, "
         f"{setting.live_share:.0%} of the problems live, estimator {setting.estimator or 'none'}, "
         f"checkpointing {'on' if setting.has_checkpointing else 'off'}, micro-batches of "
         f"{setting.micro_batch_tokens:,} positions per GPU, all parameters trained with AdamW, fully sharded."

@@ -34,6 +34,8 @@ REQUIRED = {
 ENGINES = ("vllm", "sglang")
 MIN_SHARED_BYTES = 2e9
 MIN_OPEN_FILES = 4096
+FREE_SHARE = 0.95
+"""Of a GPU's memory; less is a sign of another process."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,14 @@ def _hardware(findings: Findings) -> Machine:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
         findings.add("hardware", "note", f"torch is built for: {build}")
         if torch.cuda.is_available():
-            sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-            num_gpus, gpu_bytes = len(sizes), float(min(sizes))
+            free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+            num_gpus, gpu_bytes = len(free_and_total), float(min(total for _, total in free_and_total))
             name, driver = torch.cuda.get_device_name(0), _driver()
             findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_bytes / 1e9:.0f} GB{driver}")
+            for index, (free, total) in enumerate(free_and_total):
+                if free < FREE_SHARE * total:
+                    text = f"GPU {index}: {free / 1e9:.0f} of {total / 1e9:.0f} GB are free"
+                    findings.add("hardware", "warning", text, "end what else runs there (nvidia-smi lists it)")
     if num_gpus == 0:
         is_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
         findings.add(

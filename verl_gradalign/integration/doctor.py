@@ -105,7 +105,12 @@ def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None
             AREA, ValueError(str(error)), "correct the override; keys that verl lacks need a + before them"
         )
         return None
-    return config
+    # Elsewhere verl has mandatory keys that matter only where their part is switched on.
+    missing = sorted(OmegaConf.missing_keys(config.actor_rollout_ref))
+    for key in missing:
+        remedy = f"set actor_rollout_ref.{key}" + ("=vllm" if key == "rollout.name" else "")
+        findings.add(AREA, "error", f"actor_rollout_ref.{key} has no value, and verl has no default for it", remedy)
+    return None if missing else config
 
 
 def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, ProbeConfig
 from verl_gradalign.cost import Setting, estimate
 from verl_gradalign.cost.tables import GPU_SHARE, Column
 from verl_gradalign.doctor import Findings, Machine
@@ -54,7 +54,7 @@ def examine_cost(
         f"takes {cost.flops_ratio:.2f} times the operations of a step without selection{assumed}",
     )
     for note in cost.notes:
-        findings.add(AREA, "warning", note)
+        findings.add(AREA, "note", note)
     if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
         text = f"score {config.score} reads the candidates twice; the operations count them once"
         findings.add(AREA, "note", text, "gradalign.probe.pool_dots=sketch takes one pass")
@@ -105,7 +105,8 @@ def setting_of(
         has_checkpointing=actor_rollout.model.enable_gradient_checkpointing,
         has_reference=bool(actor.use_kl_loss or verl_config.algorithm.use_kl_in_reward),
         ppo_epochs=actor.ppo_epochs,
-        micro_batch_tokens=token_budget(config.probe, verl_config).max_tokens,
+        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens,
+        max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,
         is_direction_kept=direction.refresh_interval > 1 or direction.ema > 0 or direction.on_degenerate == "previous",

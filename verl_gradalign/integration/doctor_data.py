@@ -176,6 +176,7 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
     by_source: dict[str, dict[str, Any]] = {}
     for row in rows:
         by_source.setdefault(str(row.get(reward_key)), row)
+    num_right = 0
     for source, row in by_source.items():
         if own is None and source in RUNS_CODE:
             findings.add("reward", "note", f"{area}: data source {source} runs programs; its reward was not tried")
@@ -190,7 +191,11 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
             remedy = "fix the reward function, or the ground truth of this source"
             findings.add("reward", "error", f"{text}{type(error).__name__}: {error}", remedy)
         else:
-            findings.add("reward", "ok", f"{area}: data source {source} has a reward function")
+            num_right += 1
+    if num_right:
+        names = ", ".join(list(by_source)[:3]) + (" and others" if len(by_source) > 3 else "")
+        text = f"{area}: {num_right} of {len(by_source)} data sources ({names}) have a reward function that runs"
+        findings.add("reward", "ok", text)
 
 
 def _reward(function: Any, source: str, row: Mapping[str, Any]) -> None:
