@@ -2,6 +2,7 @@
 # make test    installs into .venv and .venv-vllm and runs all tests that this machine can run
 # make lint    style, types, spelling
 # make unit    the quick tests only
+# make coverage    the quick tests, with the lines that they leave out
 # make docs    writes the pages of configuration keys and metrics
 # make test-vllm    installs vLLM's CPU build into .venv-vllm and trains with it
 
@@ -28,7 +29,7 @@ $(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
   || $(@D)/bin/python -m pip install -q $(TORCH)
 endef
 
-.PHONY: demo test test-vllm unit lint docs clean
+.PHONY: demo test test-vllm unit coverage lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
@@ -42,6 +43,10 @@ test-vllm: $(VLLM_VENV)/.installed
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit tests/numerics
+
+# Of what runs in this process: what Ray's workers and other ranks run is not counted.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit tests/numerics tests/docs --cov --cov-report=term-missing:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -57,7 +62,7 @@ $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(install_torch)
 	@echo "installing verl and verl-gradalign ..."
-	$(BIN)/python -m pip install -q -e ".[cpu,test]"
+	$(BIN)/python -m pip install -q -e ".[cpu,test,dev]"
 	@touch $@
 	@echo "installed into $(VENV)"
 

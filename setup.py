@@ -46,6 +46,9 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "codespell>=2.3",
+        ],
+        # Not with vLLM, which pins some of what these need.
+        "dev": [
             "pytest-cov>=5",
             "pre-commit>=3",
             # What reads back what verl's loggers wrote.
