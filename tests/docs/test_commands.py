@@ -244,7 +244,10 @@ ENTRIES = (
     Entry(
         r"([A-Z_]+=\S+ )*verl-gradalign score .*",
         accepted("verl_gradalign.integration.scoring_run.run_scoring"),
-        ("tests/unit/test_score_command.py::test_a_good_task_is_not_refused",),
+        (
+            "tests/e2e/test_score.py::test_scores_equal_plain_autograd_on_the_stored_rollouts",
+            "tests/e2e/test_score.py::test_the_selected_rows_are_the_best_and_load_as_verls_training_data",
+        ),
     ),
     # Covered: continuous integration runs `make lint` and `make test`; a target is known to make.
     Entry(r"make [\w -]+", make_targets, LAUNCHES),
