@@ -176,7 +176,7 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
     by_source: dict[str, dict[str, Any]] = {}
     for row in rows:
         by_source.setdefault(str(row.get(reward_key)), row)
-    num_right = 0
+    num_right, unknown = 0, []
     for source, row in by_source.items():
         if own is None and source in RUNS_CODE:
             findings.add("reward", "note", f"{area}: data source {source} runs programs; its reward was not tried")
@@ -184,14 +184,16 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
         try:
             _reward(own or default_compute_score, source, row)
         except NotImplementedError:
-            text = f"{area}: verl has no reward function for data source {source!r}"
-            findings.add("reward", "error", text, "name yours in reward.custom_reward_function.path and .name")
+            unknown.append(source)
         except Exception as error:
             text = f"{area}: the reward of an empty answer (data source {source!r}) fails: "
             remedy = "fix the reward function, or the ground truth of this source"
             findings.add("reward", "error", f"{text}{type(error).__name__}: {error}", remedy)
         else:
             num_right += 1
+    if unknown:
+        text = f"{area}: verl has no reward function for data source {', '.join(unknown[:10])}"
+        findings.add("reward", "error", text, "name yours in reward.custom_reward_function.path and .name")
     if num_right:
         names = ", ".join(list(by_source)[:3]) + (" and others" if len(by_source) > 3 else "")
         text = f"{area}: {num_right} of {len(by_source)} data sources ({names}) have a reward function that runs"
