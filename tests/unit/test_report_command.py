@@ -31,17 +31,25 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run's folder, what the command printed, and the page."""
+    folder = tmp_path_factory.mktemp("made")
+    write_log(folder / "gradalign", PLAN)
+    result = report(folder, "--json", "--top", 3)
+    assert result.exit_code == 0, result.output
+    return folder, result, (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_one_file_is_written_where_it_is_asked_for(run_dir, tmp_path):
-    assert report(run_dir).exit_code == 0
-    assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("\n") is False
     result = report(run_dir, "--output", tmp_path / "new" / "place.html")
     assert result.exit_code == 0 and "place.html (" in result.output.replace("\n", "")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["place.html"]
+    assert [path.name for path in run_dir.iterdir()] == ["gradalign"]
 
 
-def test_the_file_needs_nothing_from_outside(run_dir):
-    report(run_dir)
-    page = (run_dir / "report.html").read_text(encoding="utf-8")
+def test_the_file_needs_nothing_from_outside(made):
+    _, _, page = made
     assert page.startswith("<!DOCTYPE html>")
     assert "default-src 'none'" in page and "<script" not in page
     for address in re.findall(r"""(?:src|href)="([^"]*)""", page) + re.findall(r"url\(([^)]*)", page):
@@ -49,44 +57,36 @@ def test_the_file_needs_nothing_from_outside(run_dir):
     assert not re.search(r"""\son\w+\s*=""", page)
 
 
-def test_json_has_the_numbers_and_nothing_else_on_stdout(run_dir):
-    result = report(run_dir, "--json", "--top", 2)
+def test_json_has_the_numbers_and_nothing_else_on_stdout(made):
+    folder, result, _ = made
     values = json.loads(result.stdout)
     (run,) = values["runs"]
-    assert values["bytes"] == (run_dir / "report.html").stat().st_size
+    assert values["bytes"] == (folder / "report.html").stat().st_size
     assert run["num_rows"] == 15 * 40 and run["verdict"] in ("good", "watch", "problem")
     suspects = run["suspicious"]
-    assert len(suspects["problems"]) == suspects["num_suspicious"] > 2
+    assert len(suspects["problems"]) == suspects["num_suspicious"] > 3
     assert {"problem_id", "kind", "alignment", "standard_error", "low", "high"} <= set(suspects["problems"][0])
     assert suspects["problems"][0]["distance"] <= suspects["problems"][-1]["distance"]
     assert "NaN" not in result.stdout
 
 
-def test_the_page_shows_prompt_answer_and_responses_of_the_worst(run_dir):
-    report(run_dir, "--top", 3)
-    page = (run_dir / "report.html").read_text(encoding="utf-8")
-    worst = read_run(find_runs([run_dir])[0]).suspects.problem_id_S[0]
+def test_the_page_shows_prompt_answer_and_responses_of_the_worst(made):
+    folder, _, page = made
+    worst = read_run(find_runs([folder])[0]).suspects.problem_id_S[0]
     assert page.count("<details>") == 3
     assert f"Problem {worst}: what is {worst} + {worst}?" in page
     assert f"which makes {2 * worst}." in page and f"which makes {2 * worst + 1}." in page
     assert "reward 1" in page and "reward 0" in page and "Look before you delete" in page
 
 
-def test_several_runs_are_compared(run_dir, tmp_path):
-    write_log(tmp_path / "random" / "gradalign", LogPlan(num_steps=10, num_candidates=20, random_scores=True, seed=1))
-    assert report(tmp_path, "--output", tmp_path / "both.html").exit_code == 0
-    page = (tmp_path / "both.html").read_text(encoding="utf-8")
-    assert "Comparison of 2 runs" in page and page.count('<article class="run"') == 2
-
-
-def test_of_many_runs_the_first_are_shown_in_full_and_all_are_compared(tmp_path):
-    for number in range(9):
+def test_of_many_runs_the_first_are_shown_in_full_and_all_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "MAX_RUNS_IN_FULL", 2)
+    for number in range(4):
         write_log(tmp_path / f"run{number}" / "gradalign", LogPlan(num_steps=3, num_candidates=8, num_problems=9))
     assert report(tmp_path).exit_code == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count('<article class="run"') == html.MAX_RUNS_IN_FULL
-    assert "run8" in page and "The first 6 runs are shown in full" in page
-    assert len(page) < 5_000_000
+    assert page.count('<article class="run"') == 2 and "Comparison of 4 runs" in page
+    assert "run3" in page and "The first 2 runs are shown in full" in page
 
 
 @pytest.mark.parametrize("exists", [True, False])

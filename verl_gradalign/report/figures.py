@@ -110,15 +110,17 @@ def composition_over_time(
 
 
 def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], is_wide: bool = False) -> Figure:
-    """Return lines over steps: `series` gives (steps_S, values_S) by name; values that are not finite are left out.
+    """Return lines over steps: `series` gives (steps_S, values_S) by name; a value that is not finite breaks the line.
 
     `unit` is written along the axis; "share" as percentages. Names share a legend where there are several.
     """
     figure, axes = _panel((9.4, 3.6) if is_wide else (5.0, 3.0))
     handles: list[Artist] = []
     for number, (steps_S, values_S) in enumerate(series.values()):
-        x, y = thinned(np.asarray(steps_S, dtype=float), np.asarray(values_S, dtype=float))
-        marker = "o" if len(x) <= 25 else None
+        x, y = np.asarray(steps_S, dtype=float), np.asarray(values_S, dtype=float)
+        if len(x) > MAX_POINTS:
+            x, y = thinned(x, y)
+        marker = "o" if np.isfinite(y).sum() <= 25 else None
         style = ("-", "--", ":")[number // len(PALETTE) % 3]
         colour = PALETTE[number % len(PALETTE)]
         handles += axes.plot(x, y, style, color=colour, linewidth=1.6, marker=marker, markersize=3.5)

@@ -88,7 +88,8 @@ def _fallbacks(run: RunData) -> list[Finding]:
     for name, (topic, what) in explained.items():
         share = run.metrics.mean(f"gradalign/{name}")
         if share > 0:
-            text = f"{run.metrics.total(f'gradalign/{name}'):,.0f} steps ({share:.1%}) {what}."
+            number = run.metrics.total(f"gradalign/{name}")
+            text = f"{number:,.0f} step{'' if number == 1 else 's'} ({share:.1%}) {what}."
             found.append(Finding(topic, PROBLEM if share > 0.2 else WATCH, text, remedies[name]))
     return found
 

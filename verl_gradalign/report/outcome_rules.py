@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from math import isnan
 
 import numpy as np
@@ -11,17 +12,26 @@ from verl_gradalign.report.run_data import RunData
 from verl_gradalign.report.verdicts import GOOD, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.visible_text import short
 
-__all__ = ["OUTCOME_RULES", "accuracy_of", "composition_shift"]
+__all__ = ["OUTCOME_RULES", "accuracy_of", "composition_shift", "held_out"]
+
+
+def held_out(run: RunData) -> tuple[str, dict[str, str]]:
+    """Return "accuracy", or "reward" where there is none, and verl's metric of it by data source."""
+    for quantity, word in (("acc", "accuracy"), ("reward", "reward")):
+        pattern = re.compile(rf"val-core/(.+)/{quantity}/mean@\d+", re.DOTALL)
+        found = {match[1]: name for name in run.metrics.names if (match := pattern.fullmatch(name))}
+        found = {source: name for source, name in found.items() if run.metrics.count(name)}
+        if found:
+            return word, found
+    return "accuracy", {}
 
 
 def accuracy_of(run: RunData) -> list[tuple[str, float, float, int, int]]:
-    """Return (data source, before, after, first step, last step) of the held-out accuracies."""
+    """Return (data source, before, after, first step, last step) of the held-out accuracies, or rewards."""
     found = []
-    for name in run.metrics.names:
-        if name.startswith("val-core/") and "/acc/mean@" in name and run.metrics.count(name):
-            steps, values = run.metrics.points(name)
-            source = name.removeprefix("val-core/").rsplit("/acc/mean@", 1)[0]
-            found.append((source, float(values[0]), float(values[-1]), int(steps[0]), int(steps[-1])))
+    for source, name in held_out(run)[1].items():
+        steps, values = run.metrics.points(name)
+        found.append((source, float(values[0]), float(values[-1]), int(steps[0]), int(steps[-1])))
     return found
 
 
@@ -40,13 +50,15 @@ def _accuracy(run: RunData) -> list[Finding]:
         return []
     change = float(np.mean([after - before for _, before, after, _, _ in results]))
     verdict = GOOD if change > 0.005 else PROBLEM if change < -0.01 else WATCH
+    word = held_out(run)[0]
+    form = ".1%" if word == "accuracy" else ".3g"
     text = "; ".join(
-        f"{short(source)} {before:.1%} at step {first:,}, {after:.1%} at step {last:,}"
+        f"{short(source)} {before:{form}} at step {first:,}, {after:{form}} at step {last:,}"
         for source, before, after, first, last in results[:4]
     )
     more = f"; and {len(results) - 4} more data sources" if len(results) > 4 else ""
     remedy = "" if verdict == GOOD else "Compare with a run of gradalign.score=random before you blame the selection."
-    return [Finding("held-out accuracy", verdict, f"Held-out accuracy: {text}{more}.", remedy)]
+    return [Finding("held-out accuracy", verdict, f"Held-out {word}: {text}{more}.", remedy)]
 
 
 def _alignment(run: RunData) -> list[Finding]:

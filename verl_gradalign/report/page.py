@@ -12,7 +12,7 @@ import numpy as np
 from verl_gradalign.report import pictures
 from verl_gradalign.report.embedding import Picture
 from verl_gradalign.report.findings import findings_of, headline_of
-from verl_gradalign.report.outcome_rules import accuracy_of, composition_shift
+from verl_gradalign.report.outcome_rules import accuracy_of, composition_shift, held_out
 from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.run_data import RunData
 from verl_gradalign.report.selection_log import EXTRA
@@ -164,7 +164,9 @@ def comparison_table(runs: Sequence[RunData]) -> Table:
                 short(run.name, 120),
                 short(str(run.key("gradalign.score", "?")), 40),
                 f"{len(run.steps.steps):,}",
-                f"{_share(before)} \u2192 {_share(after)}",
+                f"{_share(before)} \u2192 {_share(after)}"
+                if held_out(run)[0] == "accuracy"
+                else f"{before:.3g} \u2192 {after:.3g}",
                 f"{_number(run.metrics.mean('gradalign/reliability/scores'))}, "
                 f"{_number(run.metrics.mean('gradalign/reliability/direction'))}",
                 f"{_share(run.steps.mean('success_rate', True))}, {_number(run.steps.mean('alignment', True), '+.3f')}",

@@ -9,6 +9,7 @@ import numpy as np
 
 from verl_gradalign.report.embedding import Picture, picture
 from verl_gradalign.report.figures import alignments, composition_over_time, curves, score_against_success
+from verl_gradalign.report.outcome_rules import held_out
 from verl_gradalign.report.run_data import RunData
 from verl_gradalign.report.selection_log import EXTRA
 from verl_gradalign.report.tallies import ValueTally
@@ -29,16 +30,11 @@ STAGES = {
 
 def outcome(run: RunData) -> list[Picture]:
     """Return the curves of what a run achieves and trains on."""
-    accuracy = {
-        short(name.removeprefix("val-core/").rsplit("/acc/mean@", 1)[0], 40): run.metrics.points(name)
-        for name in run.metrics.names
-        if name.startswith("val-core/") and "/acc/mean@" in name
-    }
+    word, names = held_out(run)
+    accuracy = {short(source, 40): run.metrics.points(name) for source, name in list(names.items())[:MAX_OUTCOMES]}
     reward = next((n for n in ("critic/rewards/mean", "critic/score/mean") if run.metrics.count(n)), "")
     drawn = [
-        _curves(
-            "Held-out accuracy", "share", dict(list(accuracy.items())[:MAX_OUTCOMES]), "verl's val-core/*/acc/mean."
-        ),
+        _curves(f"Held-out {word}", _unit(word), accuracy, "verl's val-core metrics, by data source."),
         _curves("Reward of what is trained on", "reward", {"reward": run.metrics.curve(reward)}, f"verl's {reward}."),
         _curves("Success rate", "share", _pool_and_kept(run, "success_rate"), "Candidates, and what was kept of them."),
         _curves("Alignment", "mean cosine", _pool_and_kept(run, "alignment"), "Cosine with the direction."),
@@ -163,10 +159,11 @@ def problems(run: RunData) -> list[Picture]:
 
 def compared(runs: Sequence[RunData]) -> list[Picture]:
     """Return the curves of several runs, one line each."""
+    word = next((held_out(run)[0] for run in runs if held_out(run)[1]), "accuracy")
     tables = {
-        "Held-out accuracy": ("share", {run.name: _mean_accuracy(run) for run in runs}),
+        f"Held-out {word}": (_unit(word), {run.name: _mean_accuracy(run) for run in runs}),
         "Reward of what is trained on": ("reward", {run.name: run.metrics.curve("critic/score/mean") for run in runs}),
-        "Success rate of what was kept": ("share", {run.name: _of_kept(run, "success_rate") for run in runs}),
+        "Success rate of what was kept": ("share", {run.name: _of(run, "success_rate", True) for run in runs}),
         "Reliability of the scores": (
             "correlation",
             {run.name: run.metrics.curve("gradalign/reliability/scores") for run in runs},
@@ -183,18 +180,24 @@ def compared(runs: Sequence[RunData]) -> list[Picture]:
 
 def _mean_accuracy(run: RunData) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean over data sources, at the steps that all of them were validated at."""
-    names = [name for name in run.metrics.names if name.startswith("val-core/") and "/acc/mean@" in name]
-    points = [dict(zip(*run.metrics.points(name), strict=True)) for name in names]
+    points = [dict(zip(*run.metrics.points(name), strict=True)) for name in held_out(run)[1].values()]
     steps = sorted(set.intersection(*map(set, points))) if points else []
     return np.array(steps), np.array([np.mean([values[step] for values in points]) for step in steps])
 
 
-def _of_kept(run: RunData, name: str) -> tuple[np.ndarray, np.ndarray]:
-    return run.steps.bins.steps, run.steps.means(name, of_kept=True)
+def _unit(word: str) -> str:
+    return "share" if word == "accuracy" else word
+
+
+def _of(run: RunData, name: str, of_kept: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mean by bin: only of bins that have one, and nan where steps are missing, so that the line breaks."""
+    values_B = run.steps.means(name, of_kept)
+    is_shown_B = np.isfinite(values_B) | ~run.steps.has_rows
+    return run.steps.bins.steps[is_shown_B], values_B[is_shown_B]
 
 
 def _pool_and_kept(run: RunData, name: str) -> Series:
-    return {"candidates": (run.steps.bins.steps, run.steps.means(name, of_kept=False)), "kept": _of_kept(run, name)}
+    return {"candidates": _of(run, name, False), "kept": _of(run, name, True)}
 
 
 def _series(run: RunData, names: Mapping[str, str]) -> Series:

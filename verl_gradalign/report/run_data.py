@@ -95,7 +95,7 @@ def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> Ru
     parts = parts_of(run.folder, "selection") or parts_of(run.folder, "metrics")
     first = max(1, min((part.first for part in parts), default=1))
     bins = StepBins(first, max((part.last for part in parts), default=first))
-    steps, reasons, points, sums = StepTally(bins), ValueTally(bins), PointSample(), ProblemSums()
+    steps, reasons, points, sums = StepTally(bins), ValueTally(bins, all_rows=True), PointSample(), ProblemSums()
     columns = {"data_source": ValueTally(bins)}
     for table in reader.batches("selection"):
         rows = Rows.of(table)

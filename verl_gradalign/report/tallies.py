@@ -37,6 +37,8 @@ MAX_BINS = 400
 MAX_VALUES = 250
 OTHERS = "(other values)"
 UNKNOWN = "(none)"
+SCHEDULED = "scheduled"
+"""The reason of selection.select for what a schedule has put on a step."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Rows:
     step_N: np.ndarray
     problem_id_N: np.ndarray
     is_kept_N: np.ndarray
+    is_candidate_N: np.ndarray
+    """Else put on the step by a schedule, so there was nothing to choose."""
     score_N: np.ndarray
     dot_N: np.ndarray
     norm_N: np.ndarray
@@ -93,6 +97,7 @@ class Rows:
             step_N=rows["step"].to_numpy(),
             problem_id_N=rows["problem_id"].to_numpy(),
             is_kept_N=pc.fill_null(rows["kept"], False).to_numpy(zero_copy_only=False).astype(bool),
+            is_candidate_N=_is_candidate(texts, len(rows)),
             score_N=score,
             dot_N=dot,
             norm_N=norm,
@@ -107,6 +112,13 @@ class Rows:
         return len(self.step_N)
 
 
+def _is_candidate(texts: dict[str, tuple[np.ndarray, list[str]]], size: int) -> np.ndarray:
+    if "reason" not in texts:
+        return np.ones(size, dtype=bool)
+    code_N, names = texts["reason"]
+    return np.array([name != SCHEDULED for name in names], dtype=bool)[code_N]
+
+
 NUMBERS = ("score", "dot", "norm", "dot_error", "success_rate", "response_tokens", "num_responses")
 
 
@@ -117,7 +129,7 @@ def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str]:
 
 
 class StepTally:
-    """Counts and sums by bin, of all rows and of the kept ones."""
+    """Counts and sums by bin, of all candidates and of the kept ones among them."""
 
     def __init__(self, bins: StepBins) -> None:
         self.bins = bins
@@ -134,6 +146,7 @@ class StepTally:
         self.num_scored += int(np.isfinite(rows.score_N).sum())
         self.steps.update(np.unique(rows.step_N).tolist())
         bin_N = self.bins.of(rows.step_N)
+        self._add("rows", False, bin_N, np.ones(len(rows)))
         columns = {
             "alignment": alignment(rows.dot_N, rows.norm_N),
             "score": rows.score_N,
@@ -142,7 +155,7 @@ class StepTally:
             "num_responses": rows.num_responses_N,
         }
         for name, value_N in columns.items():
-            is_known_N = np.isfinite(value_N)
+            is_known_N = np.isfinite(value_N) & rows.is_candidate_N
             self._add(name, False, bin_N[is_known_N], value_N[is_known_N])
             is_known_N &= rows.is_kept_N
             self._add(name, True, bin_N[is_known_N], value_N[is_known_N])
@@ -152,6 +165,11 @@ class StepTally:
         none = np.zeros(len(self.bins))
         counts = self._counts.get((name, of_kept), none)
         return np.where(counts > 0, self._sums.get((name, of_kept), none) / np.maximum(counts, 1), np.nan)
+
+    @property
+    def has_rows(self) -> np.ndarray:
+        """Return whether a bin has any row (B,)."""
+        return np.isfinite(self.means("rows", of_kept=False))
 
     def mean(self, name: str, of_kept: bool) -> float:
         """Return a column's mean over all rows, nan if none has it."""
@@ -172,10 +190,14 @@ def alignment(dot_N: np.ndarray, norm_N: np.ndarray) -> np.ndarray:
 
 
 class ValueTally:
-    """Counts rows and kept rows by the value of a column of text and bin. Beyond 250 values they are counted as one."""
+    """Counts rows and kept rows by the value of a column of text and bin. Beyond 250 values they are counted as one.
 
-    def __init__(self, bins: StepBins) -> None:
+    `all_rows`: also those that a schedule has put on a step.
+    """
+
+    def __init__(self, bins: StepBins, all_rows: bool = False) -> None:
         self.bins = bins
+        self._all_rows = all_rows
         self.values: dict[str, int] = {}
         self._counts = np.zeros((2, 0, len(bins)), dtype=np.int64)
 
@@ -191,8 +213,9 @@ class ValueTally:
         place_N = place_of[code_N]
         cell_N = place_N * len(self.bins) + self.bins.of(rows.step_N)
         size = len(self.values) * len(self.bins)
-        self._counts[0] += np.bincount(cell_N, minlength=size).reshape(-1, len(self.bins))
-        self._counts[1] += np.bincount(cell_N[rows.is_kept_N], minlength=size).reshape(-1, len(self.bins))
+        is_mine_N = np.ones(len(rows), dtype=bool) if self._all_rows else rows.is_candidate_N
+        for group, is_counted_N in enumerate((is_mine_N, is_mine_N & rows.is_kept_N)):
+            self._counts[group] += np.bincount(cell_N[is_counted_N], minlength=size).reshape(-1, len(self.bins))
         return place_N
 
     def counts(self, of_kept: bool) -> dict[str, np.ndarray]:

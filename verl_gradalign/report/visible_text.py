@@ -65,5 +65,5 @@ def _sign(code: int) -> str:
 
 def short(text: str, most: int = 80) -> str:
     """Return a name as it may stand within a line: visible, on one line, cut."""
-    line = visible(text).replace("\n", " ").replace("\t", " ")
+    line = visible(text).replace("\n", " ").replace("\t", " ").strip() or "(empty)"
     return line if len(line) <= most else line[: most - 3] + "..."
