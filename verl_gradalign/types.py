@@ -148,6 +148,12 @@ class Measurements:
         return torch.where(count_P > 1, variance_P.sqrt(), by_half_P)
 
     @property
+    def error_freedom_P(self) -> Tensor:
+        """Return the degrees of freedom that dot_error is estimated with, float64; 0 where it is not known."""
+        count_P = self.contribution_PR.isfinite().sum(dim=1).double()
+        return torch.where(count_P > 1, count_P - 1, self.half_dot_P2.isfinite().all(dim=1).double())
+
+    @property
     def cosine_P(self) -> Tensor:
         """Return <g_i, v> / (|g_i| |v|), 0 where the gradient is exactly zero."""
         return ratio(self.dot_P, self.norm_P)

@@ -43,11 +43,13 @@ def test_the_standard_error_is_how_much_the_dot_varies_with_the_responses():
     for error_P in (by_response, by_half):
         assert error_P.square().mean().sqrt().item() == pytest.approx(truth, rel=0.02)
     assert by_response.std() < by_half.std() / 2
+    assert made_up(draws_PR, halves_P2).error_freedom_P.unique().tolist() == [7]
+    assert made_up(torch.full_like(draws_PR, NAN), halves_P2).error_freedom_P.unique().tolist() == [1]
 
 
 def test_the_standard_error_is_unknown_where_nothing_was_measured():
     unknown = made_up(torch.full((2, 4), NAN, dtype=torch.float64), torch.full((2, 2), NAN, dtype=torch.float64))
-    assert unknown.dot_error_P.isnan().all()
+    assert unknown.dot_error_P.isnan().all() and unknown.error_freedom_P.eq(0).all()
 
 
 def test_composition_gives_each_values_share_of_pool_and_kept():

@@ -30,6 +30,7 @@ def row(step, problem_id, **changes):
         "dot": -1.5,
         "norm": 6.0,
         "dot_error": 0.5,
+        "error_freedom": 7.0,
         "success_rate": 0.5,
         "num_responses": 8,
         "response_tokens": 12.5,
@@ -220,7 +221,7 @@ def test_columns_of_extra_info_are_text_columns(tmp_path):
 
 
 def test_a_log_of_the_first_format_is_read_and_gone_on_with(tmp_path):
-    old = pa.schema([field for field in SCHEMA if field.name not in ("dot_error", "response_tokens")])
+    old = pa.schema([field for field in SCHEMA if field.name not in ("dot_error", "error_freedom", "response_tokens")])
     table = pa.Table.from_pylist([{k: v for k, v in row(1, 0).items() if k in old.names}], schema=old)
     pq.write_table(table, tmp_path / "selection-00000001.parquet")
     log = SelectionLog(tmp_path, steps_per_part=2)

@@ -40,6 +40,8 @@ class Choice:
     """Of every group, float64; nan where it has none."""
     dot_error_P: np.ndarray | None = None
     """Standard error of every group's dot product, float64; nan where it is not known. None: nothing was measured."""
+    error_freedom_P: np.ndarray | None = None
+    """Degrees of freedom that it is estimated with; nan where nothing was measured."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -85,7 +87,10 @@ class Chooser:
             "reliability/scores_problems": float(reliability.num_problems),
             "reliability/fallback": float(is_unreliable),
         }
-        return Choice(selection, score_P, spread(m.dot_error_P.numpy(), places, len(groups)), metrics)
+        error_P, freedom_P = (
+            spread(values.numpy(), places, len(groups)) for values in (m.dot_error_P, m.error_freedom_P)
+        )
+        return Choice(selection, score_P, error_P, freedom_P, metrics)
 
     def state(self) -> dict[str, Any]:
         """Return what later choices depend on, for the checkpoint."""

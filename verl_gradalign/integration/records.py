@@ -51,6 +51,7 @@ def log_columns(
         "dot": unknown_P if scores is None else spread(scores.dot_P.numpy(), live, len(groups)),
         "norm": unknown_P if norm_P is None else spread(norm_P.numpy(), live, len(groups)),
         "dot_error": unknown_P if choice.dot_error_P is None else choice.dot_error_P,
+        "error_freedom": unknown_P if choice.error_freedom_P is None else choice.error_freedom_P,
         "success_rate": success_rate_P,
         "num_responses": np.array([len(g.rewards) for g in groups], dtype=np.int64),
         "response_tokens": mean_lengths(groups),

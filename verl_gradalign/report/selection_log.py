@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         ("dot", pa.float64()),
         ("norm", pa.float64()),
         ("dot_error", pa.float64()),  # standard error of dot over the responses; null: not known
+        ("error_freedom", pa.float64()),  # degrees of freedom that it is estimated with
         ("success_rate", pa.float64()),  # null: nothing was generated
         ("num_responses", pa.int64()),
         ("response_tokens", pa.float64()),  # mean of the responses
