@@ -9,7 +9,7 @@ import re
 import pytest
 
 from tests.docs.documents import ROOT, documentation
-from tests.docs.test_commands import OVERRIDES, validate
+from tests.docs.running import OVERRIDES, validate
 from verl_gradalign.integration import checkpoint as integration_checkpoint
 from verl_gradalign.integration.checkpoint import DECISIVE_OF_VERL, NEUTRAL, NEUTRAL_OF_PROBE
 from verl_gradalign.metrics import CATALOGUE, metric_of
