@@ -226,8 +226,10 @@ def test_rollouts_are_stored_whole_and_known_by_trusted_set_and_problem(tmp_path
     assert store.units(is_whole=True) == [("rollouts-000000.parquet", "rollouts-000001.parquet")]
     assert [store.num_candidates(unit) for unit in store.units(is_whole=False)] == [1, 1]
     assert store.read_rollouts("rollouts-000000.parquet", trusted=False) == [row(3), row(3, session=1)]
-    assert store.num_trusted(["trusted", "other"]) == (1, 0)
-    assert store.rollout_seconds() == 2.0
+    store.write_rollouts([row(7, "trusted")], seconds=1.0)
+    assert len(store.units(is_whole=False)) == 2 and len(store.units(is_whole=True)[0]) == 2
+    assert store.num_trusted(["trusted", "other"]) == (2, 0)
+    assert store.rollout_seconds() == 3.0
     assert pq.read_schema(store.rollout_files()[0]).equals(ROLLOUTS)
 
 
@@ -324,7 +326,7 @@ def test_the_choice_does_not_depend_on_how_the_pool_was_cut(score):
 def test_every_problem_of_the_pool_has_a_row_that_says_why_it_has_no_score():
     config = GradAlignConfig(validation=ValidationConfig(files=("trusted.parquet",)))
     parts = [measured(("f",), [0, 1, 3], np.random.default_rng(0))]
-    columns, _ = choose(config, parts, [Problem("u", 4, "a")], 1, 5)
+    columns, _ = choose(config, parts, [Problem("u", 4, "a")], 0.25, 5)
     pool = pa.table({"data_source": ["a", "a", "b", "a", "a"], "prompt": ["?"] * 5})
     rows = scores_table(columns, pool, {}).to_pylist()
     assert [r["problem_id"] for r in rows] == list(range(5))

@@ -177,7 +177,7 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
 
     def _score_all(self) -> None:
         """Have the actor score what was rolled out, file by file or all at once as the score demands."""
-        names = list(self._trusted)
+        names = trusted_names(self.gradalign)
         num_trusted = self._store.num_trusted(names)
         units = self._store.units(is_whole=needs_whole_pool(self.gradalign))
         done = {measured.files for measured in self._store.measured(num_trusted)}
@@ -223,6 +223,11 @@ class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
         if {**self._progress, **values} != self._progress:
             self._progress |= values
             replace_file(self._store.folder / "progress.json", json.dumps(self._progress))
+
+
+def trusted_names(config: GradAlignConfig) -> list[str]:
+    """Return the trusted sets that the score compares with, none if it does not look at them."""
+    return [s.name for s in config.validation.trusted_sets()] if score_of(config.score).needs_direction else []
 
 
 def check_scoring(verl_config: DictConfig) -> None:

@@ -70,7 +70,7 @@ def write_results(
     """Write all files of a finished scoring, and return the summary."""
     store, output = ScoringStore(task.state), task.output
     pool = pa.concat_tables([pq.read_table(path) for path in task.pool])
-    columns, metrics = choose(config, measured, store.failed() or [], num_kept(task.keep, len(pool)), len(pool))
+    columns, metrics = choose(config, measured, store.failed() or [], task.keep, len(pool))
     about = about_run(verl_config)
     log = SelectionLog(output / "gradalign", about=about)
     prompt_key = verl_config.data.get("prompt_key", "prompt")
@@ -102,7 +102,7 @@ def write_results(
 
 
 def choose(
-    config: GradAlignConfig, measured: Sequence[Measured], failed: Sequence[Problem], num_wanted: int, num_rows: int
+    config: GradAlignConfig, measured: Sequence[Measured], failed: Sequence[Problem], keep: float, num_rows: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the selection log's columns of all candidates, in the pool's order, and the metrics of the choice."""
     groups = [group for part in measured for group in part.groups]
@@ -112,7 +112,7 @@ def choose(
     for part in measured:
         if not math.isnan(part.half_cosine):
             chooser.note_direction(part.half_cosine)
-    choice = chooser.choose(groups, scores, num_wanted, STEP)
+    choice = chooser.choose(groups, scores, num_kept(keep, len(groups)), STEP)
     rate_P = success_rates(groups, config.success_threshold)
     columns = log_columns(STEP, groups, choice, rate_P, scores)
     of_direction = [part.metrics for part in measured if "direction/norm" in part.metrics][:1]

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
-from verl_gradalign.integration.scoring import check_scoring, needs_whole_pool
+from verl_gradalign.integration.scoring import check_scoring, needs_whole_pool, trusted_names
 from verl_gradalign.integration.scoring_plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.scoring_results import write_results
 from verl_gradalign.integration.scoring_store import Measured, ScoringStore
@@ -124,8 +124,8 @@ def _finished(store: ScoringStore, config: GradAlignConfig) -> list[Measured] | 
     """Return what was measured if that is everything, None if not."""
     if store.failed() is None:
         return None
-    names = [s.name for s in config.validation.trusted_sets()]
-    by_files = {measured.files: measured for measured in store.measured(store.num_trusted(names))}
+    num_trusted = store.num_trusted(trusted_names(config))
+    by_files = {measured.files: measured for measured in store.measured(num_trusted)}
     units = store.units(needs_whole_pool(config))
     return [by_files[unit] for unit in units] if all(unit in by_files for unit in units) else None
 

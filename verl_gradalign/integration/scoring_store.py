@@ -92,8 +92,11 @@ class ScoringStore:
         return [row for row in rows if (row["trusted_set"] is not None) == trusted]
 
     def units(self, is_whole: bool) -> list[tuple[str, ...]]:
-        """Return the names of the rollout files that are measured in one call each: single ones, or all together."""
-        names = [path.name for path in self.rollout_files()]
+        """Return the names of the rollout files that are measured in one call each: single ones, or all together.
+
+        Files with trusted groups alone are left out.
+        """
+        names = [path.name for path in self.rollout_files() if self.num_candidates([path.name])]
         return [tuple(names)] if is_whole else [(name,) for name in names]
 
     def num_candidates(self, unit: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ class ScoringTask:
     trusted: tuple[Path, ...] = ()
     score: str = "cosine"
     keep: float = 0.25
-    """A share of the pool from 0 to 1, or a whole number from 2 on. May change when everything is scored."""
+    """A share of what is rolled out, from 0 to 1, or a whole number from 2 on. May change once everything is scored."""
     responses: int = 8
     """Responses to each problem of the pool."""
     trusted_responses: int | None = None
