@@ -44,6 +44,8 @@ class LogPlan:
     sources: Sequence[str] = ("dapo", "gsm8k", "webinstruct", "math", "countdown")
     columns: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"topic": ("algebra", "geometry", "counting")})
     num_responses: int = 16
+    error_freedom: int = 15
+    """Degrees of freedom of a standard error: 1 where it is taken from two halves of a group."""
     num_samples: int = 16
     num_other_metrics: int = 0
     steps_per_part: int = 10
@@ -153,8 +155,8 @@ def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Tabl
     is_live_C = (num_right_C > 0) & (num_right_C < plan.num_responses)
     norm_C = 2 + 3 * random.random(len(id_C))
     cosine_C = pool.alignment_P[id_C] + ERROR * random.standard_normal(len(id_C))
-    # An error that is estimated from as many responses scatters about the true one.
-    error_C = ERROR * np.sqrt(random.chisquare(plan.num_responses - 1, len(id_C)) / (plan.num_responses - 1))
+    # An error that is estimated scatters about the true one.
+    error_C = ERROR * np.sqrt(random.chisquare(plan.error_freedom, len(id_C)) / plan.error_freedom)
     score_C = np.where(is_live_C, random.random(len(id_C)) if plan.random_scores else cosine_C, np.nan)
     num_kept = len(id_C) // 4
     kept_C = np.zeros(len(id_C), dtype=bool)
@@ -168,6 +170,7 @@ def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Tabl
         "dot": np.where(unmeasured_C, np.nan, cosine_C * norm_C),
         "norm": np.where(unmeasured_C, np.nan, norm_C),
         "dot_error": np.where(unmeasured_C, np.nan, error_C * norm_C),
+        "error_freedom": np.where(unmeasured_C, np.nan, plan.error_freedom),
         "success_rate": num_right_C / plan.num_responses,
         "num_responses": np.full(len(id_C), plan.num_responses),
         "response_tokens": 300 + 200 * random.random(len(id_C)) + 60 * kept_C,

@@ -46,6 +46,8 @@ def test_no_character_of_unicode_is_left_that_could_not_be_written():
 def test_a_long_text_is_cut_and_says_so():
     text = shown("x" * 1_000_000, 3000)
     assert (text.is_cut, text.num_shown, text.length, len(text.text)) == (True, 3000, 1_000_000, 3000)
+    signs = shown("\u202e" * 1000, 3000)
+    assert signs.is_cut and signs.num_shown == 375 and signs.text == "[U+202E]" * 375
     whole = shown("\u202e", 3000)
     assert not whole.is_cut and whole.text == "[U+202E]"
 

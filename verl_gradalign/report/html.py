@@ -22,7 +22,7 @@ from verl_gradalign.report.run_data import RunData
 __all__ = ["render", "write_report"]
 
 MAX_RUNS_IN_FULL = 6
-TEXT_BYTES = 1_500_000
+TEXT_BYTES = 1_200_000
 """Of all prompts, answers and responses; together with pictures this stays below 5 MB."""
 TEXTS_PER_PROBLEM = 6
 MOST_CHARS, LEAST_CHARS = 3000, 300

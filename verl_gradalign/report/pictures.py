@@ -20,6 +20,7 @@ __all__ = ["compared", "composition", "cost", "outcome", "problems", "reliabilit
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 MAX_VALUES = 7
+MAX_COLUMNS = 4
 MAX_OUTCOMES = 8
 STAGES = {
     "rollout": "gradalign/seconds/rollout",
@@ -64,10 +65,10 @@ def scores(run: RunData) -> list[Picture]:
 
 
 def composition(run: RunData) -> list[Picture]:
-    """Return the composition over time, by data source and every other column that has several values."""
-    drawn = []
+    """Return the composition over time, by data source and other columns that have several values, at most four."""
+    drawn: list[Picture] = []
     for column, tally in run.columns.items():
-        if len(tally.values) > 1:
+        if len(tally.values) > 1 and len(drawn) < MAX_COLUMNS:
             name = short(column.removeprefix(EXTRA), 40)
             steps, shares = shares_over_time(tally)
             alt = f"Stacked areas over steps: shares of the candidates and of what was trained on, by {name}."

@@ -81,7 +81,7 @@ class ProblemSums:
             "num_with_error": has_error_N.astype(float),
             "value_with_error": np.where(has_error_N, known_N, 0.0),
             "variance": np.where(has_error_N, error_N, 0.0) ** 2,
-            "freedom": np.where(has_error_N, np.nan_to_num(rows.num_responses_N, nan=2.0) - 1, 0.0),
+            "freedom": np.where(has_error_N, np.nan_to_num(rows.freedom_N), 0.0),
         }
         table = pa.table({"problem_id": rows.problem_id_N, "source": source_N, **columns})
         self._pending.append(_summed(table))

@@ -2,9 +2,9 @@
 """Problems whose alignment is persistently negative, or is not there although it could have been seen.
 
 Each problem's mean alignment m over its occurrences has a standard error, from the finite number of its responses. Its
-95% interval (Student's t, by the number of responses) lies below zero: `negative`. It contains zero, but not the
-typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Anything else is in order, or not
-measured well enough to say.
+95% interval (Student's t, by the degrees of freedom that the error is estimated with) lies below zero: `negative`. It
+contains zero, but not the typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Anything else
+is in order, or not measured well enough to say.
 
     suspects = find_suspects(problems)
     print(len(suspects.problem_id_S), suspects.expected_by_chance)

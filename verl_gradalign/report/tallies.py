@@ -79,6 +79,8 @@ class Rows:
     dot_N: np.ndarray
     norm_N: np.ndarray
     dot_error_N: np.ndarray
+    freedom_N: np.ndarray
+    """Degrees of freedom that dot_error is estimated with."""
     success_rate_N: np.ndarray
     tokens_N: np.ndarray
     num_responses_N: np.ndarray
@@ -87,7 +89,7 @@ class Rows:
 
     @classmethod
     def of(cls, rows: pa.Table) -> Rows:
-        score, dot, norm, error, rate, tokens, responses = (numbers_of(rows[name]) for name in NUMBERS)
+        score, dot, norm, error, freedom, rate, tokens, responses = (numbers_of(rows[name]) for name in NUMBERS)
         texts = {
             name: codes_of(rows[name])
             for name in rows.column_names
@@ -102,6 +104,7 @@ class Rows:
             dot_N=dot,
             norm_N=norm,
             dot_error_N=error,
+            freedom_N=np.where(np.isfinite(freedom), freedom, responses - 1),
             success_rate_N=rate,
             tokens_N=tokens,
             num_responses_N=responses,
@@ -119,7 +122,7 @@ def _is_candidate(texts: dict[str, tuple[np.ndarray, list[str]]], size: int) -> 
     return np.array([name != SCHEDULED for name in names], dtype=bool)[code_N]
 
 
-NUMBERS = ("score", "dot", "norm", "dot_error", "success_rate", "response_tokens", "num_responses")
+NUMBERS = ("score", "dot", "norm", "dot_error", "error_freedom", "success_rate", "response_tokens", "num_responses")
 
 
 def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str]:

@@ -42,8 +42,13 @@ class Shown:
 
 
 def shown(text: str, most: int) -> Shown:
-    """Return the first `most` characters of a text, visible."""
-    return Shown(visible(text[:most]), min(len(text), most), len(text))
+    """Return the beginning of a text, visible, in at most `most` characters."""
+    num_shown = min(len(text), most)
+    seen = visible(text[:num_shown])
+    while len(seen) > most:  # signs of several characters
+        num_shown = num_shown * most // len(seen)
+        seen = visible(text[:num_shown])
+    return Shown(seen, num_shown, len(text))
 
 
 def visible(text: str) -> str:
