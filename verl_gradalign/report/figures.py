@@ -29,6 +29,7 @@ GREY = "#8A8A8A"
 INK = "#222222"
 
 MAX_POINTS = 400
+MIN_POINTS = 40
 MAX_DOTS = 3000
 MAX_BANDS = 24
 MAX_NAME_CHARS = 32
@@ -116,10 +117,11 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
     """
     figure, axes = _panel((9.4, 3.6) if is_wide else (5.0, 3.0))
     handles: list[Artist] = []
+    most = max(MIN_POINTS, min(MAX_POINTS, MAX_POINTS * 5 // max(1, len(series))))
     for number, (steps_S, values_S) in enumerate(series.values()):
         x, y = np.asarray(steps_S, dtype=float), np.asarray(values_S, dtype=float)
-        if len(x) > MAX_POINTS:
-            x, y = thinned(x, y)
+        if len(x) > most:
+            x, y = thinned(x, y, most)
         marker = "o" if np.isfinite(y).sum() <= 25 else None
         style = ("-", "--", ":")[number // len(PALETTE) % 3]
         colour = PALETTE[number % len(PALETTE)]
@@ -146,9 +148,8 @@ def alignments(
     low, high = _span(mean_M)
     edges = np.linspace(low, high, 61)
     counts, suspects = (np.histogram(np.clip(values, low, high), edges)[0] for values in (mean_M, suspect_S))
-    middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-    axes.bar(middles, counts - suspects, width * 0.92, bottom=suspects, color="#B9C4CE", label="other problems")
-    axes.bar(middles, suspects, width * 0.92, color=PALETTE[1], label="suspicious")
+    axes.stairs(counts, edges, fill=True, color="#B9C4CE", label="other problems")
+    axes.stairs(suspects, edges, fill=True, color=PALETTE[1], label="suspicious")
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.axvline(typical, color=PALETTE[0], linewidth=1.4, linestyle="--", label="typical (median)")
     axes.set_xlabel(unit)

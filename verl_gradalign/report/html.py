@@ -21,7 +21,7 @@ from verl_gradalign.report.run_data import RunData
 
 __all__ = ["render", "write_report"]
 
-MAX_RUNS_IN_FULL = 6
+MAX_RUNS_IN_FULL = 5
 TEXT_BYTES = 1_200_000
 """Of all prompts, answers and responses; together with pictures this stays below 5 MB."""
 TEXTS_PER_PROBLEM = 6
@@ -29,7 +29,7 @@ MOST_CHARS, LEAST_CHARS = 3000, 300
 
 
 def render(runs: Sequence[RunData], top: int = 30) -> str:
-    """Return the report on the runs. Of more than six, the first six are shown in full, and all are compared."""
+    """Return the report on the runs. Of more than five, the first five are shown in full, and all are compared."""
     in_full = runs[:MAX_RUNS_IN_FULL]
     num_shown = sum(min(top, len(run.suspects)) for run in in_full)
     # Four bytes hold a character of any language.

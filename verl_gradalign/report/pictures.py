@@ -20,7 +20,7 @@ __all__ = ["compared", "composition", "cost", "outcome", "problems", "reliabilit
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 MAX_VALUES = 7
-MAX_COLUMNS = 4
+MAX_COLUMNS = 3
 MAX_OUTCOMES = 8
 STAGES = {
     "rollout": "gradalign/seconds/rollout",
@@ -65,7 +65,7 @@ def scores(run: RunData) -> list[Picture]:
 
 
 def composition(run: RunData) -> list[Picture]:
-    """Return the composition over time, by data source and other columns that have several values, at most four."""
+    """Return the composition over time, by data source and other columns that have several values, at most three."""
     drawn: list[Picture] = []
     for column, tally in run.columns.items():
         if len(tally.values) > 1 and len(drawn) < MAX_COLUMNS:

@@ -3,8 +3,8 @@
 
 Each problem's mean alignment m over its occurrences has a standard error, from the finite number of its responses. Its
 95% interval (Student's t, by the degrees of freedom that the error is estimated with) lies below zero: `negative`. It
-contains zero, but not the typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Anything else
-is in order, or not measured well enough to say.
+contains zero, but not the typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Any other is
+in order, or not measured well enough to say.
 
     suspects = find_suspects(problems)
     print(len(suspects.problem_id_S), suspects.expected_by_chance)
@@ -57,7 +57,7 @@ class Suspects:
     low_S: np.ndarray
     high_S: np.ndarray
     distance_S: np.ndarray
-    """(m - typical) / standard error, below zero."""
+    """(m - typical) / standard error, below zero, drawn in where the error is estimated with few degrees of freedom."""
     num_measured_S: np.ndarray
     num_negative_S: np.ndarray
     success_rate_S: np.ndarray
@@ -79,7 +79,8 @@ def find_suspects(problems: Problems) -> Suspects:
     low, high = mean - width * error, mean + width * error
     is_negative = high < 0
     is_noise = (typical > 0) & (low <= 0) & (high >= 0) & (high < typical)
-    distance = (mean - max(typical, 0.0)) / error if len(mean) else mean
+    # In standard errors as a normal distribution has them: a small error that is poorly known counts for less.
+    distance = (mean - max(typical, 0.0)) / (error * width / Z) if len(mean) else mean
     chosen = np.flatnonzero(is_negative | is_noise)
     chosen = chosen[np.argsort(distance[chosen], kind="stable")]
     rows = np.flatnonzero(is_measured_P)[chosen]
