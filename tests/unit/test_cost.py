@@ -139,7 +139,7 @@ def test_making_a_direction_holds_as_many_shards_as_computed():
             trusted_direction(engine, [TrustedRows("trusted", 1.0, trusted)], DirectionConfig(), None)
 
     size = FULL * sum(parameter.numel() for parameter in module.parameters())
-    assert peak_bytes(make, "cpu") / size == pytest.approx(SHARDS_WHILE_MADE, abs=0.1)
+    assert peak_bytes(make, "cpu") / size == pytest.approx(SHARDS_WHILE_MADE, abs=0.2)
 
 
 def hf_config(shape):

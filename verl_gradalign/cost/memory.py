@@ -20,9 +20,9 @@ FORMED_BYTES = 4 * 2**26
 """Gradients that ghost forms at a time on a GPU, in float32: probe.matrix_scores.MAX_GRADIENT_ELEMENTS."""
 CHUNK_BYTES = 2 * 4 * 2**26
 """Logits converted to float32 at a time, and their exponentials: probe.log_probs.CHUNK_ELEMENTS."""
-SHARDS_WHILE_MADE = 8
-"""Shards of the gradient's size while a direction is made: two halves, their weighted copies, the sums of both and the
-units of these. Measured: tests/unit/test_cost.py."""
+SHARDS_WHILE_MADE = 4
+"""Shards of the gradient's size while a direction is made of one trusted set: two halves, their sum, and at most one
+more for products. Measured: tests/unit/test_cost.py."""
 BYTES_PER_ROLLOUT_TOKEN = 48
 """Of the trainer's host memory: ids, positions, masks and prompts or responses in int64, log-probs and scores in
 float32."""

@@ -78,11 +78,14 @@ def summed_gradient(engine: GradientEngine, problems: Sequence[ProblemRows]) -> 
 
 
 def unit_direction(engine: GradientEngine, gradient: Shards, scale: float = 1.0) -> Direction:
-    """Return the direction of a gradient; its norm is in units of the gradient times `scale`. Collective."""
+    """Return the direction of a gradient; its norm is in units of the gradient times `scale`. Collective.
+
+    The gradient's tensors become the direction's: a copy would be one more shard of the size of the model.
+    """
     squared_norm = inner(engine, gradient, gradient)
     raw_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
     usable = math.isfinite(raw_norm) and raw_norm > 0.0
-    shards = mapped(lambda shard: shard / raw_norm if usable else torch.zeros_like(shard), gradient)
+    shards = mapped(lambda shard: shard.div_(raw_norm) if usable else shard.zero_(), gradient)
     return Direction(shards=shards, norm=raw_norm * scale)
 
 

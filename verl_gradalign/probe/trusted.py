@@ -23,6 +23,9 @@ from verl_gradalign.types import ProblemRows
 
 __all__ = ["COMBINED", "SetReport", "TrustedRows", "trusted_direction"]
 
+Term = tuple[float, Shards]
+"""A factor and what it is of."""
+
 COMBINED = ""
 """Name of the report on all sets together."""
 
@@ -57,25 +60,24 @@ def trusted_direction(
     average over refreshes, of which `previous` is the last.
     """
     gradients = {s.name: _halves(engine, _weighed(engine, s.problems, config.aggregation)) for s in sets if s.problems}
-    directions = {name: unit_direction(engine, _whole(halves)) for name, halves in gradients.items()}
-    usable = [s for s in sets if s.name in directions and not directions[s.name].is_degenerate]
+    norms = {name: _norm(engine, halves) for name, halves in gradients.items()}
+    usable = [s for s in sets if 0.0 < norms.get(s.name, 0.0) < math.inf]
     if not usable:
-        norm = next((d.norm for d in directions.values()), 0.0)
-        return replace(no_direction(engine.module), norm=norm), {}
+        return replace(no_direction(engine.module), norm=next(iter(norms.values()), 0.0)), {}
     is_single = len(sets) == 1
-    factors = {s.name: 1.0 if is_single else s.weight / directions[s.name].norm for s in usable}
-    halves = [combined([(factors[s.name], gradients[s.name][which]) for s in usable]) for which in (0, 1)]
+    factors = {s.name: 1.0 if is_single else s.weight / norms[s.name] for s in usable}
+    terms = [[(factors[s.name], gradients[s.name][which]) for s in usable] for which in (0, 1)]
     scale = engine.gradient_scale
-    fresh = unit_direction(engine, _whole(halves), scale if is_single else 1.0)
+    fresh = unit_direction(engine, combined([*terms[0], *terms[1]]), scale if is_single else 1.0)
     reports = {
         s.name: SetReport(
-            norm=directions[s.name].norm * scale,
-            half_cosine=_cosine(engine, gradients[s.name]),
-            cosine=inner(engine, directions[s.name].shards, fresh.shards),
+            norm=norms[s.name] * scale,
+            half_cosine=_half_cosine(engine, *([(1.0, half)] for half in gradients[s.name])),
+            cosine=sum(inner(engine, half, fresh.shards) for half in gradients[s.name]) / norms[s.name],
         )
         for s in usable
     }
-    reports[COMBINED] = SetReport(fresh.norm, _cosine(engine, halves), 1.0)
+    reports[COMBINED] = SetReport(fresh.norm, _half_cosine(engine, *terms), 1.0)
     return _averaged(engine, fresh, previous, config.ema), reports
 
 
@@ -99,14 +101,22 @@ def _halves(engine: GradientEngine, problems: Sequence[ProblemRows]) -> tuple[Sh
     return tuple(summed_gradient(engine, [p.half(which) for p in problems]) for which in (0, 1))  # type: ignore[return-value]
 
 
-def _whole(halves: Sequence[Shards]) -> Shards:
-    return combined([(1.0, half) for half in halves])
+def _norm(engine: GradientEngine, halves: tuple[Shards, Shards]) -> float:
+    """Return the norm of the sum of two halves. Collective."""
+    terms = [(1.0, half) for half in halves]
+    squared = _inner(engine, terms, terms)
+    return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
 
 
-def _cosine(engine: GradientEngine, halves: Sequence[Shards]) -> float:
-    first, second = halves
-    lengths = math.sqrt(inner(engine, first, first) * inner(engine, second, second))
-    return inner(engine, first, second) / lengths if lengths > 0 else math.nan
+def _half_cosine(engine: GradientEngine, first: Sequence[Term], second: Sequence[Term]) -> float:
+    """Return the cosine of two sums, nan if one is zero. Collective."""
+    squares = _inner(engine, first, first) * _inner(engine, second, second)
+    return _inner(engine, first, second) / math.sqrt(squares) if squares > 0 else math.nan
+
+
+def _inner(engine: GradientEngine, first: Sequence[Term], second: Sequence[Term]) -> float:
+    """Return the inner product of two sums, term by term: no sum is formed, which would be a model's size each."""
+    return sum(a * b * inner(engine, x, y) for a, x in first for b, y in second)
 
 
 def _averaged(engine: GradientEngine, fresh: Direction, previous: Direction | None, ema: float) -> Direction:
