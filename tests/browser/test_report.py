@@ -155,6 +155,13 @@ def test_nothing_is_wider_than_the_window(reports, visit, kind, width):
     assert page.evaluate(OVERFLOW) <= 0
 
 
+@pytest.mark.parametrize("kind", ["hostile", "all"])
+def test_nothing_is_wider_than_paper(reports, visit, kind):
+    page = visit(reports[kind], 688)  # A4 without its margins
+    page.emulate_media(media="print")
+    assert page.evaluate(OVERFLOW) <= 0
+
+
 def test_text_in_figures_is_legible_on_a_laptop(reports, visit):
     page = visit(reports["ordinary"])
     sizes = page.evaluate("""async () => Promise.all([...document.images].map(async image => {

@@ -28,7 +28,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 GREY = "#8A8A8A"
 INK = "#222222"
 
-MAX_POINTS = 400
+MAX_POINTS = 160
 MIN_POINTS = 40
 MAX_DOTS = 3000
 MAX_BANDS = 24
@@ -113,7 +113,8 @@ def composition_over_time(
 def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], is_wide: bool = False) -> Figure:
     """Return lines over steps: `series` gives (steps_S, values_S) by name; a value that is not finite breaks the line.
 
-    `unit` is written along the axis; "share" as percentages. Names share a legend where there are several.
+    `unit` is written along the axis; "share" as percentages. Names share a legend where there are several. Of many
+    points means of neighbouring ones are drawn.
     """
     figure, axes = _panel((9.4, 3.6) if is_wide else (5.0, 3.0))
     handles: list[Artist] = []

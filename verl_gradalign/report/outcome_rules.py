@@ -91,23 +91,23 @@ def _suspicious(run: RunData) -> list[Finding]:
 
 
 def _composition(run: RunData) -> list[Finding]:
-    found = []
+    found, alike = [], []
     for column in run.columns:
         shift = [row for row in composition_shift(run, column) if row[1] >= 0.01 or row[2] >= 0.05]
         if len(shift) < 2 or not run.steps.num_kept:
             continue
         ratios = [kept / max(pool, 1e-9) for _, pool, kept in shift]
+        if max(ratios) < 1.15 and min(ratios) > 0.87:
+            alike.append(short(column))
+            continue
         most, least = shift[int(np.argmax(ratios))], shift[int(np.argmin(ratios))]
         text = f"By {short(column)}, selection prefers {_shift(most)} and avoids {_shift(least)}."
-        if max(ratios) < 1.15 and min(ratios) > 0.87:
-            text = f"By {short(column)}, what is kept is what the candidates are, within 15%."
         gone = least[1] >= 0.05 and least[2] < 0.2 * least[1]
-        remedy = (
-            f"Nearly nothing of {short(least[0])} is trained on: is that meant? Look at the trusted set."
-            if gone
-            else ""
-        )
-        found.append(Finding(f"composition by {short(column)}", WATCH if gone else NOTE, text, remedy))
+        remedy = f"Nearly nothing of {short(least[0])} is trained on: is that meant? Look at the trusted set."
+        found.append(Finding(f"composition by {short(column)}", WATCH if gone else NOTE, text, remedy if gone else ""))
+    if alike:
+        text = f"By {', '.join(alike)}, what is kept is what the candidates are, within 15%."
+        found.append(Finding("composition", NOTE, text))
     return found
 
 
