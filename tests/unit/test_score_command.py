@@ -192,7 +192,8 @@ def test_two_processes_do_not_score_into_one_folder(task):
 
 def test_a_failed_run_shows_the_end_of_its_output_and_exits_with_1(task, tmp_path, monkeypatch):
     stand_in = tmp_path / "python"
-    stand_in.write_text("#!/bin/sh\necho out of memory on rank 3\nexit 7\n")
+    chatter = "for i in $(seq 50); do printf '\\033[36m(worker)\\033[0m still here\\n'; done"
+    stand_in.write_text(f"#!/bin/sh\necho 'RuntimeError: out of memory on rank 3'\n{chatter}\nexit 7\n")
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(scoring_run, "sys", SimpleNamespace(executable=str(stand_in), stderr=sys.stderr))
     result = invoke(task, "--", *ON_CPU)

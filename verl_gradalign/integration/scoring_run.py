@@ -14,6 +14,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,9 @@ __all__ = ["run_scoring"]
 
 POLL_S = 0.5
 TAIL_LINES = 40
+# What Ray puts before a line of another process.
+OF_A_WORKER = "\x1b[36m("
+AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 def run_scoring(
@@ -178,8 +182,15 @@ def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, An
 
 def _require_success(returncode: int, log_path: Path) -> None:
     if returncode:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise RuntimeError(
             f"verl failed (exit {returncode}); its whole output is in {log_path}, and the same command goes on from "
-            f"what is done\n{tail}"
+            f"what is done\n{_end_of(log_path.read_text(errors='replace'))}"
         )
+
+
+def _end_of(output: str) -> str:
+    """Return verl's last lines: its own if they tell an error, as workers go on talking after it; else all of them."""
+    lines = output.splitlines()
+    own = [line for line in lines if not line.startswith(OF_A_WORKER)]
+    is_told = any(AN_ERROR.match(line) for line in own[-TAIL_LINES:])
+    return "\n".join((own if is_told else lines)[-TAIL_LINES:])
