@@ -133,8 +133,10 @@ def test_the_first_paint_is_below_a_second(reports, visit):
     paints = []
     for _ in range(3):
         page = visit(reports["all"])
-        page.wait_for_function(f"{FIRST_PAINT} !== undefined")
-        paints.append(page.evaluate(FIRST_PAINT))
+        # wait_for_function would be stopped by the page's own policy once it has to poll.
+        while (paint := page.evaluate(FIRST_PAINT)) is None:
+            page.wait_for_timeout(20)
+        paints.append(paint)
     assert sorted(paints)[1] < MAX_FIRST_PAINT_MS, paints
 
 

@@ -76,6 +76,7 @@ def test_the_page_shows_prompt_answer_and_responses_of_the_worst(made):
     assert page.count("<details>") == 3
     assert f"Problem {worst}: what is {worst} + {worst}?" in page
     assert f"which makes {2 * worst}." in page and f"which makes {2 * worst + 1}." in page
+    assert "<h4>Prompt</h4>" in page
     assert "reward 1" in page and "reward 0" in page and "Look before you delete" in page
 
 

@@ -255,7 +255,7 @@ def _suspects(run: RunData, top: int, text_chars: int) -> list[Suspect]:
                 kept=f"{s.num_kept_S[place]:,}",
                 prompt=None if text.prompt is None else shown(text.prompt, text_chars),
                 answer=None if text.answer is None else shown(text.answer, text_chars),
-                origin=short(text.origin or "", 300),
+                origin=short(text.origin, 300) if text.origin else "",
                 responses=[
                     ShownResponse(r.step, f"{r.reward:g}", r.num_tokens, shown(r.text, text_chars))
                     for r in text.responses

@@ -55,7 +55,7 @@ def scores(run: RunData) -> list[Picture]:
         related = (
             float(np.corrcoef(rate, score)[0, 1]) if len(score) > 2 and rate.std() and score.std() else float("nan")
         )
-    said = "" if np.isnan(related) else f" Their correlation is {related:+.2f}."
+    said = "" if np.isnan(related) else f" Their correlation is {round(related, 2) + 0.0:+.2f}."
     caption = (
         f"Each dot is a candidate in a step, a random part of the {run.steps.num_scored:,} that were scored; dots are "
         f"moved sideways a little so that they do not hide each other.{said}"
