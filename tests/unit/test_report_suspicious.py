@@ -115,9 +115,25 @@ def test_an_estimator_without_norms_is_judged_by_its_dot_products():
     assert set(range(15)) <= set(suspects.problem_id_S.tolist()) and len(suspects) < 20
 
 
-def test_a_single_poor_measurement_accuses_nobody():
-    suspects = suspects_of(rows_of(np.array([0, 1, 2]), np.array([-0.5, 0.1, 0.1]), 0.01, freedom=1))
-    assert len(suspects) == 0 and suspects.num_measured == 0
+def test_problems_met_once_are_not_accused_for_an_error_that_is_small_by_chance():
+    """One degree of freedom: an error within a tenth of the true one in 8% of cases. No problem is aligned."""
+    random = np.random.default_rng(6)
+    size, error = 6000, 0.06
+    errors = error * np.abs(random.standard_normal(size))
+    cosine = error * random.standard_normal(size)
+    suspects = suspects_of(rows_of(np.arange(size), cosine, errors, freedom=1))
+    assert suspects.num_measured == size
+    assert 0.3 < suspects.is_negative_S.sum() / suspects.negative_if_none_aligned < 1.1
+    assert (cosine < -1.96 * errors).sum() > 5 * suspects.negative_if_none_aligned  # what taking them as they are does
+
+
+def test_problems_met_once_are_found_where_they_stand_out():
+    random = np.random.default_rng(7)
+    truth_P = np.where(np.arange(2000) < 100, -0.3, 0.15)
+    errors = 0.06 * np.abs(random.standard_normal(2000))
+    suspects = suspects_of(rows_of(np.arange(2000), truth_P + 0.06 * random.standard_normal(2000), errors, freedom=1))
+    is_bad = suspects.problem_id_S < 100
+    assert is_bad.sum() > 90 and is_bad.mean() > 0.6
 
 
 def test_sums_in_pieces_are_those_of_the_whole():

@@ -26,7 +26,7 @@ __all__ = ["EXTRA", "FORMAT", "METADATA_KEY", "METRICS", "SAMPLES", "SCHEMA", "S
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of the tables below. 1 had `selection` alone, without `dot_error`, `response_tokens` and metadata."""
+"""Of the tables below. 1 had `selection` alone, without `dot_error`, `error_freedom`, `response_tokens` and metadata."""
 
 METADATA_KEY = b"gradalign"
 """Of every file's metadata: {"format": FORMAT, "versions": {package: version}, "config": verl's whole configuration}"""
@@ -157,7 +157,7 @@ class SelectionLog:
 def read_selection_log(folder: str | Path) -> pa.Table:
     """Return a log's selections as one table, steps ascending. Raises FileNotFoundError if there is none.
 
-    `report.read_log` reads all tables, also damaged ones, in pieces.
+    `log_reader.LogReader` reads all tables, also damaged ones, in pieces.
     """
     parts = parts_of(folder, "selection")
     if not parts:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems whose alignment is persistently negative, or is not there although it could have been seen.
 
-Each problem's mean alignment m over its occurrences has a standard error, from the finite number of its responses. Its
-95% interval (Student's t, by the degrees of freedom that the error is estimated with) lies below zero: `negative`. It
-contains zero, but not the typical alignment of the pool: `noise-like`, what a coin-flip reward looks like. Any other is
-in order, or not measured well enough to say.
+Each problem's mean alignment m over its occurrences has a standard error, from the finite number of its responses. A
+problem that was met once has an error of one degree of freedom where only halves of its responses were compared, so its
+variance is drawn to the run's mean, which counts as PRIOR_FREEDOM degrees more: problems of a run are about alike in
+this, and one that is taken for exact by chance is not suspicious for it.
+
+The 95% interval (Student's t) lies below zero: `negative`. It contains zero, but not the typical alignment of the pool:
+`noise-like`, what a coin-flip reward looks like. Any other is in order, or not measured well enough to say.
 
     suspects = find_suspects(problems)
     print(len(suspects.problem_id_S), suspects.expected_by_chance)
@@ -25,7 +28,9 @@ __all__ = ["Suspects", "find_suspects"]
 
 Z = 1.959964
 """Of a two-sided interval of 95%."""
-MIN_FREEDOM = 3
+PRIOR_FREEDOM = 4
+"""Of the mean variance of a run's problems, in a problem's own: a normal-gamma prior, fixed instead of fitted.
+Source: Smyth 2004, Linear models and empirical Bayes methods, eq. 3."""
 MIN_REPEATS = 3
 NEGATIVE = "negative"
 NOISE_LIKE = "noise-like"
@@ -129,15 +134,18 @@ def _estimates(problems: Problems) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     From the errors of single occurrences where they are known, else from the spread of at least three occurrences.
     """
     sums = problems.sums
-    k_P, e_P = sums["num_measured"], sums["num_with_error"]
+    k_P, e_P, own_freedom_P = sums["num_measured"], sums["num_with_error"], sums["freedom"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        has_error_P = (e_P > 0) & (sums["freedom"] >= MIN_FREEDOM)
+        has_error_P = (e_P > 0) & (own_freedom_P > 0)
+        common = sums["variance"].sum() / e_P.sum()
+        known_P = PRIOR_FREEDOM * common + own_freedom_P * sums["variance"] / e_P
+        from_errors_P = np.sqrt(known_P / (PRIOR_FREEDOM + own_freedom_P) / e_P)
         mean_P = np.where(has_error_P, sums["value_with_error"] / e_P, sums["value"] / k_P)
         spread_P = np.maximum(sums["square"] - sums["value"] ** 2 / k_P, 0) / (k_P - 1)
         is_repeated_P = (k_P >= MIN_REPEATS) & (spread_P > 0)
         from_spread_P = np.where(is_repeated_P, np.sqrt(spread_P / k_P), np.nan)
-        error_P = np.where(has_error_P, np.sqrt(sums["variance"]) / e_P, from_spread_P)
-        freedom_P = np.where(has_error_P, sums["freedom"], np.maximum(k_P - 1, 2))
+        error_P = np.where(has_error_P, from_errors_P, from_spread_P)
+        freedom_P = np.where(has_error_P, PRIOR_FREEDOM + own_freedom_P, np.maximum(k_P - 1, 2))
         return mean_P, error_P, student_t(freedom_P)
 
 
