@@ -26,7 +26,7 @@ __all__ = ["EXTRA", "FORMAT", "METADATA_KEY", "METRICS", "SAMPLES", "SCHEMA", "S
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of the tables below. 1 had `selection` alone, without `dot_error`, `error_freedom`, `response_tokens` and metadata."""
+"""Of the tables below. 1 had `selection` alone, without what tells errors, and without metadata."""
 
 METADATA_KEY = b"gradalign"
 """Of every file's metadata: {"format": FORMAT, "versions": {package: version}, "config": verl's whole configuration}"""
