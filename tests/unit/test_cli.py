@@ -102,3 +102,10 @@ def test_a_file_row_is_named_whole_in_the_message(gsm8k, tmp_path):
     assert result.exit_code == 2
     assert f"{gsm8k}/train.jsonl, line 13 is not JSON" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", sorted(info.name or info.callback.__name__ for info in app.registered_commands))
+def test_every_commands_help_has_examples_and_exit_codes(command):
+    shown = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert "Examples:" in shown and "Exit code" in shown
+    assert shown.count(f"verl-gradalign {command}") >= 2

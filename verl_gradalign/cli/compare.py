@@ -10,7 +10,18 @@ from rich.console import Console
 from verl_gradalign.cli.app import app, refusals_as_messages
 
 
-@app.command()
+EXAMPLES = """
+Examples:
+
+  verl-gradalign compare unreliable_mini --output outputs/unreliable_mini
+
+  verl-gradalign compare imbalance_mini --methods cosine,random --seeds 0 --output outputs/short
+
+Exit code: 0 done, 1 a run failed, 2 bad input.
+"""
+
+
+@app.command(epilog=EXAMPLES)
 def compare(
     regime: Annotated[
         str, typer.Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")

@@ -26,6 +26,8 @@ Examples:
   verl-gradalign cost --hf-config Qwen3-8B/config.json --response-tokens 3000 --tflops 350 --tokens-per-second 2500
 
   verl-gradalign cost --model 1.5b,7b,70b --gpus 1,8,64 --markdown
+
+Exit code: 0 done, 2 bad input.
 """
 
 

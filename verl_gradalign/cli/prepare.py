@@ -11,7 +11,18 @@ from rich.table import Table
 from verl_gradalign.cli.app import app, refusals_as_messages
 
 
-@app.command()
+EXAMPLES = """
+Examples:
+
+  verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
+
+  verl-gradalign prepare --train dapo:10000 --train countdown:4000 --trusted amc22 --test aime24 --output data/mine
+
+Exit code: 0 done, 2 bad input.
+"""
+
+
+@app.command(epilog=EXAMPLES)
 def prepare(
     output: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
     train: Annotated[

@@ -10,7 +10,20 @@ from rich.console import Console
 from verl_gradalign.cli.app import app, refusals_as_messages
 
 
-@app.command()
+EXAMPLES = """
+Examples:
+
+  verl-gradalign report checkpoints/project/run
+
+  verl-gradalign report checkpoints/project/cosine checkpoints/project/random --output report.html
+
+  verl-gradalign report checkpoints/project/run --json
+
+Exit code: 0 done, 2 bad input.
+"""
+
+
+@app.command(epilog=EXAMPLES)
 def report(
     run_dirs: Annotated[
         list[Path],
@@ -24,10 +37,7 @@ def report(
     ] = False,
     top: Annotated[int, typer.Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
 ) -> None:
-    """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems.
-
-    Example: verl-gradalign report checkpoints/project/cosine checkpoints/project/random --output report.html
-    """
+    """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems."""
     import json
 
     from rich.markup import escape
