@@ -150,5 +150,7 @@ def cosine_run(workplace: Workplace) -> Run:
         *gradalign("cosine", workplace.files, **{f"log__{key}": value for key, value in log.items()}),
         "trainer.total_training_steps=6",
         "trainer.val_before_train=true",
+        # verl bootstraps best-of-n for n above 1, which takes longer than these six steps.
+        "actor_rollout_ref.rollout.val_kwargs.n=1",
         "trainer.logger=[console,file,wandb,tensorboard]",
     )
