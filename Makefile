@@ -57,12 +57,13 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m verl_gradalign.reference
 
-# The package is installed in place.
+# The package is installed in place, in two steps: asked for all at once pip (23.2) tries versions for hours.
 $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(install_torch)
 	@echo "installing verl and verl-gradalign ..."
-	$(BIN)/python -m pip install -q -e ".[cpu,test,dev]"
+	$(BIN)/python -m pip install -q -e ".[cpu,test]"
+	$(BIN)/python -m pip install -q -e ".[dev]"
 	@touch $@
 	@echo "installed into $(VENV)"
 

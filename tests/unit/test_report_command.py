@@ -113,7 +113,7 @@ def test_a_report_that_fails_leaves_the_old_file_and_no_other(run_dir, monkeypat
 
 
 def test_help_has_an_example():
-    assert "Example: verl-gradalign report" in report("--help").output
+    assert "verl-gradalign report checkpoints" in report("--help").output
 
 
 def test_texts_of_all_languages_at_full_length_stay_below_five_megabytes(tmp_path):
