@@ -10,6 +10,9 @@ PYTHON ?= python3.11
 # Threads that wait must not burn what other processes compute on.
 export OMP_WAIT_POLICY := PASSIVE
 
+# Tests of one process each, which run side by side.
+QUICK := tests/unit tests/numerics tests/docs
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -35,18 +38,19 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: $(INSTALLED) $(VLLM_VENV)/.installed
-	$(BIN)/python -m pytest --ignore=tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK)
+	$(BIN)/python -m pytest tests/distributed tests/gpu tests/browser tests/e2e
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -rs tests/vllm
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit tests/numerics
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK)
 
 # Of what runs in this process: what Ray's workers and other ranks run is not counted.
 coverage: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit tests/numerics tests/docs --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK) --cov --cov-report=term-missing:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ setup(
         # Not with vLLM, which pins some of what these need.
         "dev": [
             "pytest-cov>=5",
+            "pytest-xdist>=3",
             "pre-commit>=3",
             # What reads back what verl's loggers wrote.
             "tensorboard",

@@ -97,7 +97,7 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     *_group(
         COST,
-        ("seconds/rollout", "s", "waiting for the step's groups, selection excluded"),
+        ("seconds/rollout", "s", "sending problems to the rollout and waiting for their groups"),
         ("seconds/direction", "s", "making the direction of the trusted sets, in the actor"),
         ("seconds/scores", "s", "scoring the candidates, in the actor"),
         ("seconds/selection", "s", "the whole selection, data movement and logging included"),

@@ -102,7 +102,8 @@ def test_costs_add_up(cosine_run: Run) -> None:
         assert of["tokens/generated"] == pytest.approx(candidates + of["tokens/trusted"])
         assert of["tokens/trained"] == pytest.approx(trained)
         assert of["cost/unused_rollouts"] == pytest.approx(1 - of["tokens/trained"] / of["tokens/generated"])
-        assert of["seconds/rollout"] + of["seconds/selection"] == pytest.approx(m["timing_s/gen"], rel=0.01)
+        # verl's `gen` begins once the problems have been sent.
+        assert m["timing_s/gen"] <= of["seconds/rollout"] + of["seconds/selection"] < m["timing_s/step"]
         assert 0 < of["seconds/share_of_step"] < of["cost/share_of_step"] < 1
         assert -1 <= of.get("direction/cosine_previous", 0) <= 1
     assert "gradalign/direction/cosine_previous" not in cosine_run.steps[0]

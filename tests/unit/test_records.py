@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from verl_gradalign.integration.composition import MAX_VALUES, OTHER, Composition
-from verl_gradalign.integration.records import cost_metrics
+from verl_gradalign.integration.records import StepSeconds, cost_metrics
 from verl_gradalign.integration.texts import choose_samples
 from verl_gradalign.metrics import CATALOGUE, metric_of, named
 from verl_gradalign.types import Measurements
@@ -78,7 +78,7 @@ def test_a_value_that_is_absent_in_a_step_is_zero_and_one_of_too_many_counts_und
 
 def test_the_cost_of_selection_counts_rollouts_that_are_not_trained_on():
     metrics = {"gradalign/tokens/generated": 1000.0, "gradalign/tokens/trained": 250.0}
-    costs = cost_metrics(metrics, {"step": 100.0, "gen": 50.0, "update_actor": 30.0}, selection_s=10.0)
+    costs = cost_metrics(metrics, StepSeconds(step=100.0, rollout=40.0, selection=10.0, update=30.0))
     assert costs == {
         "seconds/rollout": 40.0,
         "seconds/share_of_step": 0.1,

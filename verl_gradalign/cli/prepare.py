@@ -10,7 +10,6 @@ from rich.table import Table
 
 from verl_gradalign.cli.app import app, refusals_as_messages
 
-
 EXAMPLES = """
 Examples:
 

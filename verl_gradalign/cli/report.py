@@ -9,7 +9,6 @@ from rich.console import Console
 
 from verl_gradalign.cli.app import app, refusals_as_messages
 
-
 EXAMPLES = """
 Examples:
 

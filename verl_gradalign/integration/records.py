@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,25 +139,33 @@ def token_metrics(
     }
 
 
-def cost_metrics(metrics: Mapping[str, float], timing_s: Mapping[str, float], selection_s: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class StepSeconds:
+    """What a step's time went to, in seconds."""
+
+    step: float
+    """All of it."""
+    rollout: float
+    """Sending problems to the rollout, and waiting for their groups."""
+    selection: float
+    update: float
+
+
+def cost_metrics(metrics: Mapping[str, float], seconds: StepSeconds) -> dict[str, float]:
     """Return what selection costs of a step, rollouts that are not trained on included.
 
-    `metrics` are those of the step's selection, under their full names; `timing_s` is verl's.
+    `metrics` are those of the step's selection, under their full names.
     """
-    step_s = timing_s["step"]
-    # verl's sampling waits for the groups and then has them chosen among.
-    rollout_s = max(0.0, timing_s["gen"] - selection_s)
     values = {
-        "seconds/rollout": rollout_s,
-        "seconds/share_of_step": selection_s / step_s,
+        "seconds/rollout": seconds.rollout,
+        "seconds/update": seconds.update,
+        "seconds/share_of_step": seconds.selection / seconds.step,
     }
-    if "update_actor" in timing_s:
-        values["seconds/update"] = timing_s["update_actor"]
     generated, trained = (metrics.get(f"{PREFIX}tokens/{name}") for name in ("generated", "trained"))
     if generated and trained is not None:
         unused = 1 - trained / generated
         values["cost/unused_rollouts"] = unused
-        values["cost/share_of_step"] = (selection_s + unused * rollout_s) / step_s
+        values["cost/share_of_step"] = (seconds.selection + unused * seconds.rollout) / seconds.step
     return values
 
 

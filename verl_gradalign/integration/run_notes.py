@@ -15,7 +15,7 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.about import about_run
 from verl_gradalign.integration.prompts import PromptTable
 from verl_gradalign.integration.recorder import StepRecorder
-from verl_gradalign.integration.records import cost_metrics
+from verl_gradalign.integration.records import StepSeconds, cost_metrics
 from verl_gradalign.metrics import named
 from verl_gradalign.report.pages import Pages
 from verl_gradalign.report.selection_log import SelectionLog
@@ -60,17 +60,13 @@ class RunNotes:
         if step == 0:
             self._log.write_metrics(0, _to_keep(metrics))
 
-    def end_step(
-        self, step: int, metrics: Mapping[str, Any], timing_s: Mapping[str, float], selection_s: float, tracking: Any
-    ) -> dict[str, float]:
+    def end_step(self, step: int, metrics: Mapping[str, Any], seconds: StepSeconds, tracking: Any) -> dict[str, float]:
         """Note a step's metrics, publish pages when they are due, and return what selection cost of the step.
 
-        `tracking` is verl's; `timing_s` its seconds by stage, of which `selection_s` were spent on the selection.
+        `tracking` is verl's.
         """
         started = time.perf_counter()
-        costs = named(
-            {**cost_metrics(metrics, timing_s, selection_s), "seconds/logging": self.recorder.seconds + self._late_s}
-        )
+        costs = named({**cost_metrics(metrics, seconds), "seconds/logging": self.recorder.seconds + self._late_s})
         self._log.write_metrics(step, _to_keep({**metrics, **costs}))
         if self._pages is not None and step % self._pages_interval == 0:
             self._pages.publish(tracking.logger["wandb"], step)

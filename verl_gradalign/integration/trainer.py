@@ -9,6 +9,7 @@ groups while others are generated.
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from verl_gradalign.integration.checkpoint import (
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.completion import add_values
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.integration.records import StepSeconds
 from verl_gradalign.integration.run_notes import RunNotes
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.worker import use_own_workers
@@ -76,6 +78,7 @@ class ChoosesProblems(_Trainer):
             )
         self._score = score_of(self.gradalign.score)
         self._is_asleep = False
+        self._sending_s = 0.0
 
     @property
     def trainer_mode(self) -> str:
@@ -129,6 +132,12 @@ class ChoosesProblems(_Trainer):
 
     def prepare_step(self) -> dict[str, Any]:
         """Send the step's problems, and the trusted sets when the direction is stale, to the rollout."""
+        started = time.perf_counter()
+        self._send_problems()
+        self._sending_s = time.perf_counter() - started
+        return {}
+
+    def _send_problems(self) -> None:
         step, is_scored = self.global_steps, False
         if self._curriculum is None:
             batch = self._next_train_batch()
@@ -145,7 +154,6 @@ class ChoosesProblems(_Trainer):
                 trusted = table.batch(table.problem_ids.tolist(), step, n or self._rollout_n)
                 self._selector.register(problems_of(trusted, name))
                 self._submit_batch_to_rollout(trusted)
-        return {}
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step.
@@ -232,8 +240,14 @@ class ChoosesProblems(_Trainer):
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
-        selection_s = self._selector.last_selection_s
-        metrics.update(self._notes.end_step(global_steps, metrics, timing_raw, selection_s, self.logger))
+        seconds = StepSeconds(
+            step=timing_raw["step"],
+            # verl's sampling waits for the groups and then has them chosen among.
+            rollout=max(0.0, self._sending_s + timing_raw["gen"] - self._selector.last_selection_s),
+            selection=self._selector.last_selection_s,
+            update=timing_raw.get("update_actor", 0.0),
+        )
+        metrics.update(self._notes.end_step(global_steps, metrics, seconds, self.logger))
 
     def _validate(self) -> dict[str, float]:
         metrics: dict[str, float] = super()._validate()
