@@ -66,7 +66,9 @@ class Group:
 
     def success_rate(self, threshold: float) -> float:
         """Return the share of responses with a reward above `threshold`; NaN without responses."""
-        return float(np.mean([reward > threshold for reward in self.rewards])) if self.rewards else float("nan")
+        if not self.rewards:
+            return float("nan")
+        return sum(reward > threshold for reward in self.rewards) / len(self.rewards)
 
 
 def session_of(key: str) -> int:
