@@ -35,7 +35,7 @@ class LogConfig:
     """Steps whose parts are merged into one file, at least 2: few files, quickly read, and little to rewrite."""
     max_gb: float | None = 8.0
     """Size of the log in GB (1e9 bytes), above 0; beyond it the oldest steps are dropped, with a warning. None: no
-    limit. A row takes about 60 bytes, a sampled problem about 2,000."""
+    limit. A row takes about 20 to 60 bytes, a sampled problem up to about 9,000."""
     pages_interval: int = 20
     """wandb: steps between two tables of problems (top, bottom, most uncertain) and figures; 0: never."""
     pages_problems: int = 10
