@@ -32,10 +32,7 @@ $(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
   || $(@D)/bin/python -m pip install -q $(TORCH)
 endef
 
-.PHONY: install demo test test-vllm unit coverage lint docs clean
-
-# Both environments; `make -j2 install` makes them side by side.
-install: $(INSTALLED) $(VLLM_VENV)/.installed
+.PHONY: demo test test-vllm unit coverage lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
