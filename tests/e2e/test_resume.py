@@ -47,7 +47,7 @@ if os.environ.get("GRADALIGN_KILL_EVERYWHERE"):
 # Two processes compute the same float32 passes with rounding of their own (memory is aligned otherwise), and updates
 # carry it on: measured 2e-8 of a cosine after two steps.
 RTOL, ATOL_COSINE = 1e-3, 1e-4
-OF_THE_MACHINE = ("seconds", "/perf/", "canary")  # the canary's error is rounding
+OF_THE_MACHINE = ("seconds", "share_of_step", "/perf/", "canary")  # the canary's error is rounding
 UNTIMED = ("gradalign/", "actor/", "critic/", "response_length/", "training/rollout_probs_diff_mean")
 
 
