@@ -49,6 +49,9 @@ class Pool:
     def text(self, problem_id: int) -> tuple[str, str]:
         return f"problem {problem_id} " * 100, str(problem_id)
 
+    def values(self, column: str) -> list[str]:
+        return [f"source {i}" for i in range(4)] if column == "data_source" else [f"level {i}" for i in range(5)]
+
     def label(self, column: str, problem_id: int) -> str:
         return f"level {problem_id % 5}"
 

@@ -58,6 +58,13 @@ def make_group(uid: str, row: int, is_live: bool = True, is_failed: bool = False
     return Group(problem, keys, tokens[0], rewards, is_failed, is_live, advantages, coefficients, halves, tokens[1])
 
 
+class OneSource:
+    """Problems of which only the source is asked."""
+
+    def values(self, column):
+        return ["tasks"] * NUM_CANDIDATES
+
+
 class Step:
     """A selector on given groups, and what it asked of the actor, the trainer and TransferQueue."""
 
@@ -76,7 +83,7 @@ class Step:
         self.curriculum = None
         if config.schedule != "step":
             self.curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
-        recorder = StepRecorder(config, SelectionLog(self.log_folder), problems=None, decode=str)
+        recorder = StepRecorder(config, SelectionLog(self.log_folder), problems=OneSource(), decode=str)
         self.verl = copy.deepcopy(VERL)
         self.selector = alignment.AlignmentSelector(config, self.verl, recorder, self, NUM_CANDIDATES, self.curriculum)
         self.selector.attach_workers(self.score, dp_rank_of=[0])

@@ -2,6 +2,7 @@
 """Prompt rows chosen by their place in the files."""
 
 import datasets
+import pytest
 import torch
 
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
@@ -45,3 +46,12 @@ def test_candidates_belong_to_no_trusted_set():
 
 def test_a_whole_table_has_every_row():
     assert table(keep=lambda row: True).problem_ids.tolist() == list(range(8))
+
+
+def test_labels_are_the_problems_own_and_an_unknown_one_is_refused_with_what_there_is():
+    prompts = table()
+    assert prompts.values("data_source") == ["s1", "s0", "s0", "s1", "s1"]
+    prompts.read_labels(["index"])
+    assert prompts.label("index", 7) == "7" and prompts.values("index") == ["7"] * 5
+    with pytest.raises(ValueError, match=r"gradalign.log.columns=.*'level'.*Remedy: use one of index"):
+        prompts.read_labels(["level"])

@@ -54,7 +54,7 @@ def test_the_standard_error_is_unknown_where_nothing_was_measured():
 
 def test_composition_gives_each_values_share_of_pool_and_kept():
     kept = np.array([True, False, True, False])
-    metrics = Composition().metrics("level", ["easy", "hard", "hard", "hard"], kept)
+    metrics = Composition({"level": ["hard", "hard", "easy"]}).metrics("level", ["easy", "hard", "hard", "hard"], kept)
     assert metrics == {
         "composition/level/easy/pool": 0.25,
         "composition/level/easy/kept": 0.5,
@@ -64,16 +64,15 @@ def test_composition_gives_each_values_share_of_pool_and_kept():
     assert named(metrics)
 
 
-def test_a_value_that_is_absent_in_a_step_is_zero_and_one_of_too_many_counts_under_other():
-    composition = Composition()
-    composition.metrics("source", ["a"], np.array([True]))
-    later = composition.metrics("source", [f"v{i}" for i in range(3 * MAX_VALUES)], np.zeros(3 * MAX_VALUES, bool))
-    assert later["composition/source/a/pool"] == 0
-    assert len(later) == 2 * (MAX_VALUES + 1)
-    pool = {name: share for name, share in later.items() if name.endswith("/pool")}
-    assert sum(pool.values()) == pytest.approx(1) and pool[f"composition/source/{OTHER}/pool"] > 0.5
-    again = composition.metrics("source", ["v0", "v59"], np.array([True, False]))
-    assert again["composition/source/v0/kept"] == 1 and again[f"composition/source/{OTHER}/kept"] == 0
+def test_the_most_frequent_values_of_the_files_are_named_in_every_step_and_the_others_together():
+    frequent = [f"f{i}" for i in range(MAX_VALUES)]
+    composition = Composition({"source": [*frequent, *frequent, *(f"rare{i}" for i in range(40))]})
+    metrics = composition.metrics("source", ["f0", "rare1", "rare2", "never seen"], np.array([False, True, True, True]))
+    assert len(metrics) == 2 * (MAX_VALUES + 1)
+    assert (metrics["composition/source/f0/pool"], metrics["composition/source/f1/pool"]) == (0.25, 0)
+    assert metrics[f"composition/source/{OTHER}/pool"] == 0.75
+    assert metrics[f"composition/source/{OTHER}/kept"] == 1
+    assert composition.metrics("source", ["f3"], np.array([True])).keys() == metrics.keys()
 
 
 def test_the_cost_of_selection_counts_rollouts_that_are_not_trained_on():

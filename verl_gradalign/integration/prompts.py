@@ -19,6 +19,7 @@ from verl_gradalign.integration.groups import Problem
 
 PROBLEM_ID = "gradalign_problem_id"
 MAX_LABEL_CHARS = 200
+UNKNOWN_SOURCE = "unknown"
 
 
 class PromptTable:
@@ -65,6 +66,13 @@ class PromptTable:
                 )
             self._labels[column] = [str(value)[:MAX_LABEL_CHARS] for value in values]
 
+    def values(self, column: str) -> list[str]:
+        """Return every problem's data_source, or value of a column that was read."""
+        if column != "data_source":
+            return self._labels[column]
+        frame = self._dataset.dataframe
+        return [str(v) for v in frame[column]] if column in frame.column_names else [UNKNOWN_SOURCE] * len(self)
+
     def label(self, column: str, problem_id: int) -> str:
         """Return the problem's value of a column that was read, as text."""
         return self._labels[column][self._place_of[problem_id]]
@@ -96,7 +104,7 @@ def rows_in_files(dataframe: Any) -> list[int]:
 
 def problems_of(batch: TensorDict, trusted_set: str | None = None) -> list[Problem]:
     """Return the problems of a prompt batch, in order."""
-    sources = batch["data_source"] if "data_source" in batch.keys() else ["unknown"] * len(batch)
+    sources = batch["data_source"] if "data_source" in batch.keys() else [UNKNOWN_SOURCE] * len(batch)
     return [
         Problem(uid=str(uid), problem_id=int(problem_id), data_source=str(source), trusted_set=trusted_set)
         for uid, problem_id, source in zip(batch["uid"], batch[PROBLEM_ID], sources, strict=True)

@@ -57,7 +57,7 @@ class StepRecorder:
         self._problems = problems
         self._decode = decode
         self._pages = pages
-        self._composition = Composition()
+        self._composition = Composition({name: problems.values(name) for name in ("data_source", *log.columns)})
         self.seconds = 0.0
         """Spent on the last step's notes."""
 

@@ -25,6 +25,10 @@ class Problems(Protocol):
         """Return a problem's prompt and the ground truth of its reward."""
         ...
 
+    def values(self, column: str) -> Sequence[str]:
+        """Return every problem's data_source, or value of a key of extra_info, as text."""
+        ...
+
     def label(self, column: str, problem_id: int) -> str:
         """Return a value of the problem's extra_info as text."""
         ...
