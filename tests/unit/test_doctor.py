@@ -168,6 +168,14 @@ def test_each_mistake_is_an_error_with_its_remedy(command, overrides, parts):
     assert all(f["remedy"] for f in found), found
 
 
+def test_a_reward_function_of_ones_own_that_is_not_written_yet_is_called_by_its_error(command, tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text("def grade(**_):\n    raise NotImplementedError('grading of proofs')\n", encoding="utf-8")
+    own = (f"reward.custom_reward_function.path={path}", "reward.custom_reward_function.name=grade")
+    found = [f for f in errors(command(*own)) if f["area"] == "reward"]
+    assert found and all("NotImplementedError: grading of proofs" in f["message"] for f in found)
+
+
 def test_all_that_is_wrong_is_found_at_once(command):
     found = errors(
         command(
