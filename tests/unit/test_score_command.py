@@ -355,6 +355,6 @@ def test_only_what_is_not_rolled_out_is_in_the_chunks_trusted_problems_first():
 
 
 def test_summaries_are_json_without_nan(tmp_path):
-    from verl_gradalign.integration.scoring_results import _without_nan
+    from verl_gradalign.report.json_values import without_nan
 
-    assert json.dumps(_without_nan({"a": {"b": float("nan"), "c": 1}}), allow_nan=False) == '{"a": {"b": null, "c": 1}}'
+    assert json.dumps(without_nan({"a": {"b": float("nan"), "c": 1}}), allow_nan=False) == '{"a": {"b": null, "c": 1}}'

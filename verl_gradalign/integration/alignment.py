@@ -147,11 +147,7 @@ class AlignmentSelector:
             self._host.free_rollout()
             self._host.complete(batch)
         groups = self._read([p for p in taken if p.trusted_set is None], batch, failed)
-        trusted = {
-            s.name: self._read([p for p in taken if p.trusted_set == s.name], batch, failed)
-            for s in self._config.validation.trusted_sets()
-            if any(p.trusted_set == s.name for p in taken)
-        }
+        trusted = self._read_trusted(taken, batch, failed)
         if self._draw.is_scored:
             choice, reply = self._score_and_choose(batch, groups, trusted, step)
         else:
@@ -196,6 +192,12 @@ class AlignmentSelector:
 
     def _read(self, problems: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> list[Group]:
         return read_groups(problems, batch, failed, self._config, self._verl_config, self._draw.is_scored)
+
+    def _read_trusted(self, taken: Sequence[Problem], batch: KVBatchMeta, failed: set[str]) -> dict[str, list[Group]]:
+        """Return the groups of each trusted set that was rolled out."""
+        names = [s.name for s in self._config.validation.trusted_sets()]
+        members = {name: [p for p in taken if p.trusted_set == name] for name in names}
+        return {name: self._read(problems, batch, failed) for name, problems in members.items() if problems}
 
     def _score_and_choose(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

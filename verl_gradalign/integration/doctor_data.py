@@ -94,7 +94,8 @@ def _tokenizer(verl_config: DictConfig, findings: Findings) -> Any:
             str(model.get("tokenizer_path") or model.path), trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        text = f"the tokenizer of {model.path} cannot be loaded ({type(error).__name__}), so no prompt is measured"
+        why = f"{type(error).__name__}: {error}"
+        text = f"the tokenizer of {model.path} cannot be loaded ({why}), so no prompt is measured"
         findings.add("model", "error", text, "set actor_rollout_ref.model.tokenizer_path")
         return None
 

@@ -7,7 +7,7 @@ Rows are read when they are asked for, in the trainer's process: nothing is pref
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,7 @@ class PromptTable:
     def text(self, problem_id: int) -> tuple[str, str]:
         """Return a problem's prompt, all messages, and the ground truth of its reward, if it has one."""
         row = self._dataset[self._place_of[problem_id]]
-        contents = [str(message.get("content")) for message in row["raw_prompt"]]
-        return "\n\n".join(contents), str((row.get("reward_model") or {}).get("ground_truth", ""))
+        return prompt_text(row["raw_prompt"]), ground_truth(row)
 
     def read_labels(self, columns: Sequence[str]) -> None:
         """Read the columns of extra_info that `label` is asked for.
@@ -94,6 +93,16 @@ class PromptTable:
         batch = tu.get_tensordict(columns)
         tu.assign_non_tensor_data(batch, "global_steps", step)
         return batch
+
+
+def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return all messages of a prompt."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(str(message.get("content")) for message in prompt)
+
+
+def ground_truth(row: Mapping[str, Any]) -> str:
+    """Return what a row's reward is computed with, as text; empty if it has none."""
+    return str((row.get("reward_model") or {}).get("ground_truth", ""))
 
 
 def rows_in_files(dataframe: Any) -> list[int]:

@@ -76,11 +76,7 @@ class PoolScorer(AlignmentSelector):
         """
         self.expect(Draw(tuple(p.problem_id for p in problems if p.trusted_set is None), 1))
         groups = self._read([p for p in problems if p.trusted_set is None], batch, set())
-        trusted = {
-            s.name: self._read([p for p in problems if p.trusted_set == s.name], batch, set())
-            for s in self._config.validation.trusted_sets()
-            if any(p.trusted_set == s.name for p in problems)
-        }
+        trusted = self._read_trusted(problems, batch, set())
         live = [g for g in groups if g.is_live]
         reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
         if trusted and (reply is None or not reply.is_fresh):

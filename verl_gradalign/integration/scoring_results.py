@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +26,14 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.about import about_run, installed_versions
 from verl_gradalign.integration.choosing import Chooser
 from verl_gradalign.integration.groups import Group, Problem
+from verl_gradalign.integration.prompts import UNKNOWN_SOURCE
 from verl_gradalign.integration.records import log_columns, score_metrics, selection_metrics, success_rates
 from verl_gradalign.integration.scoring_samples import sample_texts
 from verl_gradalign.integration.scoring_store import Measured, ScoringStore, joined_scores, replace_file
 from verl_gradalign.integration.scoring_task import ScoringTask, num_kept
 from verl_gradalign.metrics import named
+from verl_gradalign.report.json_values import without_nan
+from verl_gradalign.report.parts import replace_table
 from verl_gradalign.report.selection_log import METADATA_KEY, SelectionLog
 
 __all__ = ["SCORES", "choose", "scores_table", "write_results"]
@@ -80,8 +81,8 @@ def write_results(
     log.write_metrics(STEP, metrics)
     log.write(STEP, columns)
     scores = scores_table(columns, pool, {METADATA_KEY: json.dumps(about, default=str).encode()})
-    _replace_table(scores, output / "scores.parquet")
-    _replace_table(pool.filter(scores["kept"]), output / "selected.parquet")
+    replace_table(scores, output / "scores.parquet")
+    replace_table(pool.filter(scores["kept"]), output / "selected.parquet")
     summary = {
         "score": task.score,
         "keep": task.keep,
@@ -97,7 +98,7 @@ def write_results(
         "created": about["created"],
         "files": {name: str(output / name) for name in ("scores.parquet", "selected.parquet", "gradalign")},
     }
-    replace_file(output / "summary.json", json.dumps(_without_nan(summary), indent=1))
+    replace_file(output / "summary.json", json.dumps(without_nan(summary), indent=1))
     return summary
 
 
@@ -139,7 +140,7 @@ def _failed_group(problem: Problem) -> Group:
 def scores_table(columns: Mapping[str, Sequence[Any]], pool: pa.Table, metadata: Mapping[bytes, bytes]) -> pa.Table:
     """Return a row for every problem of the pool: its columns, or only why there are none."""
     places = {problem_id: place for place, problem_id in enumerate(columns["problem_id"])}
-    sources = pool["data_source"].to_pylist() if "data_source" in pool.column_names else ["unknown"] * len(pool)
+    sources = pool["data_source"].to_pylist() if "data_source" in pool.column_names else [UNKNOWN_SOURCE] * len(pool)
     rows = []
     for problem_id, source in enumerate(sources):
         place = places.get(problem_id)
@@ -179,17 +180,3 @@ def _plain(value: Any) -> Any:
     """Return a cell as Python's own type, nan as None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _without_nan(value: Any) -> Any:
-    """Return nested values with null for nan, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_table(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    pq.write_table(table, unfinished)
-    os.replace(unfinished, path)

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from verl_gradalign.config import LogConfig
+from verl_gradalign.integration.prompts import ground_truth, prompt_text
 from verl_gradalign.integration.scoring_store import ScoringStore
-from verl_gradalign.integration.texts import choose_samples
+from verl_gradalign.integration.texts import best_and_worst, choose_samples
 from verl_gradalign.report.selection_log import SAMPLES
 
 __all__ = ["sample_texts"]
@@ -37,10 +38,9 @@ def sample_texts(
     samples: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     for problem_id in chosen:
         row = pool.slice(problem_id, 1).to_pylist()[0]
-        answer = str((row.get("reward_model") or {}).get("ground_truth", ""))
-        ranked = sorted(responses[problem_id], key=lambda pair: -pair[0])
-        for reward, token_ids in ranked[:1] if ranked[0][0] == ranked[-1][0] else (ranked[0], ranked[-1]):
-            texts = (_text(row[prompt_key]), answer, decode(token_ids))
+        for index in best_and_worst([reward for reward, _ in responses[problem_id]]):
+            reward, token_ids = responses[problem_id][index]
+            texts = (prompt_text(row[prompt_key]), ground_truth(row), decode(token_ids))
             values = (step, problem_id, *(text[: config.sample_chars] for text in texts), reward, len(token_ids))
             for name, value in zip(samples, values, strict=True):
                 samples[name].append(value)
@@ -51,16 +51,11 @@ def _responses(store: ScoringStore, problem_ids: set[int]) -> dict[int, list[tup
     """Return reward and token ids of each of the problems' responses: those of a session's last output."""
     last: dict[tuple[int, int], tuple[int, float, list[int]]] = {}
     for path in store.rollout_files():
-        for row in store.read_rollouts(path.name, trusted=False):
+        for row in store.read_rollouts(path.name, trusted=False, problem_ids=problem_ids):
             key = row["problem_id"], row["session"]
-            if key[0] in problem_ids and (key not in last or last[key][0] < row["output"]):
+            if key not in last or last[key][0] < row["output"]:
                 last[key] = row["output"], sum(row["rewards"]), row["response"]
     found: dict[int, list[tuple[float, list[int]]]] = defaultdict(list)
     for (problem_id, _), (_, reward, token_ids) in last.items():
         found[problem_id].append((reward, token_ids))
     return found
-
-
-def _text(prompt: Any) -> str:
-    """Return all messages of a prompt."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(str(message.get("content")) for message in prompt)

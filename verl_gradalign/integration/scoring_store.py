@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from verl_gradalign.integration.groups import Group, Problem
+from verl_gradalign.report.parts import replace_table
 from verl_gradalign.types import ProblemScores
 
 __all__ = ["ROLLOUTS", "Measured", "Member", "ScoringStore", "joined_scores", "replace_file"]
@@ -79,17 +81,18 @@ class ScoringStore:
         number = 1 + max((_number(path) for path in self.rollout_files()), default=-1)
         schema = ROLLOUTS.with_metadata({SECONDS_KEY: str(seconds).encode()})
         table = pa.Table.from_pylist(list(rows), schema=schema)
-        path = self.folder / f"rollouts-{number:06d}.parquet"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, path)
-        return path
+        return replace_table(table, self.folder / f"rollouts-{number:06d}.parquet")
 
-    def read_rollouts(self, name: str, trusted: bool) -> list[dict[str, Any]]:
-        """Return a rollout file's rows: those of the trusted sets, or those of the pool."""
-        rows: list[dict[str, Any]] = pq.read_table(self.folder / name).to_pylist()
-        return [row for row in rows if (row["trusted_set"] is not None) == trusted]
+    def read_rollouts(
+        self, name: str, trusted: bool, problem_ids: Collection[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return a rollout file's rows: those of the trusted sets, or those of the pool, of these problems or all."""
+        is_wanted = pc.field("trusted_set").is_valid() == trusted
+        if problem_ids is not None:
+            is_wanted &= pc.field("problem_id").isin(list(problem_ids))
+        # Chosen before they become Python objects, one for every token.
+        rows: list[dict[str, Any]] = pq.read_table(self.folder / name).filter(is_wanted).to_pylist()
+        return rows
 
     def units(self, is_whole: bool) -> list[tuple[str, ...]]:
         """Return the names of the rollout files that are measured in one call each: single ones, or all together.

@@ -15,7 +15,7 @@ import transfer_queue as tq
 from verl_gradalign.integration.groups import Group
 from verl_gradalign.report.selection_log import SAMPLES
 
-__all__ = ["Problems", "choose_samples", "sample_columns"]
+__all__ = ["Problems", "best_and_worst", "choose_samples", "sample_columns"]
 
 
 class Problems(Protocol):
@@ -65,7 +65,7 @@ def sample_columns(
     max_chars: int,
 ) -> dict[str, list[Any]]:
     """Return the selection log's `samples` of a step: of each chosen group its best and its worst response."""
-    shown = [(groups[place], index) for place in chosen for index in _best_and_worst(groups[place].rewards)]
+    shown = [(groups[place], index) for place in chosen for index in best_and_worst(groups[place].rewards)]
     columns: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     if not shown:
         return columns
@@ -81,7 +81,7 @@ def sample_columns(
     return columns
 
 
-def _best_and_worst(rewards: Sequence[float]) -> list[int]:
+def best_and_worst(rewards: Sequence[float]) -> list[int]:
     """Return the positions of the highest and the lowest reward; of one if all are equal, of none without any."""
     if not rewards:
         return []

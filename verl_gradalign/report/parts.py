@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-__all__ = ["Part", "PartedTable", "conform", "parts_of"]
+__all__ = ["Part", "PartedTable", "conform", "parts_of", "replace_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,15 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def replace_table(rows: pa.Table, path: Path) -> Path:
+    """Write a Parquet file that is complete or, as before, absent or the old one; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    pq.write_table(rows, unfinished)
+    os.replace(unfinished, path)
+    return path
 
 
 class PartedTable:
@@ -137,13 +146,8 @@ class PartedTable:
             return self.schema.empty_table()
 
     def _write(self, first: int, last: int, rows: pa.Table) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         steps = f"{first:08d}" if first == last else f"{first:08d}-{last:08d}"
-        path = self.folder / f"{self.name}-{steps}.parquet"
-        unfinished = path.with_suffix(".unfinished")
-        pq.write_table(rows, unfinished)
-        os.replace(unfinished, path)
-        return path
+        return replace_table(rows, self.folder / f"{self.name}-{steps}.parquet")
 
     def _remove_members(self, merged: Part) -> None:
         """Remove what was left of a merged part's members by a run that was killed at that moment."""

@@ -6,13 +6,11 @@ print(json.dumps(summary_of(read_run(run))))
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from verl_gradalign.report.findings import findings_of, headline_of
+from verl_gradalign.report.json_values import without_nan
 from verl_gradalign.report.outcome_rules import accuracy_of, composition_shift
 from verl_gradalign.report.run_data import RunData
 
@@ -55,7 +53,7 @@ def summary_of(run: RunData, top: int | None = None) -> dict[str, Any]:
             "problems": [_suspect_numbers(run, place) for place in range(len(suspects))[:top]],
         },
     }
-    cleaned: dict[str, Any] = _without_nan(values)
+    cleaned: dict[str, Any] = without_nan(values)
     return cleaned
 
 
@@ -75,13 +73,3 @@ def _suspect_numbers(run: RunData, place: int) -> dict[str, Any]:
         "success_rate": float(s.success_rate_S[place]),
         "num_kept": int(s.num_kept_S[place]),
     }
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
