@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's first command, with fewer steps."""
+
+import re
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.conftest import REPOSITORY, TIMEOUT_S
+from verl_gradalign.report.selection_log import read_selection_log
+
+pytestmark = pytest.mark.e2e
+
+
+def test_the_demonstration_makes_its_table_from_an_empty_folder(tmp_path):
+    demo = REPOSITORY / "recipes" / "quickstart" / "demo.py"
+    options = ["--steps", "2", "--warm-up-steps", "80", "--scores", "cosine"]
+    overrides = ["--", "actor_rollout_ref.rollout.agent.num_workers=1"]  # each imports torch and verl once more
+    done = subprocess.run(
+        [sys.executable, str(demo), "--output", "made here", *options, *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    made = tmp_path / "made here"
+    log = read_selection_log(made / "cosine" / "gradalign").to_pylist()
+    corrupted = [info["corrupted"] for info in pq.read_table(made / "data" / "pool.parquet")["extra_info"].to_pylist()]
+    shares = [
+        sum(corrupted[row["problem_id"]] for row in rows) / len(rows)
+        for rows in (log, [row for row in log if row["kept"]])
+    ]
+    (row,) = re.findall(r"cosine.*", done.stdout.split("What was trained on")[1])
+    percentages = [float(found) for found in re.findall(r"([\d.]+)%", row)]
+    assert {entry["step"] for entry in log} == {1, 2}
+    assert percentages[2:4] == pytest.approx([100 * share for share in shares], abs=0.06)
+    assert all(0 <= accuracy <= 100 for accuracy in percentages[:2])
