@@ -65,7 +65,7 @@ def _register_search_path() -> None:
 
 
 def _register_trainer() -> None:
-    import verl_gradalign.integration.scoring  # noqa: F401  (the trainers register themselves)
+    import verl_gradalign.integration.offline.trainer  # noqa: F401  (the trainers register themselves)
 
 
 def plant_hooks() -> None:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
+from verl_gradalign.experiments.metrics_file import RunSummary, held_out_accuracy, read_metrics, summarise_run
 
 HERE = Path(__file__).parent
 SCORES = ("random", "cosine")
@@ -84,9 +84,9 @@ def progress_bar() -> Progress:
 
 def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path]:
     """Write the task files and the warmed-up model; return the data files by split."""
-    from verl_gradalign.cpu.tiny_model import build_tiny_model
-    from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
+    from verl_gradalign.toy.model import build_tiny_model
+    from verl_gradalign.toy.warmup import warm_up
 
     disable_progress_bar()
     files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
@@ -106,8 +106,8 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
 
 def prepare_gsm8k(output: Path, folder: Path, num_rows: int, seed: int) -> dict[str, Path]:
     """Turn GSM8K's own jsonl files into pool, trusted and test files, with an untrained model that fits them."""
-    from verl_gradalign.cpu.tiny_model import build_tiny_model
     from verl_gradalign.data.gsm8k import write_gsm8k
+    from verl_gradalign.toy.model import build_tiny_model
 
     data = output / "data"
     build_tiny_model(output / "model", seed=seed)
@@ -207,7 +207,7 @@ def main() -> None:
             files = prepare_gsm8k(output, arguments.gsm8k, arguments.gsm8k_rows, arguments.seed)
             overrides = ["data.max_prompt_length=896", "data.filter_overlong_prompts=true", *overrides]
         else:
-            from verl_gradalign.cpu.warmup import DEFAULT_NUM_STEPS
+            from verl_gradalign.toy.warmup import DEFAULT_NUM_STEPS
 
             files = prepare_tasks(output, arguments.warm_up_steps or DEFAULT_NUM_STEPS, arguments.seed)
         first_step_s, summaries = {}, {}

@@ -18,8 +18,8 @@ from verl.workers.engine import EngineRegistry
 from tests.benchmarks.cases import Case, draw_problems, save_model
 from tests.distributed.engines import make_row_table
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.integration.dealing import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.integration.engine import VerlEngine, coefficient_loss, scoring_mode
+from verl_gradalign.integration.requests import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget

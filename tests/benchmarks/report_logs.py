@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_gradalign.report.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
+from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
 
 CLEAN, MISLABELLED, COIN_FLIP = "clean", "mislabelled", "coin flip"
 ALIGNMENT = {CLEAN: 0.12, MISLABELLED: -0.12, COIN_FLIP: 0.0}

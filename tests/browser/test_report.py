@@ -9,7 +9,7 @@ import pytest
 
 from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.report.html import write_report
-from verl_gradalign.report.run_data import read_run
+from verl_gradalign.report.run import read_run
 from verl_gradalign.report.run_folders import find_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -20,8 +20,8 @@ from tests.distributed.setups import CANDIDATES, TRUSTED, WIDE
 from tests.numerics.problems import TEMPERATURE, Problem
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
-from verl_gradalign.integration.dealing import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.requests import ProblemKeys, build_shares, deal, owners_of
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget

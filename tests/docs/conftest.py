@@ -12,9 +12,9 @@ import pytest
 from tests.benchmarks.report_logs import LogPlan, write_log
 from tests.docs.documents import ROOT, commands_of, documentation, python_blocks
 from tests.unit.test_prepare_sources import ROWS
-from verl_gradalign.cpu.tiny_model import build_tiny_model
 from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.tasks import write_task_files
+from verl_gradalign.toy.model import build_tiny_model
 
 LOG = LogPlan(num_steps=12, num_candidates=16, num_problems=40, num_samples=2)
 # A step of the documentation's schedules draws at most as many candidates.

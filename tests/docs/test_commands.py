@@ -80,7 +80,7 @@ ENTRIES = (
     ),
     Entry(
         r"([A-Z_]+=\S+ )*verl-gradalign score .*",
-        accepted("verl_gradalign.integration.scoring_run.run_scoring"),
+        accepted("verl_gradalign.integration.offline.run.run_scoring"),
         (
             "tests/e2e/test_score.py::test_scores_equal_plain_autograd_on_the_stored_rollouts",
             "tests/e2e/test_score.py::test_the_selected_rows_are_the_best_and_load_as_verls_training_data",

@@ -10,11 +10,11 @@ import pytest
 
 from tests.docs.documents import ROOT, documentation
 from tests.docs.running import OVERRIDES, validate
-from verl_gradalign.integration import checkpoint as integration_checkpoint
-from verl_gradalign.integration.checkpoint import DECISIVE_OF_VERL, NEUTRAL, NEUTRAL_OF_PROBE
+from verl_gradalign.integration import run_identity as integration_checkpoint
+from verl_gradalign.integration.run_identity import DECISIVE_OF_VERL, NEUTRAL, NEUTRAL_OF_PROBE
 from verl_gradalign.metrics import CATALOGUE, metric_of
 from verl_gradalign.reference import blocks_of
-from verl_gradalign.selection import checkpoint as selection_checkpoint
+from verl_gradalign.selection import state_file as selection_checkpoint
 from verl_gradalign.selection.select import REASONS
 
 HOW_TO = ROOT / "recipes" / "how_to"

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl_gradalign.report.comparison import read_metrics
-from verl_gradalign.report.selection_log import read_selection_log
+from verl_gradalign.experiments.metrics_file import read_metrics
+from verl_gradalign.log.selection_log import read_selection_log
 
 TIMEOUT_S = 400
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,9 +112,9 @@ class Workplace:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Task files and a model brought to a middling success rate, as in the demonstration."""
-    from verl_gradalign.cpu.tiny_model import build_tiny_model
-    from verl_gradalign.cpu.warmup import warm_up
     from verl_gradalign.data.tasks import write_task_files
+    from verl_gradalign.toy.model import build_tiny_model
+    from verl_gradalign.toy.warmup import warm_up
 
     root = tmp_path_factory.mktemp("e2e")
     files = write_task_files(root / "data", num_pool=600, num_trusted=24, num_test=64, seed=0)

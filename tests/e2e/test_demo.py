@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import REPOSITORY, TIMEOUT_S
-from verl_gradalign.report.selection_log import read_selection_log
+from verl_gradalign.log.selection_log import read_selection_log
 
 pytestmark = pytest.mark.e2e
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests.e2e.conftest import Run, Workplace
 from tests.wandb_files import history
+from verl_gradalign.experiments.metrics_file import read_metrics
+from verl_gradalign.log.parts import parts_of
+from verl_gradalign.log.selection_log import METADATA_KEY
 from verl_gradalign.metrics import PREFIX, metric_of
-from verl_gradalign.report.comparison import read_metrics
-from verl_gradalign.report.parts import parts_of
-from verl_gradalign.report.selection_log import METADATA_KEY
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import TIMEOUT_S, Run, Workplace, gradalign, kill_all
-from verl_gradalign.report.comparison import read_metrics
+from verl_gradalign.experiments.metrics_file import read_metrics
 
 pytestmark = pytest.mark.e2e
 

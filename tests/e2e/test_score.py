@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import REPOSITORY, TIMEOUT_S, Workplace, kill_all
+from verl_gradalign.log.selection_log import read_selection_log
 from verl_gradalign.probe.objective import token_coefficients
 from verl_gradalign.probe.oracle import problem_gradients_float64
-from verl_gradalign.report.selection_log import read_selection_log
 from verl_gradalign.types import TokenRow
 
 pytestmark = pytest.mark.e2e

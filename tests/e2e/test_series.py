@@ -14,9 +14,9 @@ import pytest
 
 from tests.e2e.conftest import TIMEOUT_S, Workplace, kill_all
 from verl_gradalign.experiments.compare import _cpu_environment
+from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, RunPlan, miniature_overrides
-from verl_gradalign.report.comparison import read_metrics
-from verl_gradalign.report.selection_log import read_selection_log
+from verl_gradalign.log.selection_log import read_selection_log
 
 pytestmark = pytest.mark.e2e
 

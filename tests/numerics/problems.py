@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from verl_gradalign.cpu.tiny_model import build_tiny_model
 from verl_gradalign.probe.objective import token_coefficients
 from verl_gradalign.probe.oracle import problem_gradients_float64
+from verl_gradalign.toy.model import build_tiny_model
 from verl_gradalign.types import ProblemRows, TokenRow
 
 TEMPERATURE = 0.75  # not 1, and exact in float32, to which verl rounds temperatures

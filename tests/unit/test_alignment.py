@@ -15,17 +15,18 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
-from verl_gradalign.integration import alignment, worker
-from verl_gradalign.integration.choosing import Choice
-from verl_gradalign.integration.groups import Group, Problem, keys_by_uid
-from verl_gradalign.integration.recorder import StepRecorder
-from verl_gradalign.integration.records import log_columns
+from verl_gradalign.integration import selector as alignment
+from verl_gradalign.integration import worker
+from verl_gradalign.integration.rollouts import Group, Problem, keys_by_uid
 from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply, ScoringRequest
+from verl_gradalign.log.columns import log_columns
+from verl_gradalign.log.run_log import StepRecorder
+from verl_gradalign.log.selection_log import SelectionLog, read_selection_log
 from verl_gradalign.metrics import metric_of
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.trusted import SetReport
-from verl_gradalign.report.selection_log import SelectionLog, read_selection_log
+from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.select import Candidates, select_top
 from verl_gradalign.types import ProblemScores

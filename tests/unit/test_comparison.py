@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.test_selection_log import columns, row
-from verl_gradalign.report.comparison import RunSummary, held_out_accuracy, read_metrics, summarise_run
-from verl_gradalign.report.selection_log import SelectionLog
+from verl_gradalign.experiments.metrics_file import RunSummary, held_out_accuracy, read_metrics, summarise_run
+from verl_gradalign.log.selection_log import SelectionLog
 
 POOL_CORRUPTED = [True, False, True, False]
 

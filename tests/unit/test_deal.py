@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
-from verl_gradalign.integration.dealing import (
+from verl_gradalign.integration.requests import (
     ProblemKeys,
     audited_problems,
     build_requests,
@@ -20,7 +20,7 @@ from verl_gradalign.integration.dealing import (
     owners_of,
     token_budget,
 )
-from verl_gradalign.integration.groups import Group, Problem
+from verl_gradalign.integration.rollouts import Group, Problem
 from verl_gradalign.integration.worker import ScoringRequest
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget

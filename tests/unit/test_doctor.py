@@ -16,12 +16,12 @@ from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
-from verl_gradalign.cpu.tiny_model import build_tiny_model
 from verl_gradalign.data.tasks import write_task_files
-from verl_gradalign.doctor import Finding, Findings, Machine
-from verl_gradalign.doctor.environment import REQUIRED, examine_environment
-from verl_gradalign.integration.doctor_cost import _memory
-from verl_gradalign.integration.doctor_data import AT_RESPONSES, RELIABILITY, reliability_of
+from verl_gradalign.doctor.cost import _memory
+from verl_gradalign.doctor.data import AT_RESPONSES, RELIABILITY, reliability_of
+from verl_gradalign.doctor.machine import REQUIRED, Machine, examine_environment
+from verl_gradalign.findings import Finding, Findings
+from verl_gradalign.toy.model import build_tiny_model
 
 ROOT = Path(__file__).parents[2]
 runner = CliRunner()

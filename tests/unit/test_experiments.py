@@ -14,9 +14,9 @@ from rich.console import Console
 
 from verl_gradalign.experiments.compare import Comparison, compare
 from verl_gradalign.experiments.figures import curve, draw_figures
-from verl_gradalign.experiments.miniatures import MINIATURES, write_miniature
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, plan_runs
 from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
+from verl_gradalign.toy.regimes import MINIATURES, write_miniature
 
 
 def write_run(folder, lines, done=True):
@@ -201,8 +201,8 @@ def test_a_published_regime_without_data_is_refused(tmp_path):
 def test_runs_that_differ_in_what_processes_are_started_with_are_no_series(tmp_path):
     from hydra import initialize_config_module
 
+    from verl_gradalign.cpu.series import check_series, compose_run
     from verl_gradalign.experiments.plan import miniature_overrides
-    from verl_gradalign.integration.series import check_series, compose_run
 
     runs = plan_runs("unreliable_mini", ["cosine", "filter_groups"], [0], tmp_path)
     with initialize_config_module("verl.trainer.config", version_base=None):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_gradalign.cpu.generate import SamplingParams, SequenceGenerator
-from verl_gradalign.cpu.tiny_model import build_tiny_model
+from verl_gradalign.toy.model import build_tiny_model
 
 LOG_PROB_ATOL = 1e-4  # float32, cached against whole-sequence forwards; measured 5e-6
 NUM_DRAWS = 2000

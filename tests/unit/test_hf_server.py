@@ -11,7 +11,7 @@ import torch
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 
 from verl_gradalign.cpu.hf_rollout import HFServer
-from verl_gradalign.cpu.tiny_model import build_tiny_model
+from verl_gradalign.toy.model import build_tiny_model
 
 LOG_PROB_ATOL = 1e-4  # float32, cached against whole-sequence forwards; measured 5e-6
 RESPONSE_LENGTH = 8

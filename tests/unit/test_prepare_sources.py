@@ -123,7 +123,7 @@ def test_later_editions_of_dapo_are_read():
 
 
 def row_of(values):
-    from verl_gradalign.data.problem_files import Row
+    from verl_gradalign.data.rows import Row
 
     return Row("here, line 1", values)
 

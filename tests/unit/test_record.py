@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from verl_gradalign.selection.record import ProblemRecord
+from verl_gradalign.selection.history import ProblemRecord
 
 
 def test_mean_and_variance_are_those_of_all_scores():

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.cli import app
+from verl_gradalign.log.parts import parts_of
 from verl_gradalign.report import html
-from verl_gradalign.report.parts import parts_of
 from verl_gradalign.report.problem_texts import problem_texts
-from verl_gradalign.report.run_data import read_run
+from verl_gradalign.report.run import read_run
 from verl_gradalign.report.run_folders import find_runs
 
 runner = CliRunner()

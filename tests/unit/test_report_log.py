@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.benchmarks.report_logs import LogPlan, write_log
-from verl_gradalign.report.log_reader import LogReader
-from verl_gradalign.report.parts import parts_of
-from verl_gradalign.report.run_data import gaps_of, read_run
+from verl_gradalign.log.parts import parts_of
+from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog, read_selection_log
+from verl_gradalign.report.reader import LogReader
+from verl_gradalign.report.run import gaps_of, read_run
 from verl_gradalign.report.run_folders import find_runs
-from verl_gradalign.report.selection_log import METADATA_KEY, SelectionLog, read_selection_log
 
 PLAN = LogPlan(num_steps=30, num_candidates=24, num_problems=60, steps_per_part=10, num_samples=2)
 

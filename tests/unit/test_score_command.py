@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ValidationConfig
-from verl_gradalign.integration import scoring_run
-from verl_gradalign.integration.groups import Group, Problem
-from verl_gradalign.integration.scoring import check_scoring, chunks_of, needs_whole_pool
-from verl_gradalign.integration.scoring_plan import own_overrides, plan_of, require_same_plan
-from verl_gradalign.integration.scoring_results import choose, scores_table
-from verl_gradalign.integration.scoring_store import ROLLOUTS, Measured, ScoringStore, joined_scores
-from verl_gradalign.integration.scoring_task import ScoringTask, check_task, find_checkpoint, num_kept
-from verl_gradalign.integration.series import compose_run
+from verl_gradalign.cpu.series import compose_run
+from verl_gradalign.integration.offline import run as scoring_run
+from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
+from verl_gradalign.integration.offline.results import choose, scores_table
+from verl_gradalign.integration.offline.store import ROLLOUTS, Measured, ScoringStore, joined_scores
+from verl_gradalign.integration.offline.task import ScoringTask, check_task, find_checkpoint, num_kept
+from verl_gradalign.integration.offline.trainer import check_scoring, chunks_of, needs_whole_pool
+from verl_gradalign.integration.rollouts import Group, Problem
 from verl_gradalign.types import ProblemScores
 
 runner = CliRunner()
@@ -355,6 +355,6 @@ def test_only_what_is_not_rolled_out_is_in_the_chunks_trusted_problems_first():
 
 
 def test_summaries_are_json_without_nan(tmp_path):
-    from verl_gradalign.report.json_values import without_nan
+    from verl_gradalign.files import without_nan
 
     assert json.dumps(without_nan({"a": {"b": float("nan"), "c": 1}}), allow_nan=False) == '{"a": {"b": null, "c": 1}}'

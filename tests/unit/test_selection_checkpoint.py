@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.selection.checkpoint import (
+from verl_gradalign.selection.curriculum import Curriculum
+from verl_gradalign.selection.history import ProblemRecord
+from verl_gradalign.selection.state_file import (
     file_fingerprint,
     load_state,
     read_identity,
     require_same,
     save_state,
 )
-from verl_gradalign.selection.curriculum import Curriculum
-from verl_gradalign.selection.record import ProblemRecord
 
 IDENTITY = {"gradalign": {"score": "cosine", "probe": {"rank": 16}}, "data.train_files": ["abc"]}
 STATE = {

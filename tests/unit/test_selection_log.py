@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_gradalign.report.parts import parts_of
-from verl_gradalign.report.selection_log import (
+from verl_gradalign.log.parts import parts_of
+from verl_gradalign.log.selection_log import (
     FORMAT,
     METADATA_KEY,
     SAMPLES,

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_gradalign.cpu.tiny_model import ARCHITECTURES, build_tiny_model
-from verl_gradalign.cpu.warmup import warm_up
 from verl_gradalign.data.tasks import RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE
+from verl_gradalign.toy.model import ARCHITECTURES, build_tiny_model
+from verl_gradalign.toy.warmup import warm_up
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 MESSAGES = [{"role": "user", "content": "47+38"}]

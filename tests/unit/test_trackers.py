@@ -9,8 +9,8 @@ import pytest
 from verl.utils.tracking import Tracking
 
 from tests.wandb_files import history
+from verl_gradalign.log.wandb_pages import COLUMNS, Pages
 from verl_gradalign.metrics import CATALOGUE, named
-from verl_gradalign.report.pages import COLUMNS, Pages
 
 # Every metric of the catalogue, with words of a run's own in its name, and a value of its own.
 VALUES = {re.sub(r"<(\w+)>", r"a-\1.b/c", metric.name): float(place) / 8 for place, metric in enumerate(CATALOGUE)}

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import REPOSITORY, Run, Workplace, gradalign
-from verl_gradalign.cpu.tiny_model import build_tiny_model
 from verl_gradalign.data.tasks import write_task_files
+from verl_gradalign.toy.model import build_tiny_model
 
 pytestmark = pytest.mark.vllm
 

@@ -37,8 +37,8 @@ def compare(
     """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
     from verl_gradalign.experiments.compare import Comparison
     from verl_gradalign.experiments.compare import compare as run_comparison
-    from verl_gradalign.experiments.miniatures import WARM_UP_STEPS
     from verl_gradalign.experiments.plan import METHODS
+    from verl_gradalign.toy.regimes import WARM_UP_STEPS
 
     console = Console()
     with refusals_as_messages():

@@ -18,7 +18,7 @@ from verl_gradalign.cli.cost import as_mapping, rich_table
 from verl_gradalign.cost.tables import Column, assumptions, tables_of
 
 if TYPE_CHECKING:
-    from verl_gradalign.doctor import Findings
+    from verl_gradalign.findings import Findings
 
 EXAMPLES = """
 Examples:
@@ -50,7 +50,7 @@ def doctor(
     Versions, plugin, GPUs and limits; with overrides also what verl and the plugin refuse, the model against the
     estimator, the trusted set, rewards, folders, and the cost of a step.
     """
-    from verl_gradalign.doctor import Findings
+    from verl_gradalign.findings import Findings
 
     findings = Findings()
     # verl prints while it checks; standard output is for the result.
@@ -68,11 +68,11 @@ def doctor(
 
 
 def _examine(overrides: list[str], response_tokens: float | None, findings: "Findings") -> Column | None:
-    from verl_gradalign.doctor import examine_environment
+    from verl_gradalign.doctor.machine import examine_environment
 
     machine = examine_environment(findings)
     try:
-        from verl_gradalign.integration import doctor as of_configuration
+        from verl_gradalign.doctor import configuration as of_configuration
     except Exception as error:
         findings.refusal("environment", error, "install what is missing, see above")
         return None

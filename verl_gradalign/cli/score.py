@@ -62,8 +62,8 @@ def score(
     # verl tells of every engine that is not installed.
     warnings.filterwarnings("ignore", module=r"verl\.")
     with refusals_as_messages(), console.status("starting verl") as status:
-        from verl_gradalign.integration.scoring_run import run_scoring
-        from verl_gradalign.integration.scoring_task import ScoringTask
+        from verl_gradalign.integration.offline.run import run_scoring
+        from verl_gradalign.integration.offline.task import ScoringTask
 
         task = ScoringTask(
             pool=tuple(pool),

@@ -8,7 +8,7 @@ checked here, once, with messages that name the key, the value and the remedy; `
 from verl_gradalign.config.choosing import CurriculumConfig, ReliabilityConfig, ScoreOptions
 from verl_gradalign.config.measuring import DirectionConfig, ProbeConfig, TrustedSetConfig, ValidationConfig
 from verl_gradalign.config.root import GradAlignConfig, LogConfig
-from verl_gradalign.config.rules import require, require_choice
+from verl_gradalign.errors import require, require_choice
 
 __all__ = [
     "CurriculumConfig",

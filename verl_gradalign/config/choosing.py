@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from verl_gradalign.config.rules import require, require_choice
+from verl_gradalign.errors import require, require_choice
 
 RELIABILITIES = ("scores", "direction")
 FALLBACKS = ("random", "accuracy_greedy", "accuracy_band")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from verl_gradalign.config.rules import require, require_choice
+from verl_gradalign.errors import require, require_choice
 
 ON_DEGENERATE = ("previous", "random", "stop")
 AGGREGATIONS = ("aggregate", "per_problem_unit")

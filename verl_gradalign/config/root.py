@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from verl_gradalign.config.choosing import CurriculumConfig, ReliabilityConfig, ScoreOptions
 from verl_gradalign.config.measuring import DirectionConfig, ProbeConfig, ValidationConfig
-from verl_gradalign.config.rules import require, require_choice
+from verl_gradalign.errors import require, require_choice
 
 SCHEDULES = ("step", "round", "once", "staged")
 DEAD_GROUPS = ("drop", "rank")

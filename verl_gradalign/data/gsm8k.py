@@ -11,7 +11,7 @@ Answers are checked by `verl_gradalign.data.rewards.compute_score`.
 from itertools import islice
 from pathlib import Path
 
-from verl_gradalign.data.problem_files import read_file
+from verl_gradalign.data.rows import read_file
 from verl_gradalign.data.sources import INSTRUCTIONS, SOURCES
 from verl_gradalign.data.tasks import make_row, write_rows
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 import verl_gradalign
 from verl_gradalign.data.pools import Pool, draw_pool, load_pool
-from verl_gradalign.data.problem_files import hash_file
+from verl_gradalign.data.rows import hash_file
 from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
 from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from verl_gradalign.data.countdown import CountdownProblem
 from verl_gradalign.data.math_answers import ANSWER_MARK, find_last_boxed
-from verl_gradalign.data.problem_files import Row
+from verl_gradalign.data.rows import Row
 
 __all__ = ["GSM8K_DATA_SOURCE", "INSTRUCTIONS", "SOURCES", "Source", "year_of"]
 

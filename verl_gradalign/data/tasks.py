@@ -3,7 +3,7 @@
 
 Prompts are a few characters long (`472+8`, `rev baed`, `max 40 91`), so that a tiny model on a CPU can learn them.
 A response is a style mark followed by the answer; the marks are what the warm-up gives the policy to choose between
-(see `verl_gradalign.cpu.warmup`). Five families share their two marks, rotation has marks of its own, so that what is
+(see `verl_gradalign.toy.warmup`). Five families share their two marks, rotation has marks of its own, so that what is
 learned on the one does not help the other; guesses have no answer that could be learned. A fixed third of all prompts
 is set aside for reinforcement learning and the rest for the warm-up, so the two never meet, whatever their seeds. This
 module only makes problems: `rewards` checks answers.

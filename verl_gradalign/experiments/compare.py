@@ -4,7 +4,7 @@
     verl-gradalign compare unreliable_mini --seeds 0,1,2 --output outputs/unreliable_mini
 
 A miniature makes its own problems and policy, and runs in a few series of processes side by side
-(`verl_gradalign.integration.series`). A published regime runs its launch script once per method and seed.
+(`verl_gradalign.cpu.series`). A published regime runs its launch script once per method and seed.
 Leaves in the output folder: results.csv, summary.md, four figures, and runs/<method>/seed-<n> with verl's metrics,
 the selection log and the console output.
 """
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verl_gradalign.experiments.figures import draw_figures
-from verl_gradalign.experiments.miniatures import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
+from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
-from verl_gradalign.report.comparison import read_metrics
+from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
 __all__ = ["Comparison", "compare"]
 
@@ -142,7 +142,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
             encoding="utf-8",
         )
         log = output / f"series-{number}.log"
-        command = [comparison.python, "-m", "verl_gradalign.integration.series", str(path)]
+        command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
         processes.append((_start(command, log, output, _cpu_environment(len(series))), log))
     _watch(processes, runs, progress)
 

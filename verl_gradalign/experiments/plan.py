@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_gradalign.experiments.miniatures import MINIATURES
 from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.toy.regimes import MINIATURES
 
 __all__ = ["DONE", "FILTER_GROUPS", "METHODS", "PUBLISHED", "RunPlan", "method_overrides", "plan_runs"]
 

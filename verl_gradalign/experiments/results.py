@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from verl_gradalign.experiments.miniatures import MINIATURES
+from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import RunPlan
-from verl_gradalign.report.comparison import read_metrics
+from verl_gradalign.toy.regimes import MINIATURES
 
 __all__ = ["MethodSummary", "collect", "summarise", "write_csv", "write_markdown"]
 

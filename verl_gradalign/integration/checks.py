@@ -16,7 +16,7 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.dealing import token_budget
+from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of

@@ -23,24 +23,24 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_gradalign.integration.alignment import AlignmentSelector
-from verl_gradalign.integration.checkpoint import (
+from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+from verl_gradalign.integration.completion import add_values
+from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.integration.run_identity import (
     check_resume,
     direction_file,
     identity,
     resume_folder,
     state_file,
 )
-from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
-from verl_gradalign.integration.completion import add_values
-from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
-from verl_gradalign.integration.records import StepSeconds
-from verl_gradalign.integration.run_notes import RunNotes
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
+from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.worker import use_own_workers
-from verl_gradalign.selection.checkpoint import load_state, save_state
+from verl_gradalign.log.columns import StepSeconds
+from verl_gradalign.log.run_notes import RunNotes
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.state_file import load_state, save_state
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from math import isnan
 
-from verl_gradalign.report.measuring_rules import MEASURING_RULES
-from verl_gradalign.report.outcome_rules import OUTCOME_RULES
-from verl_gradalign.report.run_data import RunData
+from verl_gradalign.report.rules_measurement import MEASURING_RULES
+from verl_gradalign.report.rules_outcome import OUTCOME_RULES
+from verl_gradalign.report.run import RunData
 from verl_gradalign.report.verdicts import FAIR, GOOD, NOISE, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.visible_text import short
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verl_gradalign.report.page import comparison_table, page_of
 from verl_gradalign.report.pictures import compared
-from verl_gradalign.report.run_data import RunData
+from verl_gradalign.report.run import RunData
 
 __all__ = ["render", "write_report"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report import pictures
 from verl_gradalign.report.embedding import Picture
 from verl_gradalign.report.findings import findings_of, headline_of
-from verl_gradalign.report.outcome_rules import accuracy_of, composition_shift, held_out
 from verl_gradalign.report.problem_texts import problem_texts
-from verl_gradalign.report.run_data import RunData
-from verl_gradalign.report.selection_log import EXTRA
+from verl_gradalign.report.rules_outcome import accuracy_of, composition_shift, held_out
+from verl_gradalign.report.run import RunData
 from verl_gradalign.report.verdicts import Finding
 from verl_gradalign.report.visible_text import Shown, short, shown
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from verl_gradalign.log.figures import alignments, composition_over_time, curves, score_against_success
+from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report.embedding import Picture, picture
-from verl_gradalign.report.figures import alignments, composition_over_time, curves, score_against_success
-from verl_gradalign.report.outcome_rules import held_out
-from verl_gradalign.report.run_data import RunData
-from verl_gradalign.report.selection_log import EXTRA
+from verl_gradalign.report.rules_outcome import held_out
+from verl_gradalign.report.run import RunData
 from verl_gradalign.report.tallies import ValueTally
 from verl_gradalign.report.visible_text import short
 

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_gradalign.report.log_reader import LogReader
-from verl_gradalign.report.run_data import key_of
+from verl_gradalign.report.reader import LogReader
+from verl_gradalign.report.run import key_of
 from verl_gradalign.report.tallies import texts_of
 
 __all__ = ["ProblemText", "Response", "problem_texts"]

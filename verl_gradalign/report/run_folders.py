@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_gradalign.report.parts import NAME
+from verl_gradalign.log.parts import NAME
 
 __all__ = ["RunFolder", "find_runs"]
 

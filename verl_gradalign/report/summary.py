@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from verl_gradalign.files import without_nan
 from verl_gradalign.report.findings import findings_of, headline_of
-from verl_gradalign.report.json_values import without_nan
-from verl_gradalign.report.outcome_rules import accuracy_of, composition_shift
-from verl_gradalign.report.run_data import RunData
+from verl_gradalign.report.rules_outcome import accuracy_of, composition_shift
+from verl_gradalign.report.run import RunData
 
 __all__ = ["summary_of"]
 

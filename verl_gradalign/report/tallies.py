@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from verl_gradalign.report.selection_log import EXTRA
+from verl_gradalign.log.selection_log import EXTRA
 
 __all__ = [
     "PointSample",

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A composed configuration, examined as verl's entry point and our trainer will, before anything is started.
+
+    findings = Findings()
+    column = examine_configuration(["+gradalign=cosine", ...], machine, findings)
+
+Every refusal becomes a finding, so that one look shows all that is wrong. No Ray, no worker, no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import verl  # noqa: F401  (loads the plugin, which makes +gradalign known)
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.cost.tables import Column
+from verl_gradalign.doctor.cost import examine_cost, total_steps
+from verl_gradalign.doctor.data import examine_data
+from verl_gradalign.doctor.machine import Machine, version_of
+from verl_gradalign.doctor.model import examine_model
+from verl_gradalign.findings import Findings
+from verl_gradalign.integration.checks import check_data, read_config, verl_checks
+from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
+from verl_gradalign.selection.scores import score_of
+
+__all__ = ["examine_configuration", "examine_trainer_mode"]
+
+AREA = "configuration"
+WANDB_HOST = "api.wandb.ai"
+
+
+def examine_trainer_mode(findings: Findings) -> None:
+    """Say whether verl, once loaded, knows the trainer mode."""
+    with findings.refusals("plugin", "pip install --force-reinstall verl-gradalign; look at the log above"):
+        from verl.trainer.ppo.v1 import get_trainer_cls
+
+        get_trainer_cls("gradalign")
+        findings.add("plugin", "ok", "verl has loaded the plugin and knows trainer_mode=gradalign")
+
+
+def examine_configuration(
+    overrides: Sequence[str], machine: Machine, findings: Findings, response_tokens: float | None = None
+) -> Column | None:
+    """Add findings on what verl's entry point would be given; return the cost of a step, where it is known."""
+    verl_config = _composed(overrides, findings)
+    if verl_config is None:
+        return None
+    _check_machine(verl_config, machine, findings)
+    with findings.refusals(AREA, "see the message of verl"):
+        validate_config(verl_config, need_reference_policy(verl_config), need_critic(verl_config))
+        findings.add(AREA, "ok", "verl accepts the configuration")
+    _check_logging(verl_config, findings)
+    _check_folders(verl_config, findings)
+    config = _own_config(verl_config, findings)
+    if config is None:
+        return None
+    num_before = len(findings.all)
+    with _warnings_of_checks(findings):
+        for check in verl_checks(config):
+            with findings.refusals(AREA):
+                check(config, verl_config)
+        with findings.refusals("data"):
+            check_data(config, verl_config)
+    if not any(finding.level == "error" for finding in findings.all[num_before:]):
+        findings.add(AREA, "ok", f"score {config.score} with schedule {config.schedule} can be measured and planned")
+    with findings.refusals("folders"):
+        check_resume(identity(config, verl_config), verl_config)
+    score = score_of(config.score)
+    model = examine_model(config, verl_config, score.needs_gradients, findings)
+    data = examine_data(config, verl_config, score.needs_direction, findings)
+    if data is not None:
+        _check_steps(verl_config, config, data.num_problems, findings)
+    if model is None or data is None:
+        return None
+    column: Column | None = None
+    with findings.refusals("cost"):
+        column = examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
+    return column
+
+
+def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:
+    """Return the configuration with everything resolved, as verl's entry point composes it."""
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=list(overrides))
+        if config.trainer.device != "cpu":  # which verl leaves alone only where VERL_PLATFORM=cpu
+            auto_set_device(config)
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        findings.refusal(
+            AREA, ValueError(str(error)), "correct the override; keys that verl lacks need a + before them"
+        )
+        return None
+    # Elsewhere verl has mandatory keys that matter only where their part is switched on.
+    missing = sorted(OmegaConf.missing_keys(config.actor_rollout_ref))
+    for key in missing:
+        remedy = f"set actor_rollout_ref.{key}" + ("=vllm" if key == "rollout.name" else "")
+        findings.add(AREA, "error", f"actor_rollout_ref.{key} has no value, and verl has no default for it", remedy)
+    return None if missing else config
+
+
+def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig | None:
+    """Return the `gradalign` block, or None with a finding if selection is off or the block is wrong."""
+    mode, remedy = verl_config.trainer.v1.trainer_mode, "add +gradalign=cosine gradalign.validation.files=<file>"
+    if OmegaConf.select(verl_config, "gradalign") is None:
+        findings.add(AREA, "error", "selection is not switched on: there is no gradalign block", remedy)
+        return None
+    if not str(mode).startswith("gradalign"):
+        text = f"trainer.v1.trainer_mode={mode} does not select: the gradalign block has no effect"
+        findings.add(AREA, "error", text, "set trainer.v1.trainer_mode=gradalign")
+    if not verl_config.trainer.use_v1:
+        findings.add(AREA, "error", "trainer.use_v1=False: the old trainer cannot select", "set trainer.use_v1=True")
+    try:
+        return read_config(verl_config)
+    except Exception as error:
+        findings.refusal(AREA, error)
+        return None
+
+
+@contextmanager
+def _warnings_of_checks(findings: Findings) -> Iterator[None]:
+    """Turn what `checks` only logs into findings."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            findings.add(AREA, "warning", record.getMessage())
+
+    logger, handler = logging.getLogger("verl_gradalign.integration.checks"), Keep(logging.WARNING)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
+    """Whether the devices, the rollout engine and the kernels that are asked for are here."""
+    trainer, rollout = verl_config.trainer, verl_config.actor_rollout_ref.rollout.name
+    is_cpu_platform = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+    if trainer.device == "cpu" and not is_cpu_platform:
+        text = "trainer.device=cpu, but VERL_PLATFORM is not cpu: verl will look for GPUs"
+        findings.add("hardware", "error", text, "run with VERL_PLATFORM=cpu in the environment")
+    if trainer.device != "cpu" and machine.num_gpus == 0:
+        text = f"trainer.device={trainer.device}, and no GPU is seen here"
+        findings.add("hardware", "warning", text, "run this where training runs, or add +platform=cpu")
+    elif trainer.device != "cpu" and trainer.n_gpus_per_node > machine.num_gpus:
+        text = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}, and {machine.num_gpus} GPUs are seen here"
+        findings.add("hardware", "error", text, f"set trainer.n_gpus_per_node={machine.num_gpus}")
+    if rollout in ("vllm", "sglang") and version_of(rollout) is None:
+        text = f"actor_rollout_ref.rollout.name={rollout}, and {rollout} is not installed here"
+        findings.add("environment", "error", text, f"pip install 'verl[{rollout}]', or +platform=cpu on a CPU")
+    if rollout == "hf" and not is_cpu_platform:
+        text = "actor_rollout_ref.rollout.name=hf is only there with VERL_PLATFORM=cpu"
+        findings.add("environment", "error", text, "set VERL_PLATFORM=cpu, or actor_rollout_ref.rollout.name=vllm")
+    if verl_config.actor_rollout_ref.model.use_remove_padding and version_of("flash-attn") is None:
+        text = "actor_rollout_ref.model.use_remove_padding=True needs flash-attn, which is not installed here"
+        remedy = "pip install flash-attn, or set actor_rollout_ref.model.use_remove_padding=False"
+        findings.add("environment", "warning", text, remedy)
+
+
+def _check_logging(verl_config: DictConfig, findings: Findings) -> None:
+    loggers = verl_config.trainer.logger
+    if "wandb" not in ([loggers] if isinstance(loggers, str) else loggers):
+        return
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if version_of("wandb") is None:
+        findings.add("logging", "error", "trainer.logger names wandb, which is not installed", "pip install wandb")
+    elif mode in ("offline", "disabled", "dryrun"):
+        findings.add("logging", "note", f"WANDB_MODE={mode}: upload later with `wandb sync`")
+    elif os.environ.get("WANDB_API_KEY") or _has_wandb_login():
+        findings.add("logging", "ok", "wandb has a login")
+    else:
+        text = "trainer.logger names wandb, and there is no login: the run would ask for one, or stop"
+        remedy = "wandb login, or WANDB_MODE=offline, or trainer.logger='[console,file]'"
+        findings.add("logging", "warning", text, remedy)
+
+
+def _has_wandb_login() -> bool:
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return path.is_file() and WANDB_HOST in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
+    """Whether checkpoints and log can be written, and whether the run would go on from a checkpoint."""
+    log_dir = OmegaConf.select(verl_config, "gradalign.log.dir")
+    for key, folder in (
+        ("trainer.default_local_dir", verl_config.trainer.default_local_dir),
+        ("gradalign.log.dir", log_dir),
+    ):
+        if folder is None:
+            continue
+        there = Path(str(folder)).expanduser().absolute()
+        while not there.exists():
+            there = there.parent
+        try:
+            # Asked by writing, as permissions say nothing of read-only mounts.
+            with tempfile.TemporaryFile(dir=there):
+                findings.add("folders", "ok", f"{key}={folder} can be written")
+        except OSError as error:
+            text = f"{key}={folder}: {there} cannot be written ({error.strerror})"
+            findings.add("folders", "error", text, f"set {key} to another folder")
+    with findings.refusals("folders"):
+        resumed = resume_folder(verl_config)
+        if resumed is not None:
+            text = f"the run would go on from {resumed}"
+            findings.add("folders", "note", text, "trainer.resume_mode=disable, or another folder, to start anew")
+
+
+def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems: int, findings: Findings) -> None:
+    steps, epochs = total_steps(verl_config, num_problems), verl_config.trainer.total_epochs
+    if steps < 1:
+        text = f"{num_problems} problems make no batch of data.train_batch_size={verl_config.data.train_batch_size}"
+        findings.add("train files", "error", text, "lower data.train_batch_size")
+        return
+    batch = verl_config.data.train_batch_size
+    passes = steps * batch * (config.oversample if config.schedule == "step" else 1.0) / num_problems
+    asked = "trainer.total_training_steps" if verl_config.trainer.total_training_steps else f"{epochs} epochs"
+    text = f"{num_problems} problems, {steps} steps of {batch} ({asked})"
+    if config.schedule == "step" and score_of(config.score).rank is not None:
+        text += f"; as candidates they are gone through {passes:.3g} times"
+    findings.add("train files", "note", text)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of a composed configuration costs, against what the machine has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_gradalign.config import GradAlignConfig, ProbeConfig
+from verl_gradalign.cost import Setting, estimate
+from verl_gradalign.cost.tables import GPU_SHARE, Column
+from verl_gradalign.doctor.data import ExaminedData
+from verl_gradalign.doctor.machine import Machine
+from verl_gradalign.doctor.model import ExaminedModel
+from verl_gradalign.findings import Findings
+from verl_gradalign.integration.requests import token_budget
+from verl_gradalign.selection.scores import score_of
+
+__all__ = ["examine_cost", "setting_of", "total_steps"]
+
+AREA = "cost"
+RESPONSE_SHARE = 0.5
+"""Assumed mean length of a response, of data.max_response_length, where none is given."""
+
+
+def examine_cost(
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    model: ExaminedModel,
+    data: ExaminedData,
+    machine: Machine,
+    findings: Findings,
+    response_tokens: float | None = None,
+) -> Column | None:
+    """Add findings on the cost of a step; return the setting and the cost, or None for adapters and unknown shapes."""
+    if model.shape is None or model.has_adapters:
+        if model.has_adapters:
+            findings.add(AREA, "note", "the cost of training adapters is not estimated; see recipes/how_to/cost.md")
+        return None
+    setting = setting_of(config, verl_config, model, data, response_tokens)
+    cost = estimate(setting)
+    # Parameters may be sharded over fewer GPUs than there are.
+    shards = int(OmegaConf.select(verl_config, "actor_rollout_ref.actor.fsdp_config.fsdp_size") or -1)
+    if 0 < shards < setting.num_gpus:
+        cost = dataclasses.replace(cost, memory=estimate(dataclasses.replace(setting, num_gpus=shards)).memory)
+    assumed = (
+        "" if response_tokens else f" (assumed: {setting.response_tokens:.0f} tokens a response; --response-tokens)"
+    )
+    findings.add(
+        AREA,
+        "note",
+        f"a mean step generates {cost.generated:,.0f} responses, {cost.rollout_ratio:.2f} times those trained on, and "
+        f"takes {cost.flops_ratio:.2f} times the operations of a step without selection{assumed}",
+    )
+    for note in cost.notes:
+        findings.add(AREA, "note", note)
+    if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
+        text = f"score {config.score} reads the candidates twice; the operations count them once"
+        findings.add(AREA, "note", text, "gradalign.probe.pool_dots=sketch takes one pass")
+    _memory(setting, Column(setting, cost), verl_config, machine, findings)
+    return Column(setting, cost)
+
+
+def setting_of(
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    model: ExaminedModel,
+    data: ExaminedData,
+    response_tokens: float | None = None,
+) -> Setting:
+    """Return the calculator's setting of a configuration. `once` and `staged` count as rounds of the whole run."""
+    assert model.shape is not None
+    actor_rollout, data_config, trainer = verl_config.actor_rollout_ref, verl_config.data, verl_config.trainer
+    actor, score = actor_rollout.actor, score_of(config.score)
+    is_plain = score.rank is None and config.schedule == "step"
+    direction = config.direction
+    num_steps = total_steps(verl_config, data.num_problems)
+    schedule: dict[str, Any] = {"schedule": "step", "oversample": 1.0 if is_plain else config.oversample}
+    if config.schedule != "step":
+        num_selections = max(1, len(config.curriculum.stages)) if config.schedule == "staged" else 1
+        is_round = config.schedule == "round"
+        schedule |= {
+            "schedule": "round",
+            "steps_per_round": config.curriculum.steps_per_round if is_round else max(1, num_steps // num_selections),
+            "num_candidates": config.curriculum.num_candidates if is_round else data.num_problems,
+            "candidate_n": config.curriculum.n,
+        }
+    param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or actor.fsdp_config.get("dtype")
+    return Setting(
+        shape=model.shape,
+        num_gpus=trainer.n_gpus_per_node * trainer.nnodes,
+        train_batch_size=data_config.train_batch_size,
+        rollout_n=actor_rollout.rollout.n,
+        prompt_tokens=data.mean_prompt_tokens or data_config.max_prompt_length / 2,
+        response_tokens=response_tokens or RESPONSE_SHARE * data_config.max_response_length,
+        max_prompt_tokens=data_config.max_prompt_length,
+        max_response_tokens=data_config.max_response_length,
+        trusted_problems=data.num_trusted,
+        validation_n=max(1, round(data.trusted_responses / data.num_trusted)) if data.num_trusted else None,
+        refresh_interval=direction.refresh_interval,
+        estimator=config.estimator if score.needs_gradients else None,
+        has_response_derivatives=score.needs_response_derivatives,
+        low_rank=config.probe.rank,
+        has_checkpointing=actor_rollout.model.enable_gradient_checkpointing,
+        has_reference=bool(actor.use_kl_loss or verl_config.algorithm.use_kl_in_reward),
+        ppo_epochs=actor.ppo_epochs,
+        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens,
+        max_tokens_per_rank=config.probe.max_tokens_per_rank,
+        compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
+        is_direction_offloaded=direction.offload,
+        is_direction_kept=direction.refresh_interval > 1 or direction.ema > 0 or direction.on_degenerate == "previous",
+        **schedule,
+    )
+
+
+def total_steps(verl_config: DictConfig, num_problems: int) -> int:
+    """Return the steps that verl trains: as asked, else the epochs' batches."""
+    trainer = verl_config.trainer
+    return int(
+        trainer.total_training_steps or trainer.total_epochs * (num_problems // verl_config.data.train_batch_size)
+    )
+
+
+def _memory(setting: Setting, column: Column, verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
+    """Compare the highest point with a GPU, or all ranks' with the host's memory on a CPU."""
+    memory, is_cpu = column.cost.memory, verl_config.trainer.device == "cpu"
+    gb, plain_gb = memory.peak / 1e9, memory.plain / 1e9
+    has_gb = machine.gpu_gb if not is_cpu else machine.host_bytes / 1e9 / verl_config.trainer.n_gpus_per_node
+    of_what = "of this machine's free memory for each rank" if is_cpu else "of each GPU here"
+    phases = {"the update": memory.update, "making the direction": memory.make_direction, "scoring": memory.score}
+    highest = max(phases, key=phases.__getitem__)
+    text = f"a rank needs about {gb:.3g} GB at its highest ({highest}), {plain_gb:.3g} GB without selection"
+    host_gb = column.cost.host_bytes / 1e9
+    if host_gb > GPU_SHARE * machine.host_bytes / 1e9 > 0:
+        remedy = "lower gradalign.oversample or gradalign.curriculum.num_candidates"
+        findings.add(AREA, "warning", f"rollouts take about {host_gb:.3g} GB of the host's memory", remedy)
+    if has_gb <= 0:
+        findings.add(AREA, "note", f"{text}; no GPU is seen here to compare it with")
+    elif gb <= GPU_SHARE * has_gb:
+        findings.add(AREA, "ok", f"{text}, {of_what} {has_gb:.3g} GB")
+    else:
+        remedy = "more GPUs, smaller micro-batches (gradalign.probe.max_tokens_per_rank, ppo_max_token_len_per_gpu)"
+        if plain_gb <= GPU_SHARE * has_gb:
+            remedy += ", gradalign.direction.offload=true"
+        findings.add(AREA, "warning", f"{text}, {of_what} {has_gb:.3g} GB", remedy)

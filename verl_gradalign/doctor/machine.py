@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine: versions of packages, GPUs, memory and limits of the system."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from verl_gradalign.findings import Findings
+
+__all__ = ["Machine", "examine_environment", "version_of"]
+
+PYTHON = SpecifierSet(">=3.10,<3.13")
+REQUIRED = {
+    "verl": ">=0.9.1,<0.10",
+    "torch": "",
+    "ray": "",
+    "TransferQueue": ">=0.1.10,<0.2",
+    "transformers": "",
+    "tensordict": "",
+    "pyarrow": ">=19",
+    "math-verify": ">=0.9,<0.10",
+}
+"""As setup.py asks for; tests/unit/test_doctor.py compares the two."""
+ENGINES = ("vllm", "sglang")
+MIN_SHARED_BYTES = 2e9
+MIN_OPEN_FILES = 4096
+FREE_SHARE = 0.95
+"""Of a GPU's memory; less is a sign of another process."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run can use here."""
+
+    num_gpus: int
+    gpu_bytes: float
+    """Of the smallest GPU; 0 without."""
+    host_bytes: float
+
+    @property
+    def gpu_gb(self) -> float:
+        return self.gpu_bytes / 1e9
+
+
+def examine_environment(findings: Findings) -> Machine:
+    """Add findings on packages, plugin, GPUs and the system; return what the machine has."""
+    _packages(findings)
+    _plugin(findings)
+    machine = _hardware(findings)
+    _limits(findings)
+    return machine
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(findings: Findings) -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    level = "ok" if python in PYTHON else "error"
+    findings.add("environment", level, f"Python {python}", "" if level == "ok" else f"use Python {PYTHON}")
+    for package, wanted in REQUIRED.items():
+        version = version_of(package)
+        if version is None:
+            findings.add("environment", "error", f"{package} is missing", f"pip install '{package}{wanted}'")
+        elif not SpecifierSet(wanted).contains(version, prereleases=True):
+            remedy = f"pip install '{package}{wanted}'"
+            findings.add("environment", "error", f"{package} {version} is not {wanted}", remedy)
+        else:
+            findings.add("environment", "ok", f"{package} {version}")
+    engines = {engine: version for engine in ENGINES if (version := version_of(engine))}
+    if engines:
+        findings.add("environment", "ok", ", ".join(f"{name} {version}" for name, version in engines.items()))
+    else:
+        findings.add(
+            "environment",
+            "warning",
+            "neither vllm nor sglang is installed: rollouts on GPUs need one of them",
+            "pip install 'verl[vllm]' (or 'verl[sglang]'); on a CPU +platform=cpu needs none",
+        )
+    optional = {"flash-attn": "packed rows (use_remove_padding=true) need it", "wandb": "trainer.logger wandb needs it"}
+    for package, why in optional.items():
+        version = version_of(package)
+        text = f"{package} {version}" if version else f"{package} is not installed; {why}"
+        findings.add("environment", "ok" if version else "note", text)
+
+
+def _plugin(findings: Findings) -> None:
+    """Whether verl finds the entry point; what it registers is asked in `integration.doctor`."""
+    names = [entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")]
+    if "gradalign" not in names:
+        findings.add(
+            "plugin", "error", "no entry point gradalign in verl.plugins: verl will not load it", "pip install -e ."
+        )
+    asked = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if asked != "auto" and "gradalign" not in [name.strip() for name in asked.split(",")]:
+        findings.add(
+            "plugin",
+            "error",
+            f"VERL_USE_EXTERNAL_PLUGINS={asked} keeps verl from loading the plugin",
+            "unset it, or set it to gradalign",
+        )
+
+
+def _hardware(findings: Findings) -> Machine:
+    host_bytes = memory_info().get("MemAvailable", 0.0)
+    num_gpus, gpu_bytes = 0, 0.0
+    if version_of("torch") is not None:
+        import torch
+
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+        findings.add("hardware", "note", f"torch is built for: {build}")
+        if torch.cuda.is_available():
+            free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+            num_gpus, gpu_bytes = len(free_and_total), float(min(total for _, total in free_and_total))
+            name, driver = torch.cuda.get_device_name(0), _driver()
+            findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_bytes / 1e9:.0f} GB{driver}")
+            for index, (free, total) in enumerate(free_and_total):
+                if free < FREE_SHARE * total:
+                    text = f"GPU {index}: {free / 1e9:.0f} of {total / 1e9:.0f} GB are free"
+                    findings.add("hardware", "warning", text, "end what else runs there (nvidia-smi lists it)")
+    if num_gpus == 0:
+        is_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+        findings.add(
+            "hardware",
+            "note" if is_cpu else "warning",
+            "no GPU is seen here" + (", and VERL_PLATFORM=cpu asks for none" if is_cpu else ""),
+            "" if is_cpu else "run this where training runs, or set VERL_PLATFORM=cpu and +platform=cpu",
+        )
+    findings.add("hardware", "note", f"{_num_cores()} cores, {host_bytes / 1e9:.0f} GB of memory available")
+    return Machine(num_gpus, gpu_bytes, host_bytes)
+
+
+def _limits(findings: Findings) -> None:
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        num_bytes = shutil.disk_usage(shared).free
+        is_small = num_bytes < MIN_SHARED_BYTES
+        remedy = "start the container with --shm-size=16g or more" if is_small else ""
+        level, why = ("warning", ": Ray's objects then go through the disk") if is_small else ("ok", "")
+        findings.add("hardware", level, f"{num_bytes / 1e9:.1f} GB free in /dev/shm{why}", remedy)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
+        findings.add("hardware", "warning", f"only {soft} files may be open at once; Ray needs more", "ulimit -n 65536")
+    else:
+        findings.add("hardware", "ok", f"{soft if soft >= 0 else 'unlimited'} files may be open at once")
+
+
+def memory_info() -> Mapping[str, float]:
+    """Return /proc/meminfo in bytes; empty where there is none."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return {}
+    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {pair[0].rstrip(":"): float(pair[1]) * 1024 for pair in pairs if len(pair) >= 2}
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _driver() -> str:
+    """Return the driver's version as the vendor's tool tells it, or nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    lines = done.stdout.split()
+    return f", driver {lines[0]}" if done.returncode == 0 and lines else ""

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows go to which rank in a scoring call. Runs on the driver, on keys and lengths only.
+
+Trusted problems, and candidates for an estimator that works on all ranks together, are spread row by row. Other
+candidates stay whole on one rank, unless they are larger than a micro-batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+
+from verl_gradalign.config import GradAlignConfig, ProbeConfig
+from verl_gradalign.integration.engine import ROW_FIELDS
+from verl_gradalign.integration.rollouts import Group
+from verl_gradalign.integration.worker import ScoringRequest
+from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.planning import ProblemSize, TokenBudget, assign
+from verl_gradalign.types import ProblemRows
+
+
+@dataclass(frozen=True)
+class ProblemKeys:
+    """A problem as the driver knows it."""
+
+    uid: str
+    keys: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each key's row, prompt included."""
+    halves: tuple[int, ...] = ()
+    """The half that each key's row counts to, half 0 first."""
+
+    @property
+    def is_split(self) -> bool:
+        return len(set(self.halves)) == 2
+
+    @property
+    def size(self) -> ProblemSize:
+        return ProblemSize(len(self.keys), sum(self.lengths), max(self.lengths, default=0))
+
+
+def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
+    """Return what a micro-batch of the actor may hold: as configured, else as for its update."""
+    actor = verl_config.actor_rollout_ref.actor
+    max_tokens = probe.max_tokens_per_rank
+    if max_tokens is None and actor.use_dynamic_bsz:
+        max_tokens = actor.ppo_max_token_len_per_gpu
+    if max_tokens is None:
+        longest = verl_config.data.max_prompt_length + verl_config.data.max_response_length
+        max_tokens = (actor.ppo_micro_batch_size_per_gpu or 1) * longest
+    return TokenBudget(int(max_tokens), is_padded=not verl_config.actor_rollout_ref.model.use_remove_padding)
+
+
+def owners_of(problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int) -> list[int | None]:
+    """Return the rank that scores each candidate whole, None where its rows are spread over all ranks."""
+    if not ESTIMATORS[estimator].needs_whole_problems:
+        return [None] * len(problems)
+    fits = [index for index, problem in enumerate(problems) if budget.holds([problem.size])]
+    owners: list[int | None] = [None] * len(problems)
+    for index, rank in zip(fits, assign([problems[i].size.num_tokens for i in fits], dp_size), strict=True):
+        owners[index] = rank
+    return owners
+
+
+def deal(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
+    """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
+
+    Spread rows are dealt in turn, each problem starting one rank further on, so no rank is always the one with most.
+    """
+    return [
+        [
+            [key for k, key in enumerate(problem.keys) if (owner if owner is not None else (k + i) % dp_size) == rank]
+            for i, (problem, owner) in enumerate(zip(problems, owners, strict=True))
+        ]
+        for rank in range(dp_size)
+    ]
+
+
+def build_shares(
+    problems: Sequence[ProblemKeys], dealt: Sequence[Sequence[str]], positions: Mapping[str, int]
+) -> tuple[ProblemRows, ...]:
+    """Return one rank's `ProblemRows`, given its dealt keys and the position of each key in its row table."""
+    shares = []
+    for problem, mine in zip(problems, dealt, strict=True):
+        half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
+        shares.append(
+            ProblemRows(
+                uid=problem.uid,
+                rows=tuple(positions[key] for key in mine),
+                num_rows=problem.size.num_rows,
+                num_tokens=problem.size.num_tokens,
+                longest_row=problem.size.longest_row,
+                is_split=problem.is_split,
+                halves=tuple(half_of[key] for key in mine) if half_of else (),
+            )
+        )
+    return tuple(shares)
+
+
+def audited_problems(config: GradAlignConfig, num_problems: int, step: int, num_scorings: int) -> tuple[int, ...]:
+    """Return which candidates are scored exactly too, drawn at random: the canary's, or the fidelity meter's.
+
+    `num_scorings` counts the scoring calls before this one.
+    """
+    probe = config.probe
+    if config.estimator == "backward":
+        return ()
+    if ESTIMATORS[config.estimator].is_exact:
+        due = probe.canary_interval > 0 and num_scorings % probe.canary_interval == 0
+        wanted = probe.canary_problems if due else 0
+    else:
+        wanted = probe.fidelity_problems
+    return drawn(f"{config.seed} {step} audit", wanted, num_problems)
+
+
+def drawn(seed: str, wanted: int, num_problems: int) -> tuple[int, ...]:
+    """Return so many of the problems' positions at random, ascending; all of them if there are not more."""
+    return tuple(sorted(random.Random(seed).sample(range(num_problems), min(wanted, num_problems))))
+
+
+def build_requests(
+    batch: KVBatchMeta,
+    trusted: Mapping[str, Sequence[Group]],
+    candidates: Sequence[Group],
+    dp_rank_of: Sequence[int],
+    request: ScoringRequest,
+) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
+    """Return what each worker receives: the keys of its rows, and `request` with its share of the problems.
+
+    `trusted` holds each trusted set's live groups by the set's name; `request.set_weights` says which sets there are.
+    """
+    length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    names = list(request.set_weights)
+    tables = [_table(groups, length) for groups in (*(trusted.get(name, ()) for name in names), candidates)]
+    dp_size = max(dp_rank_of) + 1
+    owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
+    owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size))
+    dealt = [deal(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
+    spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
+    metas, requests = [], []
+    for dp_rank in dp_rank_of:
+        keys = [key for table in dealt for keys in table[dp_rank] for key in keys if key != spare] + [spare]
+        positions = {key: i for i, key in enumerate(keys)}
+        metas.append(
+            KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
+        )
+        shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, dealt, strict=True)]
+        requests.append(request.with_shares(dict(zip(names, shares[:-1], strict=True)), shares[-1]))
+    return metas, requests
+
+
+def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:
+    return [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves) for g in groups]

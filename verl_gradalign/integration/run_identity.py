@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's selection lies beside verl's checkpoint, and what it belongs to.
+
+`global_step_<n>/gradalign.npz` holds the state, `global_step_<n>/actor/gradalign_direction.pt` the direction; both are
+written before verl writes `latest_checkpointed_iteration.txt`, which makes the checkpoint the one to resume from.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.selection.state_file import file_fingerprint, read_identity, require_same
+
+__all__ = ["check_resume", "direction_file", "identity", "resume_folder", "state_file"]
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL = {"poll_interval_s", "log"}
+NEUTRAL_OF_PROBE = {"canary_interval", "canary_problems", "canary_threshold", "max_tokens_per_rank", "oversized"}
+DECISIVE_OF_VERL = (
+    "data.train_batch_size",
+    "data.train_max_samples",
+    "data.prompt_key",
+    "data.max_prompt_length",
+    "data.filter_overlong_prompts",
+    "algorithm.adv_estimator",
+    "algorithm.norm_adv_by_std_in_grpo",
+    "algorithm.filter_groups.enable",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.actor.loss_agg_mode",
+)
+PACKAGES = ("verl", "verl-gradalign", "numpy")
+
+
+def state_file(folder: Path) -> Path:
+    """Return where a checkpoint's selection state lies."""
+    return folder / "gradalign.npz"
+
+
+def direction_file(folder: Path) -> Path:
+    """Return where a checkpoint's direction lies: in the actor's folder, which verl removes when it is outdated."""
+    return folder / "actor" / "gradalign_direction.pt"
+
+
+def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]:
+    """Return what must be the same for a resumed run to select what the unbroken one does.
+
+    The number of ranks, micro-batches, paths and how often things are looked at are not among it.
+    """
+    own = {key: value for key, value in asdict(config).items() if key not in NEUTRAL}
+    own["probe"] = {key: value for key, value in own["probe"].items() if key not in NEUTRAL_OF_PROBE}
+    own["validation"] = {"n": config.validation.n}
+    trusted = config.validation.trusted_sets()
+    own["validation"] |= {s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)} for s in trusted}
+    train = verl_config.data.train_files
+    return {
+        "gradalign": own,
+        "verl": {key: OmegaConf.select(verl_config, key) for key in DECISIVE_OF_VERL},
+        "data.train_files": _fingerprints([train] if isinstance(train, str) else train),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def resume_folder(verl_config: DictConfig) -> Path | None:
+    """Return the checkpoint that verl will resume from, None if it starts from scratch."""
+    trainer = verl_config.trainer
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "resume_path":
+        return Path(trainer.resume_from_path).absolute()
+    latest = find_latest_ckpt_path(str(Path(trainer.default_local_dir).absolute()))
+    return None if latest is None else Path(latest)
+
+
+def check_resume(current: dict[str, Any], verl_config: DictConfig) -> None:
+    """Refuse, before any worker starts, to resume a selection that belongs to something else.
+
+    Raises: ValueError that names what differs, or says that the file is damaged.
+    """
+    folder = resume_folder(verl_config)
+    if folder is None:
+        return
+    path = state_file(folder)
+    if path.exists():
+        require_same(path, read_identity(path), current)
+    else:
+        logger.warning(
+            "%s has no selection state (%s): it was saved without this plugin. Weights and optimizer are resumed, the "
+            "selection starts afresh",
+            folder,
+            path.name,
+        )
+
+
+def _fingerprints(files: Iterable[Any]) -> list[str]:
+    """Return a hash of each file's content, or its address where it is not on this machine."""
+    paths = [(str(name), Path(str(name)).expanduser()) for name in files]
+    return [file_fingerprint(path) if path.is_file() else name for name, path in paths]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of the problems that a person would want to see: prompt, answer, a best and a worst response.
+
+Shape legend: P candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import transfer_queue as tq
+
+from verl_gradalign.integration.rollouts import Group
+from verl_gradalign.log.selection_log import SAMPLES
+
+__all__ = ["Problems", "best_and_worst", "choose_samples", "sample_columns"]
+
+
+class Problems(Protocol):
+    """What is known of the train files' problems; `prompts.PromptTable`."""
+
+    def text(self, problem_id: int) -> tuple[str, str]:
+        """Return a problem's prompt and the ground truth of its reward."""
+        ...
+
+    def values(self, column: str) -> Sequence[str]:
+        """Return every problem's data_source, or value of a key of extra_info, as text."""
+        ...
+
+    def label(self, column: str, problem_id: int) -> str:
+        """Return a value of the problem's extra_info as text."""
+        ...
+
+
+def choose_samples(
+    wanted: int, score_P: np.ndarray, dot_P: np.ndarray, norm_P: np.ndarray, error_P: np.ndarray | None
+) -> list[int]:
+    """Return the positions of at most `wanted` candidates: three quarters those whose alignment is least to be trusted
+    (lowest dot in standard errors, else lowest score), the others in turn the best scored and the most uncertain."""
+    known = np.flatnonzero(np.isfinite(score_P))
+    if wanted == 0 or not len(known):
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        evidence_P = score_P if error_P is None else dot_P / error_P
+        doubt_P = np.zeros_like(score_P) if error_P is None else error_P / norm_P
+    evidence_P = np.where(np.isfinite(evidence_P), evidence_P, score_P)
+    suspects = known[np.argsort(evidence_P[known], kind="stable")]
+    best = known[np.argsort(-score_P[known], kind="stable")]
+    doubtful = known[np.argsort(-np.nan_to_num(doubt_P[known]), kind="stable")]
+    num_suspects = wanted - wanted // 4
+    others = [place for pair in zip(best, doubtful, strict=True) for place in pair]
+    ordered = [*suspects[:num_suspects], *others[: wanted - num_suspects], *suspects[num_suspects:]]
+    return [int(place) for place in dict.fromkeys(ordered)][:wanted]
+
+
+def sample_columns(
+    step: int,
+    groups: Sequence[Group],
+    chosen: Sequence[int],
+    partition: str,
+    problems: Problems,
+    decode: Callable[[Any], str],
+    max_chars: int,
+) -> dict[str, list[Any]]:
+    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response."""
+    shown = [(groups[place], index) for place in chosen for index in best_and_worst(groups[place].rewards)]
+    columns: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
+    if not shown:
+        return columns
+    # A session's last output is the one that its reward is of.
+    keys = [list({key.rsplit("_", 1)[0]: key for key in group.keys}.values())[index] for group, index in shown]
+    responses = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["responses"])["responses"].unbind()
+    for (group, index), response in zip(shown, responses, strict=True):
+        prompt, answer = problems.text(group.problem.problem_id)
+        values = (step, group.problem.problem_id, prompt[:max_chars], answer[:max_chars])
+        text = decode(response)[:max_chars]
+        for name, value in zip(columns, (*values, text, group.rewards[index], len(response)), strict=True):
+            columns[name].append(value)
+    return columns
+
+
+def best_and_worst(rewards: Sequence[float]) -> list[int]:
+    """Return the positions of the highest and the lowest reward; of one if all are equal, of none without any."""
+    if not rewards:
+        return []
+    best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
+    return list(dict.fromkeys((best, worst)))

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What wandb shows at an interval, besides the metrics: a table of problems, and figures.
+
+    pages = Pages(num_problems=10)
+    pages.add(step, selection, samples, composition)     # every step
+    pages.publish(wandb, step)                           # at an interval; what was added begins anew
+
+Shape legend: P candidates, S steps.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from verl_gradalign.metrics import PREFIX
+
+__all__ = ["COLUMNS", "Pages"]
+
+COLUMNS = (
+    *("kind", "step", "problem_id", "data_source", "score", "error", "success_rate", "reward"),
+    *("prompt", "answer", "response"),
+)
+
+MAX_STEPS = 1000
+"""Of the composition's curve: the latest."""
+
+
+class Pages:
+    """Collects what happened since the last pages.
+
+    Args:
+        num_problems: of each kind in the table: top and bottom by score, most uncertain by standard error of the
+            cosine. They are found among the problems whose texts are logged.
+    """
+
+    def __init__(self, num_problems: int) -> None:
+        self._num_problems = num_problems
+        self._rows: list[dict[str, Any]] = []
+        self._points: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._shares: dict[int, dict[str, float]] = {}
+
+    def add(
+        self,
+        step: int,
+        selection: Mapping[str, Any],
+        samples: Mapping[str, list[Any]],
+        composition: Mapping[str, float],
+    ) -> None:
+        """Note a step: columns of the selection log, of its samples, and the composition's metrics."""
+        self._points.append((selection["success_rate"], selection["score"], selection["kept"]))
+        self._shares[step] = dict(composition)
+        self._shares.pop(step - MAX_STEPS, None)
+        place_of = {int(problem_id): place for place, problem_id in enumerate(selection["problem_id"])}
+        for index, problem_id in enumerate(samples["problem_id"]):
+            place = place_of[problem_id]
+            row = {name: values[index] for name, values in samples.items()}
+            row |= {name: selection[name][place] for name in ("data_source", "score", "success_rate")}
+            norm = selection["norm"][place]
+            row["error"] = selection["dot_error"][place] / norm if norm > 0 else float("nan")
+            self._rows.append(row)
+
+    def publish(self, wandb: Any, step: int) -> None:
+        """Log the table and the figures to the run that is open in `wandb`, and begin anew."""
+        pages: dict[str, Any] = {}
+        if self._rows:
+            pages[PREFIX + "problems"] = wandb.Table(
+                columns=list(COLUMNS), data=[[_plain(row[name]) for name in COLUMNS] for row in self.table()]
+            )
+        for name, figure in self.figures().items():
+            pages[f"{PREFIX}figures/{name}"] = wandb.Image(_picture(figure))
+        if pages:
+            wandb.log(pages, step=step)
+        self._rows.clear()
+        self._points.clear()
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the rows of the table, kind by kind."""
+        first = {(row["step"], row["problem_id"]): row for row in reversed(self._rows)}
+        scored = sorted((row for row in first.values() if np.isfinite(row["score"])), key=lambda row: -row["score"])
+        doubtful = sorted((row for row in scored if np.isfinite(row["error"])), key=lambda row: -row["error"])
+        n = self._num_problems
+        kinds = {"top": scored[:n], "bottom": scored[::-1][:n], "uncertain": doubtful[:n]}
+        return [{**row, "kind": kind} for kind, rows in kinds.items() for row in rows]
+
+    def figures(self) -> dict[str, Any]:
+        """Return figures of what was added: scores against success rates, and the composition over time."""
+        from verl_gradalign.log.figures import composition_over_time, score_against_success
+
+        figures = {}
+        if self._points:
+            success_P, score_P, kept_P = (np.concatenate(parts) for parts in zip(*self._points, strict=True))
+            if np.isfinite(score_P).any():
+                figures["score_against_success"] = score_against_success(success_P, score_P, kept_P)
+        steps = sorted(self._shares)
+        pool, kept = (_shares_of(self._shares, steps, "data_source", group) for group in ("pool", "kept"))
+        if pool:
+            shares = {value: (pool[value], kept[value]) for value in pool}
+            figures["composition"] = composition_over_time(np.array(steps), shares)
+        return figures
+
+
+def _shares_of(
+    by_step: Mapping[int, Mapping[str, float]], steps: Sequence[int], column: str, group: str
+) -> dict[str, np.ndarray]:
+    """Return the share of each value of a column in every step (steps,), among the `pool` or the `kept` ones."""
+    start, end = f"composition/{column}/", f"/{group}"
+    names = sorted({n for shares in by_step.values() for n in shares if n.startswith(start) and n.endswith(end)})
+    return {
+        name.removeprefix(start).removesuffix(end): np.array([by_step[step].get(name, 0.0) for step in steps])
+        for name in names
+    }
+
+
+def _picture(figure: Any) -> Any:
+    """Return the figure as a picture: wandb takes figures of pyplot only."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log's tables, batch by batch, with a list of all that could not be read. Never more than a batch is in memory.
+
+    reader = LogReader("checkpoints/project/run/gradalign")
+    for rows in reader.batches("selection", SELECTION):
+        ...
+    print(reader.troubles())
+
+It reads while the run goes on: parts that are merged meanwhile are found again, and no row is given twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from verl_gradalign.log.parts import Part, parts_of
+from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
+
+__all__ = ["LogReader"]
+
+TABLES = {"selection": SCHEMA, "samples": SAMPLES, "metrics": METRICS}
+REQUIRED = {"selection": ("step", "problem_id"), "samples": ("step", "problem_id"), "metrics": ("step", "name")}
+BATCH_ROWS = 1 << 17
+BATCH_BYTES = 1 << 26
+MAX_NAMED = 5
+
+
+class LogReader:
+    """Reads one log. Rows without a step, problem or name are left out and counted."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.abouts: list[dict[str, Any]] = []
+        """What the parts' metadata say of the run, oldest first; one entry for each time it changed."""
+        self._raw_about: bytes | None = None
+        self._damaged: dict[str, str] = {}
+        self._absent: dict[tuple[str, str], int] = {}
+        self._num_parts = 0
+        self._num_without_metadata = 0
+        self._num_bad_rows = 0
+
+    def batches(self, table: str, having: pa.Array | None = None) -> Iterator[pa.Table]:
+        """Yield the rows of a table in pieces of one chunk: the columns of its schema, repeated text as dictionaries,
+        and for `selection` the further columns that a part has. `having`: only rows of these problems."""
+        done: set[Part] = set()
+        for _ in range(2):  # a second time for what was merged while this was reading
+            has_vanished = False
+            for part in parts_of(self.folder, table):
+                if part in done:
+                    continue
+                read = {p.first for p in done if not p.is_merged} if part.is_merged else set()
+                try:
+                    yield from self._rows(part, table, having, read)
+                    done.add(part)
+                except FileNotFoundError:
+                    has_vanished = True
+                except (OSError, pa.ArrowException, ValueError) as error:
+                    done.add(part)
+                    self._damaged[part.path.name] = _one_line(error)
+            if not has_vanished:
+                return
+
+    def troubles(self) -> list[str]:
+        """Return a sentence on each kind of thing that was missing or unreadable so far."""
+        found = []
+        set_aside = sorted(path.name for path in self.folder.glob("*.damaged"))
+        if self._damaged:
+            named = "; ".join(f"{name} ({why})" for name, why in list(self._damaged.items())[:MAX_NAMED])
+            more = f"; and {len(self._damaged) - MAX_NAMED} more" if len(self._damaged) > MAX_NAMED else ""
+            found.append(f"{_count(len(self._damaged), 'part')} of the log cannot be read whole: {named}{more}.")
+        if set_aside:
+            named = ", ".join(set_aside[:MAX_NAMED])
+            more = f" and {len(set_aside) - MAX_NAMED} more" if len(set_aside) > MAX_NAMED else ""
+            found.append(f"The run itself found parts damaged and set them aside: {named}{more}.")
+        for (table, column), number in self._absent.items():
+            found.append(
+                f"{_count(number, 'part')} of {table} {'has' if number == 1 else 'have'} no column {column}: "
+                "its values are unknown there."
+            )
+        if self._num_bad_rows:
+            found.append(f"Left out: {_count(self._num_bad_rows, 'row')} without step, problem or name.")
+        return found + self._metadata_troubles()
+
+    def _metadata_troubles(self) -> list[str]:
+        found = []
+        newer = [about["format"] for about in self.abouts if about["format"] > FORMAT]
+        if newer:
+            found.append(
+                f"The log has format {max(newer)}, newer than the {FORMAT} that this release knows: what it has in "
+                "addition is not shown. Remedy: upgrade verl-gradalign."
+            )
+        if self._num_without_metadata:
+            found.append(
+                "Nothing is said of the run's configuration and versions in "
+                f"{_count(self._num_without_metadata, 'part')} of {self._num_parts:,}: written by an older release, or "
+                "by another program."
+            )
+        return found
+
+    def _rows(self, part: Part, table: str, having: pa.Array | None, read: set[int]) -> Iterator[pa.Table]:
+        """Yield a part's rows, but for the steps in `read`."""
+        schema = TABLES[table]
+        texts = [field.name for field in schema if pa.types.is_string(field.type)] if table != "samples" else []
+        with part.path.open("rb") as source:  # so that a part that has gone is told from one that is damaged
+            footer = pq.read_schema(source)
+            extra = [name for name in footer.names if name.startswith(EXTRA)] if table == "selection" else []
+            lacking = [name for name in REQUIRED[table] if name not in footer.names]
+            if lacking:
+                raise ValueError(f"it has no column {' or '.join(lacking)}")
+            file = pq.ParquetFile(source, read_dictionary=[name for name in texts + extra if name in footer.names])
+            self._note(table, footer, [name for name in schema.names if name not in footer.names])
+            if having is not None and not pc.any(pc.is_in(file.read(["problem_id"])["problem_id"], having)).as_py():
+                return
+            wanted = [*schema.names, *extra]
+            there = [name for name in wanted if name in footer.names]
+            for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=there):
+                rows = _conform(pa.Table.from_batches([batch]), wanted, schema)
+                is_good = pc.and_(*(pc.is_valid(rows[name]) for name in REQUIRED[table]))
+                self._num_bad_rows += len(rows) - (pc.sum(is_good).as_py() or 0)
+                if read:
+                    is_good = pc.and_(is_good, pc.invert(pc.is_in(rows["step"], pa.array(sorted(read), pa.int64()))))
+                if having is not None:
+                    is_good = pc.and_(is_good, pc.is_in(rows["problem_id"], having))
+                yield (rows if pc.all(is_good).as_py() else rows.filter(is_good)).combine_chunks()
+
+    def _note(self, table: str, footer: pa.Schema, absent: Sequence[str]) -> None:
+        for name in absent:
+            self._absent[table, name] = self._absent.get((table, name), 0) + 1
+        self._num_parts += 1
+        raw = (footer.metadata or {}).get(METADATA_KEY)
+        about = _parsed(raw)
+        if about is None:
+            self._num_without_metadata += 1
+        elif raw != self._raw_about:
+            self._raw_about = raw
+            if about not in self.abouts:
+                self.abouts.append(about)
+
+
+def _parsed(raw: bytes | None) -> dict[str, Any] | None:
+    try:
+        about = json.loads(raw or b"")
+        return {**about, "format": int(about.get("format", FORMAT))}
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _rows_at_once(file: pq.ParquetFile) -> int:
+    """Return how many rows make a batch of a bounded number of bytes."""
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    bytes_per_row = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
+    return int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1.0, bytes_per_row))))
+
+
+def _conform(rows: pa.Table, wanted: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """Return the rows with the wanted columns: missing ones null, types as in the schema, text as it was read."""
+    columns = []
+    for name in wanted:
+        field_type = schema.field(name).type if name in schema.names else pa.string()
+        if name not in rows.column_names:
+            columns.append(pa.nulls(len(rows), field_type))
+        elif pa.types.is_dictionary(rows[name].type) and pa.types.is_string(field_type):
+            columns.append(rows[name])
+        else:
+            columns.append(rows[name].cast(field_type))
+    return pa.table(columns, names=list(wanted))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run as a report needs it: sums of its log, and sentences on what is missing of it.
+
+run = read_run(find_runs([folder])[0])
+print(run.missing, run.steps.num_rows, len(run.suspects))
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_gradalign.log.parts import parts_of
+from verl_gradalign.log.selection_log import EXTRA
+from verl_gradalign.report.metric_tally import MetricTally
+from verl_gradalign.report.problem_sums import ProblemSums
+from verl_gradalign.report.reader import LogReader
+from verl_gradalign.report.run_folders import RunFolder
+from verl_gradalign.report.suspicious import Suspects, find_suspects
+from verl_gradalign.report.tallies import PointSample, Rows, StepBins, StepTally, ValueTally
+
+__all__ = ["RunData", "gaps_of", "key_of", "read_run"]
+
+MAX_GAPS = 4
+MAX_COLUMNS = 12
+WANTED_METRICS = (
+    "gradalign/reliability/",
+    "gradalign/direction/",
+    "gradalign/validation/",
+    "gradalign/probe/",
+    "gradalign/seconds/",
+    "gradalign/tokens/",
+    "gradalign/cost/",
+    "gradalign/candidates",
+    "gradalign/score/",
+    "timing_s/step",
+    "val-core/",
+    "critic/score/mean",
+    "critic/rewards/mean",
+    "response_length/mean",
+    "actor/entropy",
+    "actor/grad_norm",
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is known of a run."""
+
+    name: str
+    folder: Path
+    about: Mapping[str, Any]
+    """The latest of what its parts say: versions, config, created; empty if nothing does."""
+    missing: list[str]
+    """Sentences."""
+    steps: StepTally
+    reasons: ValueTally
+    columns: dict[str, ValueTally]
+    """By data_source, and what gradalign.log.columns asked for."""
+    points: PointSample
+    suspects: Suspects
+    metrics: MetricTally
+    reader: LogReader
+
+    @property
+    def sources(self) -> list[str]:
+        """Data sources by the number that suspects have them as."""
+        return list(self.columns["data_source"].values)
+
+    @property
+    def last_step(self) -> int:
+        return max(self.steps.steps, default=0)
+
+    def key(self, path: str, default: Any = None) -> Any:
+        """Return a key of the run's configuration ("gradalign.score"), the default if it is not known."""
+        return key_of(self.about, path, default)
+
+
+def key_of(about: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """Return a key of the configuration in a part's metadata, the default if it is not there."""
+    value: Any = about.get("config")
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or value.get(name) is None:
+            return default
+        value = value[name]
+    return value
+
+
+def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> RunData:
+    """Return everything of a run but texts. `tell` is given a line on the progress now and then."""
+    reader = LogReader(run.folder)
+    parts = parts_of(run.folder, "selection") or parts_of(run.folder, "metrics")
+    first = max(1, min((part.first for part in parts), default=1))
+    bins = StepBins(first, max((part.last for part in parts), default=first))
+    steps, reasons, points, sums = StepTally(bins), ValueTally(bins, all_rows=True), PointSample(), ProblemSums()
+    columns = {"data_source": ValueTally(bins)}
+    for table in reader.batches("selection"):
+        rows = Rows.of(table)
+        steps.add(rows)
+        reasons.add(rows, "reason")
+        points.add(rows)
+        sums.add(rows, columns["data_source"].add(rows, "data_source"))
+        for name in [name for name in rows.texts if name.startswith(EXTRA)]:
+            if name in columns or len(columns) < MAX_COLUMNS:
+                columns.setdefault(name, ValueTally(bins)).add(rows, name)
+        tell(f"{run.name}: {steps.num_rows:,} rows")
+    metrics = MetricTally(bins, WANTED_METRICS)
+    for table in reader.batches("metrics"):
+        metrics.add(table)
+        tell(f"{run.name}: metrics of {len(metrics.steps):,} steps")
+    about = reader.abouts[-1] if reader.abouts else {}
+    missing = [*reader.troubles(), *_missing(run.folder, reader.abouts, steps.steps, metrics.steps)]
+    problems = sums.problems()
+    return RunData(
+        run.name, run.folder, about, missing, steps, reasons, columns, points, find_suspects(problems), metrics, reader
+    )
+
+
+def gaps_of(steps: Iterable[int], first: int = 1) -> list[tuple[int, int]]:
+    """Return the ranges of steps that are absent from `first` to the last step there is."""
+    gaps, expected = [], first
+    for step in sorted(steps):
+        if step > expected:
+            gaps.append((expected, step - 1))
+        expected = max(expected, step + 1)
+    return gaps
+
+
+def _missing(folder: Path, abouts: list[dict[str, Any]], selected: set[int], measured: set[int]) -> list[str]:
+    """Return what is missing of the run itself: steps, tables, its end."""
+    found = []
+    gaps = gaps_of(selected)
+    if not selected:
+        found.append("No row of the selection can be read: there is nothing to say of what was chosen.")
+    elif gaps and gaps[0][0] == 1:
+        limit = key_of(abouts[-1], "gradalign.log.max_gb", "gradalign.log.max_gb") if abouts else "gradalign.log.max_gb"
+        found.append(
+            f"The log begins at step {gaps[0][1] + 1:,}: earlier steps were dropped (beyond gradalign.log.max_gb"
+            f"{f'={limit}' if limit != 'gradalign.log.max_gb' else ''}) or are lost."
+        )
+    found += [] if not gaps else _named_gaps("", [gap for gap in gaps if gap[0] > 1])
+    if not measured:
+        found.append(
+            "There is no table of metrics (an older release wrote none): accuracy, reliability and cost are unknown."
+        )
+    elif selected:
+        absent = selected - measured - {max(selected)}  # a step's metrics are written at its end
+        ranges = gaps_of({step for step in selected if step not in absent}, min(selected))
+        found += _named_gaps("The metrics of ", [gap for gap in ranges if gap not in gaps])
+    if not parts_of(folder, "samples"):
+        found.append(
+            "There are no sample texts: gradalign.log.sample_problems was 0, or an older release wrote the log."
+        )
+    return found + _of_the_run(abouts, selected)
+
+
+def _named_gaps(beginning: str, gaps: list[tuple[int, int]]) -> list[str]:
+    if not gaps:
+        return []
+    named = [f"step {a:,}" if a == b else f"steps {a:,} to {b:,}" for a, b in gaps]
+    more = f", and {len(named) - MAX_GAPS} more gaps" if len(named) > MAX_GAPS else ""
+    text = f"{beginning}{', '.join(named[:MAX_GAPS])}{more}"
+    verb = "is" if len(gaps) == 1 and gaps[0][0] == gaps[0][1] and not beginning else "are"
+    return [f"{text[0].upper()}{text[1:]} {verb} missing."]
+
+
+def _of_the_run(abouts: list[dict[str, Any]], selected: set[int]) -> list[str]:
+    found = []
+    if not abouts:
+        return []
+    planned = key_of(abouts[-1], "trainer.total_training_steps")
+    last = max(selected, default=0)
+    if isinstance(planned, int) and last < planned:
+        found.append(f"The run is not at its end: {last:,} of {planned:,} steps so far, or it was interrupted.")
+    writers = {str(_versions(about).get("verl-gradalign", "unknown")): None for about in abouts}
+    mine = importlib.metadata.version("verl-gradalign")
+    if len(writers) > 1:
+        found.append(f"The run was resumed with another release: {', then '.join(writers)} of verl-gradalign.")
+    elif mine not in writers:
+        found.append(f"The log was written by verl-gradalign {next(iter(writers))}; this report is made by {mine}.")
+    return found
+
+
+def _versions(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    versions = about.get("versions")
+    return versions if isinstance(versions, Mapping) else {}

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was measured of a step's groups to the kept ones: scores, their reliability, and what replaces them.
+
+    chooser = Chooser(config, num_problems)
+    choice = chooser.choose(groups, reply.scores, num_kept=128, step=7)
+
+Shape legend: P candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.rollouts import Group
+from verl_gradalign.log.columns import spread
+from verl_gradalign.rank_correlation import spearman_brown
+from verl_gradalign.selection.history import ProblemRecord
+from verl_gradalign.selection.measuring import measurements
+from verl_gradalign.selection.reliability import Reliability, score_reliability
+from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.select import RANDOM, SCHEDULED, Candidates, select_all, select_random, select_top
+from verl_gradalign.types import Measurements, ProblemScores, Selection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was kept of a step's groups, and the scores that it was ranked by."""
+
+    selection: Selection
+    score_P: np.ndarray
+    """Of every group, float64; nan where it has none."""
+    dot_error_P: np.ndarray | None = None
+    """Standard error of every group's dot product, float64; nan where it is not known. None: nothing was measured."""
+    error_freedom_P: np.ndarray | None = None
+    """Degrees of freedom that it is estimated with; nan where nothing was measured."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Chooser:
+    """Ranks by the configured score; remembers each problem's scores and how reliable the direction was."""
+
+    def __init__(self, config: GradAlignConfig, num_problems: int) -> None:
+        self._config = config
+        self._score = score_of(config.score)
+        self._record = ProblemRecord(num_problems)
+        self._direction_reliability = math.nan
+
+    def note_direction(self, half_cosine: float) -> None:
+        """Note the cosine between the two halves of a fresh direction."""
+        self._direction_reliability = spearman_brown(half_cosine)
+
+    def take_all(self, groups: Sequence[Group], is_planned: bool) -> Choice:
+        """Keep every group that could be generated: nothing is chosen in this step."""
+        candidates = _candidates(groups)
+        return Choice(select_all(candidates, SCHEDULED if is_planned else RANDOM), candidates.score_P)
+
+    def choose(self, groups: Sequence[Group], scores: ProblemScores | None, num_kept: int, step: int) -> Choice:
+        """Keep the best `num_kept` of the groups; `scores` are those of the live ones, None without a direction."""
+        candidates, seed = _candidates(groups), (self._config.seed, step)
+        live = [g for g in groups if g.is_live]
+        if self._score.rank is None:
+            return Choice(select_random(candidates, num_kept, seed), candidates.score_P)
+        if self._score.needs_gradients and live and scores is None:
+            return Choice(self._without_direction(candidates, num_kept, step), candidates.score_P)
+        m = measurements(live, scores, len(groups), self._config.success_threshold)
+        places = np.flatnonzero([g.is_live for g in groups])
+        score_P = spread(self._remembered(m), places, len(groups))
+        candidates = replace(candidates, score_P=score_P)
+        reliability = score_reliability(m, self._score, self._config.score_options)
+        is_unreliable = self._is_unreliable(reliability)
+        if is_unreliable:
+            selection = self._fall_back(candidates, m, num_kept, seed)
+        else:
+            selection = select_top(candidates, num_kept, self._config.dead_groups, seed)
+        metrics = {
+            "reliability/scores_spearman": reliability.spearman,
+            "reliability/scores": reliability.corrected,
+            "reliability/scores_problems": float(reliability.num_problems),
+            "reliability/fallback": float(is_unreliable),
+        }
+        error_P, freedom_P = (
+            spread(values.numpy(), places, len(groups)) for values in (m.dot_error_P, m.error_freedom_P)
+        )
+        return Choice(selection, score_P, error_P, freedom_P, metrics)
+
+    def state(self) -> dict[str, Any]:
+        """Return what later choices depend on, for the checkpoint."""
+        return {"direction_reliability": self._direction_reliability, "record": self._record.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self._direction_reliability = state["direction_reliability"]
+        self._record.restore(state["record"])
+
+    def _remembered(self, m: Measurements) -> np.ndarray:
+        """Return the live problems' scores, drawn to their earlier ones as configured, and note them."""
+        assert self._score.rank is not None
+        score = self._score.rank(m, self._config.score_options).double().numpy()
+        ids = m.problem_id_P.numpy()
+        shrunk = self._record.shrunk(ids, score, self._config.reliability.shrinkage)
+        self._record.add(ids, score, m.success_rate_P.numpy())
+        return shrunk
+
+    def _is_unreliable(self, scores: Reliability) -> bool:
+        """Return whether the reliability asked for is known and too low."""
+        least = self._config.reliability.min_reliability
+        value = scores.corrected if self._config.reliability.of == "scores" else self._direction_reliability
+        return least is not None and value < least
+
+    def _fall_back(self, candidates: Candidates, m: Measurements, num_kept: int, seed: tuple[int, int]) -> Selection:
+        """Return the choice by the score configured for steps whose reliability is too low."""
+        fallback = score_of(self._config.reliability.fallback)
+        if fallback.rank is None:
+            return select_random(candidates, num_kept, seed)
+        score = fallback.rank(m, self._config.score_options).numpy()
+        candidates = replace(candidates, score_P=spread(score, np.flatnonzero(candidates.is_live_P), len(candidates)))
+        return select_top(candidates, num_kept, self._config.dead_groups, seed)
+
+    def _without_direction(self, candidates: Candidates, num_kept: int, step: int) -> Selection:
+        """Select at random, or stop, as configured for a step without a direction."""
+        message = (
+            f"step {step}: the trusted set gives no direction (all groups right, wrong or failed, or a gradient that "
+            "is not finite)"
+        )
+        if self._config.direction.on_degenerate == "stop":
+            raise RuntimeError(
+                f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
+                "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
+            )
+        logger.warning("%s; selecting at random in this step", message)
+        return select_random(candidates, num_kept, (self._config.seed, step))
+
+
+def _candidates(groups: Sequence[Group]) -> Candidates:
+    """Return what the choice depends on, without scores yet."""
+    return Candidates(
+        problem_id_P=np.array([g.problem.problem_id for g in groups], dtype=np.int64),
+        is_failed_P=np.array([g.is_failed for g in groups], dtype=bool),
+        is_live_P=np.array([g.is_live for g in groups], dtype=bool),
+        score_P=np.full(len(groups), np.nan),
+    )
