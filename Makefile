@@ -1,5 +1,6 @@
 # make demo    installs into .venv and runs the demonstration
-# make test    installs into .venv and .venv-vllm and runs all tests that this machine can run
+# make test    installs into .venv and runs every test but the nightly ones
+# make test-all    adds what takes long: every kill, real vLLM (installed into .venv-vllm), real data, other orders
 # make lint    style, types, spelling
 # make unit    the quick tests only
 # make coverage    the quick tests, with the lines that they leave out
@@ -12,6 +13,8 @@ export OMP_WAIT_POLICY := PASSIVE
 
 # Tests of one process each, which run side by side.
 QUICK := tests/unit tests/numerics tests/docs
+# Tests of several processes each, which share the cores among themselves.
+SLOW := tests/distributed tests/gpu tests/browser tests/e2e
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,14 +35,23 @@ $(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
   || $(@D)/bin/python -m pip install -q $(TORCH)
 endef
 
-.PHONY: demo test test-vllm unit coverage lint docs clean
+, := ,
+# The uv on the PATH, or one that pip puts into the environment. Succeeds only if everything was installed.
+define install
+@uv=$$(command -v uv || { $(@D)/bin/python -m pip install -q uv >&2 && echo $(@D)/bin/uv; }) \
+  && VIRTUAL_ENV=$(CURDIR)/$(@D) $$uv pip install -q $(1)
+endef
+
+.PHONY: demo test test-all test-vllm unit coverage lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
 
-test: $(INSTALLED) $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK)
-	$(BIN)/python -m pytest tests/distributed tests/gpu tests/browser tests/e2e
+test: unit
+	$(BIN)/python -m pytest -m "not nightly" $(SLOW)
+
+test-all: unit
+	$(BIN)/python -m pytest $(SLOW)
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_VENV)/.installed
@@ -61,22 +73,24 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m verl_gradalign.reference
 
-# The package is installed in place, in two steps: asked for all at once pip (23.2) tries versions for hours.
+# The package is installed in place, by uv, which resolves everything at once in seconds. Where there is no uv, pip does
+# it in two steps: asked for all at once pip (23.2) tries versions for hours.
 $(INSTALLED): setup.py pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(install_torch)
-	@echo "installing verl and verl-gradalign ..."
-	$(BIN)/python -m pip install -q -e ".[cpu,test]"
-	$(BIN)/python -m pip install -q -e ".[dev]"
+	@echo "installing verl, verl-gradalign and what tests them ..."
+	$(call install,-e ".[cpu$(,)test$(,)dev]") \
+	  || { $(BIN)/python -m pip install -q -e ".[cpu,test]" && $(BIN)/python -m pip install -q -e ".[dev]"; }
 	@touch $@
 	@echo "installed into $(VENV)"
 
 # --no-deps and the alias: see tests/vllm. Byte code is left to the first import: most of it is never imported.
 .venv-vllm/.installed: setup.py pyproject.toml tests/vllm/requirements.txt tests/vllm/alias.py
-	$(PYTHON) -m venv $(@D)
+	$(PYTHON) -m venv --clear $(@D)
 	$(install_torch)
 	@echo "installing vLLM, verl and verl-gradalign ..."
-	$(@D)/bin/python -m pip install -q --no-compile -e ".[cpu,test]" -r tests/vllm/requirements.txt
+	$(call install,-e ".[cpu$(,)test]" -r tests/vllm/requirements.txt) \
+	  || $(@D)/bin/python -m pip install -q --no-compile -e ".[cpu,test]" -r tests/vllm/requirements.txt
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps $(VLLM)
 	$(@D)/bin/python tests/vllm/alias.py
 	@touch $@

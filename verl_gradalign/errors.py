@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
     """Raise ValueError "gradalign.<key>=<value>: <rule>. Remedy: <remedy>" unless `holds`."""
@@ -15,3 +17,8 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(
         value in choices, key, value, f"unknown; known are {', '.join(choices)}", f"set gradalign.{key}={choices[0]}"
     )
+
+
+def refuse(key: str, value: Any, why: str, remedy: str) -> NoReturn:
+    """Raise the ValueError that all checks raise."""
+    raise ValueError(f"{key}={value}: {why}. Remedy: {remedy}.")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What verl loads: the entry point of the group `verl.plugins`, run at the end of `import verl` in every process.
 
-It only plants hooks. Nothing heavy is imported until verl itself imports the module that a hook waits for, and
-without `gradalign` in the configuration none of the hooks changes what verl does. verl swallows errors of
-plugins (it logs them at debug level), so failures are reported here, loudly.
+It only registers import hooks. Nothing heavy is imported until verl itself imports the module that a hook waits for,
+and without `gradalign` in the configuration none of the hooks changes what verl does. verl swallows errors of plugins
+(it logs them at debug level), so failures are reported here, as errors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_verl_version(version: str) -> None:
         raise ImportError(f"verl {version} is installed, but this plugin needs verl >= 0.9.1, < 0.10")
 
 
-def _loudly(what: str, action: Callable[[], None]) -> Callable[[ModuleType], None]:
+def _reporting_failure(what: str, action: Callable[[], None]) -> Callable[[ModuleType], None]:
     """Wrap a hook so that its failure is reported instead of breaking verl's own import of the hooked module."""
 
     def hook(_module: ModuleType) -> None:
@@ -56,36 +56,46 @@ def _loudly(what: str, action: Callable[[], None]) -> Callable[[ModuleType], Non
     return hook
 
 
+def search_path_plugin() -> type:
+    """Return what makes `+gradalign=...`, `+platform=...` and `+regime=...` known to Hydra, behind verl's own groups."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class GradAlignSearchPath(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append(provider="verl-gradalign", path="pkg://verl_gradalign.configs")
+
+    return GradAlignSearchPath
+
+
 def _register_search_path() -> None:
     from hydra.core.plugins import Plugins
 
-    from verl_gradalign.search_path import GradAlignSearchPath
-
-    Plugins.instance().register(GradAlignSearchPath)
+    Plugins.instance().register(search_path_plugin())
 
 
 def _register_trainer() -> None:
     import verl_gradalign.integration.offline.trainer  # noqa: F401  (the trainers register themselves)
 
 
-def plant_hooks() -> None:
-    """Plant the post-import hooks. Raises whatever goes wrong; the caller reports it."""
+def register_import_hooks() -> None:
+    """Register the post-import hooks. Raises whatever goes wrong; the caller reports it."""
     import wrapt
 
     check_verl_version(importlib.metadata.version("verl"))
     hooks = {
-        "hydra.core.plugins": _loudly("Hydra search path", _register_search_path),
-        "verl.trainer.ppo.v1.trainer_sync": _loudly("trainer", _register_trainer),
+        "hydra.core.plugins": _reporting_failure("Hydra search path", _register_search_path),
+        "verl.trainer.ppo.v1.trainer_sync": _reporting_failure("trainer", _register_trainer),
     }
     for module, hook in hooks.items():
         wrapt.register_post_import_hook(hook, module)
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-        from verl_gradalign.cpu.registration import plant_cpu_hooks
+        from verl_gradalign.cpu.registration import register_cpu_hooks
 
-        plant_cpu_hooks(_loudly)
+        register_cpu_hooks(_reporting_failure)
 
 
 try:
-    plant_hooks()
+    register_import_hooks()
 except Exception as error:
     report_failure("plugin", error)

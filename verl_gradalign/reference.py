@@ -20,7 +20,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from verl_gradalign.config import GradAlignConfig, choosing, measuring, root
+from verl_gradalign import config
+from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.metrics import CATALOGUE, PREFIX
 
 __all__ = ["Block", "Key", "blocks_of", "choices_of_keys", "configuration_page", "field_texts", "metrics_page", "pages"]
@@ -32,9 +33,9 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 CONFIGURATION_HEAD = """
 # Every key of `gradalign:`
 
-Made by `make docs` from [verl_gradalign/config](../../verl_gradalign/config); change it there. On verl's command line
-`+gradalign=NAME` loads one of the files beside this page: [base.yaml](base.yaml) with all defaults and the trainer's
-own keys, then the score that gives the file its name. Every key may be overridden behind it
+Made by `make docs` from [verl_gradalign/config.py](../../verl_gradalign/config.py); change it there. On verl's command
+line `+gradalign=NAME` loads one of the files beside this page: [base.yaml](base.yaml) with all defaults and the
+trainer's own keys, then the score that gives the file its name. Every key may be overridden behind it
 (`gradalign.direction.refresh_interval=5`); only keys of entries that are not there yet need a `+`. A regime
 (`+regime=...`) stands behind `+gradalign=...`, or it is refused.
 
@@ -79,10 +80,9 @@ class Block:
 def field_texts() -> dict[tuple[str, str], str]:
     """Return the string below each field of the configuration's classes, by class and field name."""
     texts: dict[tuple[str, str], str] = {}
-    for module in (root, choosing, measuring):
-        for node in ast.parse(getsource(module)).body:
-            if isinstance(node, ast.ClassDef):
-                texts |= {(node.name, name): text for name, text in _texts_below_fields(node)}
+    for node in ast.parse(getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            texts |= {(node.name, name): text for name, text in _texts_below_fields(node)}
     return texts
 
 
@@ -96,24 +96,22 @@ def _texts_below_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
 
 def choices_of_keys() -> dict[str, tuple[str, ...]]:
     """Return the names that a key may have, for every key that has some (by its name without `gradalign.`)."""
-    from verl_gradalign.probe.estimators import ESTIMATORS
-    from verl_gradalign.probe.objective import LOSS_AGG_MODES
     from verl_gradalign.selection.scores import SCORES
 
     return {
         "score": tuple(SCORES),
-        "schedule": root.SCHEDULES,
-        "estimator": tuple(ESTIMATORS),
-        "dead_groups": root.DEAD_GROUPS,
-        "advantage": root.ADVANTAGES,
-        "loss_agg_mode": tuple(LOSS_AGG_MODES),
-        "direction.on_degenerate": measuring.ON_DEGENERATE,
-        "direction.aggregation": measuring.AGGREGATIONS,
-        "direction.metric": measuring.METRICS_OF_DIRECTION,
-        "probe.oversized": measuring.OVERSIZED,
-        "probe.pool_dots": measuring.POOL_DOTS,
-        "reliability.of": choosing.RELIABILITIES,
-        "reliability.fallback": choosing.FALLBACKS,
+        "schedule": config.SCHEDULES,
+        "estimator": config.ESTIMATORS,
+        "dead_groups": config.DEAD_GROUPS,
+        "advantage": config.ADVANTAGES,
+        "loss_agg_mode": config.LOSS_AGG_MODES,
+        "direction.on_degenerate": config.ON_DEGENERATE,
+        "direction.aggregation": config.AGGREGATIONS,
+        "direction.metric": config.METRICS_OF_DIRECTION,
+        "probe.oversized": config.OVERSIZED,
+        "probe.pool_dots": config.POOL_DOTS,
+        "reliability.of": config.RELIABILITIES,
+        "reliability.fallback": config.FALLBACKS,
     }
 
 

@@ -8,7 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, TIMEOUT_S
+from tests.e2e.runs import REPOSITORY, TIMEOUT_S
 from verl_gradalign.log.selection_log import read_selection_log
 
 pytestmark = pytest.mark.e2e

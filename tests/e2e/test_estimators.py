@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.e2e.conftest import Run, Workplace, gradalign
+from tests.e2e.runs import Run
 
 pytestmark = pytest.mark.e2e
 
@@ -20,16 +20,9 @@ def test_the_canary_agrees_and_runs_at_its_interval(cosine_run: Run) -> None:
     assert all(metrics["gradalign/probe/oversized"] == 0 for metrics in cosine_run.steps)
 
 
-def test_finite_differences_select_on_packed_rows_and_report_their_fidelity(workplace: Workplace) -> None:
+def test_finite_differences_select_on_packed_rows_and_report_their_fidelity(differences: Run) -> None:
     """With Adam's metric on the direction, kept in CPU memory."""
-    run = workplace.run(
-        "differences",
-        *gradalign("dot", workplace.files, estimator="finite_difference", oversample=3),
-        "gradalign.direction.metric=adam",
-        "gradalign.direction.offload=true",
-        "actor_rollout_ref.model.use_remove_padding=true",
-        "trainer.total_training_steps=2",
-    )
+    run = differences
     assert len(run.steps) == 2
     for step, metrics in enumerate(run.steps, start=1):
         rows = [row for row in run.log if row["step"] == step]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Run, Workplace
+from tests.e2e.runs import Run, Workplace
 from tests.wandb_files import history
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.parts import parts_of
@@ -49,10 +49,10 @@ def test_the_log_holds_the_metrics_that_verl_logged(cosine_run: Run) -> None:
 def test_tensorboard_and_wandb_hold_what_the_file_holds(cosine_run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events_file,) = cosine_run.folder.glob("tensorboard_log/**/events.*")
+    (events_file,) = cosine_run.folder.parent.glob("tensorboard_log/**/events.*")
     events = EventAccumulator(str(events_file))
     events.Reload()
-    wandb = history(cosine_run.folder)
+    wandb = history(cosine_run.folder.parent)
     for step, metrics in enumerate(cosine_run.steps, start=1):
         for name in (name for name in metrics if name.startswith(PREFIX) and not np.isnan(metrics[name])):
             assert wandb[step][name] == pytest.approx(metrics[name])
@@ -61,7 +61,7 @@ def test_tensorboard_and_wandb_hold_what_the_file_holds(cosine_run: Run) -> None
 
 
 def test_wandb_shows_problems_and_figures_at_the_interval(cosine_run: Run) -> None:
-    wandb = history(cosine_run.folder)
+    wandb = history(cosine_run.folder.parent)
     assert [step for step in STEPS if "gradalign/problems/_type" in wandb[step]] == [3, 6]
     for name in ("score_against_success", "composition"):
         assert wandb[6][f"gradalign/figures/{name}/format"] == "png"

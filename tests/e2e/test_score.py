@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline scoring: killed and gone on with, from a model and from verl's shards, against plain autograd in float64."""
+"""Offline scoring: killed and resumed, from a model and from verl's shards, against plain autograd in float64."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import REPOSITORY, TIMEOUT_S, Workplace, kill_all
+from tests.e2e.offline import NUM_PROBLEMS, Resumed, Scoring, finish, start
+from tests.e2e.runs import Workplace
 from verl_gradalign.log.selection_log import read_selection_log
 from verl_gradalign.probe.objective import token_coefficients
 from verl_gradalign.probe.oracle import problem_gradients_float64
@@ -27,113 +22,8 @@ from verl_gradalign.types import TokenRow
 
 pytestmark = pytest.mark.e2e
 
-NUM_PROBLEMS = 48
 # float32 passes against float64 ones, of gradients that partly cancel.
 RTOL, ATOL_COSINE = 1e-3, 1e-4
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A folder that `verl-gradalign score` wrote, and what it printed last."""
-
-    folder: Path
-    summary: dict
-
-    @property
-    def scores(self) -> list[dict]:
-        return pq.read_table(self.folder / "scores.parquet").to_pylist()
-
-    def rollouts(self) -> dict[tuple[str | None, int], list[dict]]:
-        """All stored rows by trusted set and problem."""
-        rows = [row for path in rollout_files(self.folder) for row in pq.read_table(path).to_pylist()]
-        groups = defaultdict(list)
-        for row in rows:
-            groups[row["trusted_set"], row["problem_id"]].append(row)
-        return dict(groups)
-
-
-def rollout_files(folder: Path) -> list[Path]:
-    return sorted((folder / "state").glob("rollouts-*.parquet"))
-
-
-def start(pool: Path, model: Path, output: Path, *options: object, interrupt_at: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-m", "verl_gradalign.cli", "score", "--pool", pool, "--model", model]
-    # Sampling in float64 is not tipped by rounding.
-    own = ["+platform=cpu", "+regime=quickstart", "gradalign.poll_interval_s=0.2"]
-    own += ["actor_rollout_ref.rollout.agent.num_workers=1", "actor_rollout_ref.rollout.dtype=float64"]
-    command += ["--output", output, "--json", *options, "--", *own]
-    environment = {
-        **os.environ,
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQ_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    if interrupt_at:
-        environment |= {"VERL_USE_EXTERNAL_MODULES": "tests.e2e.interruption", "INTERRUPT_AT": interrupt_at}
-    return subprocess.Popen(
-        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen, output: Path) -> Scoring:
-    printed, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, errors[-5000:]
-    return Scoring(output, json.loads(printed))
-
-
-@pytest.fixture(scope="module")
-def pool(workplace: Workplace) -> Path:
-    """Few problems without coin flips, which a repeated rollout would throw again."""
-    rows = pq.read_table(workplace.files["pool"]).to_pylist()
-    clean = [row for row in rows if not row["extra_info"]["corrupted"]][:NUM_PROBLEMS]
-    path = workplace.root / "score_pool.parquet"
-    schema = pq.read_schema(workplace.files["pool"])
-    pq.write_table(pq.read_table(workplace.files["pool"]).from_pylist(clean, schema=schema), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def resumed(workplace: Workplace, pool: Path) -> tuple[Scoring, dict[str, int], list[dict]]:
-    """Scored along the trusted set: killed while the second chunk is scored, deprived of some rollouts, gone on with.
-
-    With the times of the files that it was left with, and the rows that it was deprived of.
-    """
-    output, marker = workplace.root / "scored", workplace.root / "score_marker"
-    options = ["--trusted", workplace.files["trusted"], "--keep", "0.25", "--chunk", "8"]
-    process = start(pool, workplace.model, output, *options, interrupt_at=f"scoring 2 {marker}")
-    deadline = time.monotonic() + TIMEOUT_S
-    while not marker.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-5000:]
-        time.sleep(0.05)
-    kill_all(process)
-    state = output / "state"
-    (measured,) = state.glob("measured-*.json")
-    # As if it had been killed in the middle of the rollout.
-    last = rollout_files(output)[-1]
-    lost = pq.read_table(last).to_pylist()
-    assert not any(row["trusted_set"] for row in lost)
-    last.unlink()
-    (state / "failed.json").unlink()
-    left = [*rollout_files(output), measured]
-    times = {path.name: path.stat().st_mtime_ns for path in left}
-    scoring = finish(start(pool, workplace.model, output, *options), output)
-    return scoring, times, lost
-
-
-@pytest.fixture(scope="module")
-def from_shards(workplace: Workplace, pool: Path) -> tuple[Scoring, Path]:
-    """LearnAlign's scores of a policy that verl saved as shards, and the folder of the whole policy."""
-    folder = workplace.root / "shards"
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.e2e.shards", str(workplace.model), str(folder)]
-    environment = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=TIMEOUT_S)
-    output = workplace.root / "scored_shards"
-    options = ["--score", "learnalign", "--keep", "10", "--chunk", "8"]
-    return finish(start(pool, folder / "global_step_7", output, *options), output), folder / "policy"
 
 
 def gradients_of(rollouts: dict, model: Path) -> dict[tuple[str | None, int], torch.Tensor]:
@@ -160,10 +50,8 @@ def gradients_of(rollouts: dict, model: Path) -> dict[tuple[str | None, int], to
     return dict(zip(members, problem_gradients_float64(policy, problems, temperature=1.0), strict=True))
 
 
-def test_scores_equal_plain_autograd_on_the_stored_rollouts(
-    resumed: tuple[Scoring, dict, list], workplace: Workplace
-) -> None:
-    scoring = resumed[0]
+def test_scores_equal_plain_autograd_on_the_stored_rollouts(scored: Resumed, workplace: Workplace) -> None:
+    scoring = scored.scoring
     gradients = gradients_of(scoring.rollouts(), workplace.model)
     direction = sum(gradient for (name, _), gradient in gradients.items() if name == "trusted")
     unit = direction / direction.norm()
@@ -180,8 +68,8 @@ def test_scores_equal_plain_autograd_on_the_stored_rollouts(
     assert scoring.summary["metrics"]["gradalign/direction/norm"] == pytest.approx(float(direction.norm()), rel=RTOL)
 
 
-def test_nothing_is_rolled_out_or_scored_twice(resumed: tuple[Scoring, dict, list]) -> None:
-    scoring, times, lost = resumed
+def test_nothing_is_rolled_out_or_scored_twice(scored: Resumed) -> None:
+    scoring, times, lost = scored.scoring, scored.times, scored.lost
     state = scoring.folder / "state"
     assert {name: (state / name).stat().st_mtime_ns for name in times} == times
     rollouts = scoring.rollouts()
@@ -198,27 +86,25 @@ def test_nothing_is_rolled_out_or_scored_twice(resumed: tuple[Scoring, dict, lis
         assert again == before, member
 
 
-def test_the_selected_rows_are_the_best_and_load_as_verls_training_data(
-    resumed: tuple[Scoring, dict, list], pool: Path, workplace: Workplace
-) -> None:
+def test_the_selected_rows_are_the_best_and_load_as_verls_training_data(scored: Resumed, workplace: Workplace) -> None:
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    scoring = resumed[0]
+    scoring = scored.scoring
     kept = [row["problem_id"] for row in scoring.scores if row["kept"]]
     others = [row["score"] for row in scoring.scores if row["reason"] == "low_score"]
     assert len(kept) == NUM_PROBLEMS // 4 and scoring.summary["kept"] == len(kept)
     assert min(row["score"] for row in scoring.scores if row["kept"]) >= max(others)
     selected = pq.read_table(scoring.folder / "selected.parquet")
-    assert selected.schema.equals(pq.read_schema(pool), check_metadata=True)
-    assert selected.equals(pq.read_table(pool).take(kept))
+    assert selected.schema.equals(pq.read_schema(scored.pool), check_metadata=True)
+    assert selected.equals(pq.read_table(scored.pool).take(kept))
     config = OmegaConf.create({"prompt_key": "prompt", "max_prompt_length": 64, "filter_overlong_prompts": False})
     tokenizer = AutoTokenizer.from_pretrained(workplace.model)
     dataset = RLHFDataset([str(scoring.folder / "selected.parquet")], tokenizer, config)
     assert len(dataset) == len(kept) and dataset[0]["raw_prompt"]
 
 
-def test_the_selection_log_holds_the_choice(resumed: tuple[Scoring, dict, list]) -> None:
-    scoring = resumed[0]
+def test_the_selection_log_holds_the_choice(scored: Resumed) -> None:
+    scoring = scored.scoring
     log = read_selection_log(scoring.folder / "gradalign").to_pylist()
     assert [(row["problem_id"], row["kept"], row["reason"], row["score"]) for row in log] == [
         (row["problem_id"], row["kept"], row["reason"], row["score"]) for row in scoring.scores
@@ -227,20 +113,21 @@ def test_the_selection_log_holds_the_choice(resumed: tuple[Scoring, dict, list])
     assert samples and all(row["prompt"] and row["answer"] for row in samples)
 
 
-def test_another_share_is_kept_without_starting_verl(
-    resumed: tuple[Scoring, dict, list], workplace: Workplace, pool: Path
-) -> None:
-    scoring = resumed[0]
+def test_another_share_is_kept_without_starting_verl(scored: Resumed, workplace: Workplace) -> None:
+    scoring = scored.scoring
     before = (scoring.folder / "state" / "run.log").stat().st_mtime_ns
     options = ["--trusted", workplace.files["trusted"], "--keep", "0.5"]
-    half = finish(start(pool, workplace.model, scoring.folder, *options), scoring.folder)
+    half = finish(start(scored.pool, workplace.model, scoring.folder, *options), scoring.folder)
     assert half.summary["kept"] == NUM_PROBLEMS // 2 == pq.read_metadata(scoring.folder / "selected.parquet").num_rows
     assert (scoring.folder / "state" / "run.log").stat().st_mtime_ns == before
 
 
-def test_learnalign_from_verls_shards_is_the_row_mean_of_the_dense_matrix(from_shards: tuple[Scoring, Path]) -> None:
+@pytest.mark.nightly
+def test_learnalign_from_verls_shards_is_the_row_mean_of_the_dense_matrix(
+    scored_from_shards: tuple[Scoring, Path],
+) -> None:
     """V_i V_j cos(g_i, g_j) over the pool, of the exact weights in the shards."""
-    scoring, policy = from_shards
+    scoring, policy = scored_from_shards
     rollouts = scoring.rollouts()
     gradients = {i: gradient for (_, i), gradient in gradients_of(rollouts, policy).items()}
     rates = {i: np.mean([sum(row["rewards"]) > 0 for row in rows]) for (_, i), rows in rollouts.items()}

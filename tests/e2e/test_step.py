@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Run, Workplace, gradalign
+from tests.e2e.runs import Run, Workplace
 
 pytestmark = pytest.mark.e2e
 
@@ -80,19 +80,9 @@ def test_metrics_are_in_the_console_too(cosine_run: Run) -> None:
     assert "gradalign/score/mean:" in cosine_run.output
 
 
-def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, workplace: Workplace) -> None:
+def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, two_ranks: Run) -> None:
     """Turned on by the single keys instead of the word, on FSDP1, with groups too large for a micro-batch."""
-    run = workplace.run(
-        "two_ranks",
-        "trainer.v1.trainer_mode=gradalign",
-        "trainer.v1.sampler.custom_sampler.path=pkg://verl_gradalign.integration.sampler",
-        "trainer.v1.sampler.custom_sampler.name=GradAlignSampler",
-        f"+gradalign.validation.files=[{workplace.files['trusted']}]",
-        "+gradalign.probe.max_tokens_per_rank=165",
-        "actor_rollout_ref.actor.strategy=fsdp",
-        "trainer.total_training_steps=2",
-        num_ranks=2,
-    )
+    run = two_ranks
     for metrics in run.steps:
         assert metrics["training/rollout_probs_diff_max"] < ATOL_PROBABILITY
     assert sum(metrics["gradalign/probe/oversized"] for metrics in run.steps) > 0
@@ -106,10 +96,9 @@ def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, workplace: Work
             assert second[problem_id]["dot"] == pytest.approx(row["dot"], rel=RTOL_FLOAT32, abs=1e-3 * row["norm"])
 
 
-def test_random_is_stock_verl_and_costs_nothing(workplace: Workplace) -> None:
+def test_random_is_stock_verl_and_costs_nothing(series: dict[str, Run], stock: Run) -> None:
     """Same prompts, same rollouts, same update as verl without the word."""
-    stock = workplace.run("stock", "trainer.total_training_steps=2")
-    random = workplace.run("random", *gradalign("random", workplace.files), "trainer.total_training_steps=2")
+    random = series["random"]
     assert not (stock.folder / "gradalign").exists()
     for ours, theirs in zip(random.steps, stock.steps, strict=True):
         assert ours["gradalign/candidates"] == ours["gradalign/kept"] == 4

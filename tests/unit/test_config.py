@@ -9,8 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import verl_gradalign.config
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, decisive
+from verl_gradalign.integration.checks import read_config
 from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.objective import LOSS_AGG_MODES
 from verl_gradalign.selection.scores import SCORES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "gradalign"
@@ -34,6 +36,11 @@ def keys_and_types(values):
     return type(values).__name__
 
 
+def built(values):
+    """The configuration of a `gradalign` block, as a run reads it."""
+    return read_config(OmegaConf.create({"gradalign": values}))
+
+
 def test_base_yaml_has_exactly_the_keys_and_defaults_of_the_dataclasses():
     defaults = as_lists(dataclasses.asdict(GradAlignConfig(score="random")))
     defaults["score"] = next(f.default for f in dataclasses.fields(GradAlignConfig) if f.name == "score")
@@ -51,16 +58,16 @@ def test_every_score_has_a_file_and_every_file_names_its_score():
 def test_base_yaml_builds_the_default_configuration():
     values = load(CONFIGS / "base.yaml")
     values["validation"]["files"] = "trusted.parquet"
-    config = GradAlignConfig.from_mapping(values)
+    config = built(values)
     assert config == GradAlignConfig(validation=verl_gradalign.config.ValidationConfig(files=("trusted.parquet",)))
 
 
 def test_an_empty_mapping_with_a_trusted_set_gives_the_defaults():
-    assert GradAlignConfig.from_mapping({"validation": {"files": ["a", "b"]}}).validation.files == ("a", "b")
+    assert built({"validation": {"files": ["a", "b"]}}).validation.files == ("a", "b")
 
 
 def test_whole_numbers_are_accepted_where_a_float_is_asked_for():
-    config = GradAlignConfig.from_mapping({"score": "random", "oversample": 2})
+    config = built({"score": "random", "oversample": 2})
     assert config.oversample == 2.0 and isinstance(config.oversample, float)
 
 
@@ -143,7 +150,7 @@ def nested(key, value):
 )
 def test_a_bad_value_is_refused_with_key_value_and_remedy(key, value):
     with pytest.raises(ValueError) as refusal:
-        GradAlignConfig.from_mapping({"score": "random"} | nested(key, value))
+        built({"score": "random"} | nested(key, value))
     message = str(refusal.value)
     shown = value[0] if isinstance(value, list) else value
     shown = "" if isinstance(shown, dict) else str(shown)
@@ -154,7 +161,7 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(key, value):
 @pytest.mark.parametrize("score", [name for name, score in SCORES.items() if score.needs_direction])
 def test_a_score_with_a_direction_is_refused_without_a_trusted_set(score):
     with pytest.raises(ValueError) as refusal:
-        GradAlignConfig.from_mapping({"score": score})
+        built({"score": score})
     message = str(refusal.value)
     assert "gradalign.validation.files=[]" in message and score in message and "Remedy" in message
 
@@ -163,16 +170,16 @@ def test_a_score_with_a_direction_is_refused_without_a_trusted_set(score):
 def test_a_score_of_norms_is_refused_for_an_estimator_without_norms(estimator):
     values = {"estimator": estimator, "validation": {"files": ["trusted.parquet"]}}
     with pytest.raises(ValueError) as refusal:
-        GradAlignConfig.from_mapping(values | {"score": "cosine"})
+        built(values | {"score": "cosine"})
     message = str(refusal.value)
     assert f"gradalign.estimator='{estimator}'" in message and "cosine" in message and "Remedy" in message
-    assert GradAlignConfig.from_mapping(values | {"score": "dot"}).estimator == estimator
+    assert built(values | {"score": "dot"}).estimator == estimator
 
 
 def test_the_least_values_are_accepted():
     probe = {"rank": 1, "fidelity_problems": 3, "canary_interval": 0, "canary_problems": 1, "max_tokens_per_rank": 1}
-    built = GradAlignConfig.from_mapping({"score": "random", "probe": probe}).probe
-    assert {key: getattr(built, key) for key in probe} == probe
+    made = built({"score": "random", "probe": probe}).probe
+    assert {key: getattr(made, key) for key in probe} == probe
 
 
 def test_the_configuration_is_frozen():
@@ -195,15 +202,34 @@ REFUSED_TOGETHER = [
 @pytest.mark.parametrize(("key", "values"), REFUSED_TOGETHER)
 def test_values_that_do_not_go_together_are_refused(key, values):
     with pytest.raises(ValueError) as refusal:
-        GradAlignConfig.from_mapping({"validation": {"files": ["x"]}} | values)
+        built({"validation": {"files": ["x"]}} | values)
     assert f"gradalign.{key}" in str(refusal.value) and "Remedy" in str(refusal.value)
 
 
+def test_the_names_of_estimators_and_loss_modes_are_those_of_the_probe():
+    assert verl_gradalign.config.ESTIMATORS == tuple(ESTIMATORS)
+    assert verl_gradalign.config.LOSS_AGG_MODES == tuple(LOSS_AGG_MODES)
+
+
+def test_all_but_marked_keys_must_be_the_same_after_a_resume():
+    values, every = decisive(GradAlignConfig()), dataclasses.asdict(GradAlignConfig())
+    assert set(every) - set(values) == {"poll_interval_s", "log"}
+    assert set(every["probe"]) - set(values["probe"]) == {
+        "max_tokens_per_rank",
+        "oversized",
+        "canary_interval",
+        "canary_problems",
+        "canary_threshold",
+    }
+    for block in ("curriculum", "direction", "reliability", "score_options"):
+        assert values[block] == every[block]
+
+
 def test_files_alone_are_one_trusted_set_and_sets_take_the_common_n():
-    (single,) = GradAlignConfig.from_mapping({"validation": {"files": ["x"], "n": 4}}).validation.trusted_sets()
+    (single,) = built({"validation": {"files": ["x"], "n": 4}}).validation.trusted_sets()
     assert (single.name, single.files, single.weight, single.n) == ("trusted", ("x",), 1.0, 4)
     sets = [{"name": "a", "files": ["x"], "weight": 2}, {"name": "b", "files": "y", "n": 16}]
-    first, second = GradAlignConfig.from_mapping({"validation": {"sets": sets, "n": 4}}).validation.trusted_sets()
+    first, second = built({"validation": {"sets": sets, "n": 4}}).validation.trusted_sets()
     assert (first.n, first.weight, second.n, second.files) == (4, 2.0, 16, ("y",))
 
 
@@ -211,8 +237,7 @@ def test_every_field_is_followed_by_its_documentation():
     """Blocks are documented by their classes."""
     classes = [
         node
-        for path in sorted(Path(verl_gradalign.config.__file__).parent.glob("*.py"))
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for node in ast.parse(Path(verl_gradalign.config.__file__).read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     ]
     blocks = {f.name for f in dataclasses.fields(GradAlignConfig) if dataclasses.is_dataclass(f.default_factory)}

@@ -267,7 +267,7 @@ def test_a_hook_that_fails_is_reported_and_breaks_nothing_of_verls():
     code = """
     import sys
     import verl
-    sys.modules["verl_gradalign.search_path"] = None
+    sys.modules["hydra.plugins.search_path_plugin"] = None
     import hydra.core.plugins
     print("hydra is there")
     """
@@ -279,11 +279,11 @@ def test_a_hook_that_fails_is_reported_and_breaks_nothing_of_verls():
 def test_the_search_path_is_appended_behind_verls_own():
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 
-    from verl_gradalign.search_path import GradAlignSearchPath
+    from verl_gradalign.plugin import search_path_plugin
 
     path = ConfigSearchPathImpl()
     path.append("verl", "pkg://verl.trainer.config")
-    GradAlignSearchPath().manipulate_search_path(path)
+    search_path_plugin()().manipulate_search_path(path)
     assert [entry.path for entry in path.get_path()] == ["pkg://verl.trainer.config", "pkg://verl_gradalign.configs"]
 
 

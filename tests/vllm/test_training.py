@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, Run, Workplace, gradalign
+from tests.e2e.runs import REPOSITORY, Run, Workplace, gradalign
 from verl_gradalign.data.tasks import write_task_files
 from verl_gradalign.toy.model import build_tiny_model
 

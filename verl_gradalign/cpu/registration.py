@@ -81,7 +81,7 @@ def _keep_weight_loaders() -> None:
     ops._supports_onednn = False
 
 
-def plant_cpu_hooks(loudly: Loudly) -> None:
+def register_cpu_hooks(loudly: Loudly) -> None:
     """Register the platform now (verl asks for it during its own import) and plant the rest."""
     import verl_gradalign.cpu.platform  # noqa: F401  (registers itself)
 

@@ -16,6 +16,7 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.errors import refuse, require
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
@@ -49,12 +50,54 @@ def read_config(verl_config: DictConfig) -> GradAlignConfig:
         refuse(
             "+regime", regime, "its gradalign keys were overwritten by those of +gradalign=...", "write +regime last"
         )
-    return GradAlignConfig.from_mapping(values)
+    config = GradAlignConfig.from_mapping(values)
+    check_score(config)
+    return config
 
 
-def refuse(key: str, value: Any, why: str, remedy: str) -> None:
-    """Raise the ValueError that all checks raise."""
-    raise ValueError(f"{key}={value}: {why}. Remedy: {remedy}.")
+def check_score(config: GradAlignConfig) -> None:
+    """Refuse a score that the other keys do not allow to be measured."""
+    score, estimator = score_of(config.score), ESTIMATORS[config.estimator]
+    require(
+        not score.needs_direction or bool(config.validation.trusted_sets()),
+        "validation.files",
+        list(config.validation.files),
+        f"score {config.score} needs a trusted set",
+        "set gradalign.validation.files=<trusted.parquet>, or gradalign.score=random to train without one",
+    )
+    require(
+        not score.needs_norm or estimator.gives_norm,
+        "estimator",
+        config.estimator,
+        f"score {config.score} needs gradient norms, which it does not give",
+        "set gradalign.estimator=ghost or gradalign.score=dot",
+    )
+    require(
+        not score.needs_response_derivatives
+        or (estimator.gives_response_derivative and config.probe.response_derivatives),
+        "estimator",
+        config.estimator,
+        f"score {config.score} needs each response's derivative, which is not given by it, or switched off",
+        "set gradalign.estimator=ghost and gradalign.probe.response_derivatives=true, or gradalign.score=cosine",
+    )
+    is_of_pool = score.direction in ("pool", "learnability")
+    require(
+        not is_of_pool or config.probe.pool_dots == "exact" or config.estimator == "ghost",
+        "probe.pool_dots",
+        config.probe.pool_dots,
+        f"a sketch is taken by ghost's taps, not by {config.estimator}",
+        "set gradalign.estimator=ghost, or gradalign.probe.pool_dots=exact",
+    )
+    least = config.reliability.min_reliability
+    is_measured = score.is_split and score.rank is not None
+    is_measured = is_measured if config.reliability.of == "scores" else score.needs_direction
+    require(
+        least is None or is_measured,
+        "reliability.min_reliability",
+        least,
+        f"the reliability of {config.reliability.of} is not known for score {config.score}",
+        "set it to null, or use a score along a trusted direction",
+    )
 
 
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:

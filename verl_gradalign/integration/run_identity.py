@@ -10,22 +10,19 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, decisive
 from verl_gradalign.selection.state_file import file_fingerprint, read_identity, require_same
 
 __all__ = ["check_resume", "direction_file", "identity", "resume_folder", "state_file"]
 
 logger = logging.getLogger(__name__)
 
-NEUTRAL = {"poll_interval_s", "log"}
-NEUTRAL_OF_PROBE = {"canary_interval", "canary_problems", "canary_threshold", "max_tokens_per_rank", "oversized"}
 DECISIVE_OF_VERL = (
     "data.train_batch_size",
     "data.train_max_samples",
@@ -57,8 +54,7 @@ def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]
 
     The number of ranks, micro-batches, paths and how often things are looked at are not among it.
     """
-    own = {key: value for key, value in asdict(config).items() if key not in NEUTRAL}
-    own["probe"] = {key: value for key, value in own["probe"].items() if key not in NEUTRAL_OF_PROBE}
+    own = decisive(config)
     own["validation"] = {"n": config.validation.n}
     trusted = config.validation.trusted_sets()
     own["validation"] |= {s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)} for s in trusted}

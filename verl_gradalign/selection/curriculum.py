@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from verl_gradalign.config import GradAlignConfig, require
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.errors import require
 
 # What an order is for: the second word of its seed. Above any step, because ties are broken by the seed [seed, step]
 # and numpy takes missing words for zeros.

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launch of verl that the end-to-end tests read, in the order in which they are started.
+
+A launch is a function of the workplace; a test receives what it returns by the fixture of the same name. Most runs
+share the processes of one series; a launch of its own is for what processes are started with, or for what kills them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.e2e import comparisons, offline
+from tests.e2e.runs import OWN_LOOP, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
+
+LAUNCHES: dict[str, Callable[[Workplace], Any]] = {}
+
+# Sampling in float64 cannot be tipped by rounding, which differs between processes and batches.
+FLOAT64 = "actor_rollout_ref.rollout.dtype=float64"
+TWO_STEPS = "trainer.total_training_steps=2"
+GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+
+NUM_STEPS = 6
+SCHEDULES = {
+    "step": ["gradalign.direction.refresh_interval=2", "gradalign.direction.ema=0.5", "gradalign.oversample=2"],
+    "round": ["gradalign.schedule=round", "gradalign.curriculum.steps_per_round=2", "gradalign.oversample=1.5"],
+    "staged": [
+        "gradalign.schedule=staged",
+        "gradalign.curriculum.stages=[2,4,5]",
+        "gradalign.curriculum.keep=5",
+        "data.train_max_samples=18",
+    ],
+}
+# The moments at which each run is killed; the next one resumes. Scoring and update count calls since the start.
+KILLS = {
+    "step": ["rollout 2", "scoring 2", "update 2", "checkpoint 5"],
+    "round": ["rollout 2", "scoring 1", "update 2", "checkpoint 5"],
+    "staged": ["rollout 2", "scoring 1", "update 2", "checkpoint 5"],
+}
+# After how many steps each run of the series ends, before it is resumed.
+PAUSES = {"step": (2, 5), "round": (1, 4), "staged": (2, 4)}
+
+
+def launch(function: Callable[[Workplace], Any]) -> Callable[[Workplace], Any]:
+    """Register a launch under its name."""
+    LAUNCHES[function.__name__] = function
+    return function
+
+
+def scheduled(workplace: Workplace, schedule: str, num_steps: int = NUM_STEPS) -> list[str]:
+    """Return the overrides of a run that repeats itself, of one schedule."""
+    return [
+        *gradalign("cosine", workplace.files),
+        f"data.train_files={rewritten(workplace, 'pool', 'clean_pool', clean)}",
+        "trainer.save_freq=1",
+        "trainer.max_actor_ckpt_to_keep=2",
+        f"trainer.total_training_steps={num_steps}",
+        *SCHEDULES[schedule],
+    ]
+
+
+def rewritten(workplace: Workplace, file: str, name: str, change: Callable[[dict], None]) -> Path:
+    """Return a copy of one of the files, each row changed in place."""
+    path = workplace.root / f"{name}.parquet"
+    if not path.exists():
+        rows = pq.read_table(workplace.files[file]).to_pylist()
+        for row in rows:
+            change(row)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(workplace.files[file])), unfinished)
+        unfinished.replace(path)
+    return path
+
+
+def clean(row: dict) -> None:
+    """No coin flips: a repeated rollout would throw them again."""
+    row["extra_info"]["corrupted"] = False
+
+
+def unanswerable(row: dict) -> None:
+    """Every answer is marked wrong."""
+    row["reward_model"]["ground_truth"] = "no such answer"
+
+
+def trusted_sets(workplace: Workplace) -> str:
+    """Return two trusted sets, of which the second's rewards need another reward function."""
+    rows = pq.read_table(workplace.files["trusted"]).to_pylist()
+    sets = []
+    for name, members in (("good", rows[:16]), ("strange", rows[16:])):
+        for row in members:
+            row["data_source"] = row["data_source"] if name == "good" else "somebody/elses"
+        path = workplace.root / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist(members, schema=pq.read_schema(workplace.files["trusted"])), path)
+        sets.append(f"{{name: {name}, files: ['{path}'], weight: 2.0, n: 4}}")
+    return f"gradalign.validation.sets=[{', '.join(sets)}]"
+
+
+def failing_reward(workplace: Workplace) -> Path:
+    """Return a reward function that raises for every third problem of the pool."""
+    path = workplace.root / "failing_reward.py"
+    path.write_text(
+        "from verl_gradalign.data.rewards import compute_score as score\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
+        "    if extra_info['split'] == 'pool' and extra_info['index'] % 3 == 0:\n"
+        "        raise RuntimeError('this reward always fails')\n"
+        "    return score(data_source, solution_str, ground_truth, extra_info, **kwargs)\n"
+    )
+    return path
+
+
+def anonymous_pool(workplace: Workplace) -> Path:
+    """Return a small clean pool whose rows have all the same index."""
+    rows = pq.read_table(workplace.files["pool"]).to_pylist()[:24]
+    for row in rows:
+        row["extra_info"] = {"corrupted": False, "index": 7}
+    info = pa.field("extra_info", pa.struct([("corrupted", pa.bool_()), ("index", pa.int64())]))
+    fields = [info if f.name == "extra_info" else f for f in pq.read_schema(workplace.files["pool"])]
+    path = workplace.root / "anonymous.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), path)
+    return path
+
+
+def series_runs(workplace: Workplace) -> dict[str, list[str]]:
+    """Return the overrides of every run that can share its processes with others, by name."""
+    files = workplace.files
+    lost = {"trusted": rewritten(workplace, "trusted", "unanswerable", unanswerable)}
+    without_files = [o for o in gradalign("confident_cosine", files, oversample=3) if "validation.files" not in o]
+    log = {"columns": "[corrupted,family]", "pages_interval": 3, "steps_per_part": 4}
+    runs = {
+        "cosine": [
+            *gradalign("cosine", files, **{f"log__{key}": value for key, value in log.items()}),
+            "trainer.total_training_steps=6",
+            "trainer.val_before_train=true",
+            "trainer.logger=[console,file,wandb,tensorboard]",
+        ],
+        "random": [*gradalign("random", files), TWO_STEPS],
+        "grpo": [
+            *gradalign("correlation", files, oversample=3),
+            "algorithm.norm_adv_by_std_in_grpo=false",
+            "gradalign.reliability.min_reliability=0.999",
+            "gradalign.reliability.fallback=accuracy_greedy",
+            TWO_STEPS,
+        ],
+        "rloo": [
+            *without_files,
+            trusted_sets(workplace),
+            "gradalign.direction.aggregation=per_problem_unit",
+            "algorithm.adv_estimator=rloo",
+            TWO_STEPS,
+        ],
+        "reinforce": [
+            *gradalign("lower_bound", files, oversample=2),
+            "algorithm.adv_estimator=reinforce_plus_plus",
+            "gradalign.direction.metric=candidates",
+            "gradalign.direction.metric_problems=4",
+            TWO_STEPS,
+        ],
+        "dapo": [
+            *gradalign("learnalign", files, oversample=2),
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=reward",
+            # Two responses agree in every other group or so: that some of 16 groups are filtered is sure.
+            "actor_rollout_ref.rollout.n=2",
+            TWO_STEPS,
+        ],
+        "once": [
+            *gradalign("learnalign", files, schedule="once"),
+            f"data.train_files={anonymous_pool(workplace)}",
+            "gradalign.curriculum.warmup_steps=1",
+            "gradalign.curriculum.warmup_problems=8",
+            "gradalign.curriculum.keep=6",
+            "gradalign.curriculum.n=12",
+            "trainer.total_training_steps=4",
+        ],
+        "degenerate": [*gradalign("cosine", lost, oversample=2), TWO_STEPS],
+        "stop": [*gradalign("cosine", lost, oversample=1, direction__on_degenerate="stop"), TWO_STEPS],
+        "failing": [
+            *gradalign("dot", files, oversample=2, validation__n=4),
+            f"reward.custom_reward_function.path={failing_reward(workplace)}",
+            TWO_STEPS,
+        ],
+    }
+    for schedule, pauses in PAUSES.items():
+        runs[f"whole_{schedule}"] = scheduled(workplace, schedule)
+        for part, num_steps in enumerate((*pauses, NUM_STEPS)):
+            runs[f"paused_{schedule}@{part}"] = scheduled(workplace, schedule, num_steps)
+    runs["stateless@0"] = ["trainer.save_freq=1", "trainer.total_training_steps=1"]
+    runs["stateless"] = scheduled(workplace, "step", 2)
+    changed = ["gradalign.oversample=3", f"data.train_files={files['pool']}"]
+    runs["paused_step@other"] = [*scheduled(workplace, "step"), *changed]
+    return {name: [FLOAT64, f"trainer.experiment_name={name}", *overrides] for name, overrides in runs.items()}
+
+
+MAY_FAIL = ("stop", "paused_step@other")
+
+
+@launch
+def series(workplace: Workplace) -> dict[str, Run]:
+    """Return every run that can share its processes with others."""
+    return workplace.series("series", series_runs(workplace), MAY_FAIL)
+
+
+@launch
+def killed_step(workplace: Workplace) -> Run:
+    """Return a run of the step schedule that was killed twice, with kill -9, and resumed."""
+    return killed(workplace, "step", ["update 2", "checkpoint 5"])
+
+
+@launch
+def scored(workplace: Workplace) -> offline.Resumed:
+    """Return a pool scored offline: killed, deprived of some rollouts, and resumed."""
+    return offline.killed_and_resumed(workplace)
+
+
+@launch
+def compared(workplace: Workplace) -> Path:
+    """Return the folder of a comparison of two methods, in one set of processes; cosine comes second."""
+    folder = workplace.root / "comparison"
+    comparisons.compare(folder, workplace.model, "random,cosine")
+    return folder
+
+
+@launch
+def two_ranks(workplace: Workplace) -> Run:
+    """Return a run turned on by the single keys, on FSDP1, with groups too large for a micro-batch."""
+    return workplace.run(
+        "two_ranks",
+        "trainer.v1.trainer_mode=gradalign",
+        "trainer.v1.sampler.custom_sampler.path=pkg://verl_gradalign.integration.sampler",
+        "trainer.v1.sampler.custom_sampler.name=GradAlignSampler",
+        f"+gradalign.validation.files=[{workplace.files['trusted']}]",
+        "+gradalign.probe.max_tokens_per_rank=165",
+        "actor_rollout_ref.actor.strategy=fsdp",
+        FLOAT64,
+        TWO_STEPS,
+        num_ranks=2,
+    )
+
+
+@launch
+def asynchronous(workplace: Workplace) -> Run:
+    """Return a run of the asynchronous trainer, on verl's own agent loop: its rollouts overlap with training."""
+    return workplace.run(
+        "async",
+        *gradalign("cosine", workplace.files, oversample=2),
+        "trainer.v1.trainer_mode=gradalign_colocate_async",
+        "trainer.v1.colocate_async.num_warmup_batches=2",
+        "trainer.total_training_steps=4",
+        batched=False,
+    )
+
+
+@launch
+def ppo(workplace: Workplace) -> Run:
+    """Return a run with a critic."""
+    return workplace.run(
+        "ppo",
+        *gradalign("cosine", workplace.files, oversample=2),
+        "algorithm.adv_estimator=gae",
+        f"critic.model.path={workplace.model}",
+        "critic.ppo_micro_batch_size_per_gpu=32",
+        TWO_STEPS,
+    )
+
+
+@launch
+def lora(workplace: Workplace) -> Run:
+    """Return a run of an adapter, with a KL term and a sketch of the pool's dot products."""
+    return workplace.run(
+        "lora",
+        *gradalign("pool_cosine", workplace.files, oversample=2),
+        "gradalign.probe.pool_dots=sketch",
+        "actor_rollout_ref.model.lora_rank=8",
+        "actor_rollout_ref.model.lora_alpha=16",
+        "actor_rollout_ref.model.lora.merge=true",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.kl_loss_coef=0.01",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
+        TWO_STEPS,
+    )
+
+
+@launch
+def differences(workplace: Workplace) -> Run:
+    """Return a run on packed rows, scored by finite differences, with Adam's metric on a direction in CPU memory."""
+    return workplace.run(
+        "differences",
+        *gradalign("dot", workplace.files, estimator="finite_difference", oversample=3),
+        "gradalign.direction.metric=adam",
+        "gradalign.direction.offload=true",
+        "actor_rollout_ref.model.use_remove_padding=true",
+        TWO_STEPS,
+    )
+
+
+@launch
+def two_outputs(workplace: Workplace) -> Run:
+    """Return a run on verl's own agent loop, of sessions with several outputs."""
+    loops = workplace.root / "loops.yaml"
+    loops.write_text("- name: two_outputs\n  _target_: tests.e2e.two_outputs.TwoOutputsAgentLoop\n")
+    return workplace.run(
+        "two_outputs",
+        *gradalign("lower_bound", workplace.files, oversample=2),
+        "actor_rollout_ref.rollout.agent.default_agent_loop=two_outputs",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}",
+        TWO_STEPS,
+        batched=False,
+    )
+
+
+@launch
+def stock(workplace: Workplace) -> Run:
+    """Return a run of verl without the word."""
+    return workplace.run("stock", FLOAT64, TWO_STEPS)
+
+
+@launch
+def alone(workplace: Workplace) -> Path:
+    """Return the folder of the comparison's second run, made alone and with verl's own agent loop."""
+    return comparisons.run_alone(workplace, OWN_LOOP)
+
+
+@launch
+def bad_configuration(workplace: Workplace) -> Run:
+    """Return a launch that names a trusted set that is not there."""
+    missing = gradalign("cosine", {"trusted": workplace.root / "no_such_file.parquet"})
+    return workplace.run("bad_configuration", *missing, TWO_STEPS, may_fail=True)
+
+
+# What only `make test-all` starts.
+
+
+@launch
+def reversed_series(workplace: Workplace) -> dict[str, Run]:
+    """Return the runs of the series in another order: what one run leaves behind would show in others."""
+    runs = series_runs(workplace)
+    blocks: dict[str, list[str]] = {}
+    for name in runs:
+        blocks.setdefault(name.partition("@")[0], []).append(name)
+    order = [name for block in ("random", *reversed(blocks)) for name in blocks.pop(block, [])]
+    return workplace.series("reversed", {name: runs[name] for name in order}, MAY_FAIL)
+
+
+def _kill_everywhere(schedule: str) -> None:
+    def everywhere(workplace: Workplace) -> Run:
+        return killed(workplace, schedule, KILLS[schedule])
+
+    LAUNCHES[f"killed_everywhere_{schedule}"] = everywhere
+
+
+for _schedule in SCHEDULES:
+    _kill_everywhere(_schedule)
+
+
+@launch
+def scored_from_shards(workplace: Workplace) -> tuple[offline.Scoring, Path]:
+    """Return LearnAlign's scores of a policy that verl saved as shards, and the folder of the whole policy."""
+    return offline.from_shards(workplace)
+
+
+@launch
+def gsm8k(workplace: Workplace) -> Run:
+    """Return one step on real prompts and answers."""
+    from verl_gradalign.data.gsm8k import write_gsm8k
+
+    data = workplace.root / "gsm8k_data"
+    pool = write_gsm8k(GSM8K / "train.jsonl", data / "pool.parquet", "pool", max_rows=64)
+    trusted = write_gsm8k(GSM8K / "test.jsonl", data / "trusted.parquet", "trusted", max_rows=4)
+    return workplace.run(
+        "gsm8k",
+        *gradalign("cosine", {"trusted": trusted}, oversample=2),
+        f"data.train_files={pool}",
+        "data.max_prompt_length=896",
+        "data.filter_overlong_prompts=true",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+        "trainer.total_training_steps=1",
+    )
+
+
+def killed(workplace: Workplace, schedule: str, moments: list[str]) -> Run:
+    """Return a run that was killed at each of the moments, with kill -9, and resumed after each."""
+    name = f"killed{len(moments)}_{schedule}"
+    folder, log = workplace.root / name, workplace.root / name / "run.log"
+    folder.mkdir()
+    for number, moment in enumerate([*moments, ""]):
+        marker = folder / f"marker-{number}"
+        command, environment = workplace.command(folder, FLOAT64, *scheduled(workplace, schedule))
+        # verl begins the file anew whenever it is started.
+        environment["VERL_FILE_LOGGER_PATH"] = str(workplace.root / f"{name}@{number}.jsonl")
+        if moment:
+            environment["VERL_USE_EXTERNAL_MODULES"] = "tests.e2e.interruption"
+            environment["INTERRUPT_AT"] = f"{moment} {marker}"
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        if moment:
+            kill_at_marker(process, marker, log)
+        else:
+            assert process.wait(TIMEOUT_S) == 0, log.read_text(errors="replace")[-5000:]
+    return Run(folder, 0, log.read_text(errors="replace"))
