@@ -311,7 +311,7 @@ class GradAlignConfig:
 
     score: str = "cosine"
     """What candidates are ranked by: a name of `selection.scores.SCORES`, or your own function as `module:function` or
-    `path/to/file.py:function` (README, "Your own score")."""
+    `path/to/file.py:function` (recipes/how_to/own_score.md)."""
     schedule: str = "step"
     """When candidates are scored. `step`: every step scores its own candidates and trains on the best. `round`: every
     curriculum.steps_per_round steps. `once`: after curriculum.warmup_steps, the whole pool. `staged`: at

@@ -68,8 +68,12 @@ PROCESSES = (
 
 # What runs of a series may differ in, by the beginnings of `<key>:`. All else is given to processes when they start.
 PER_RUN = ("data.", "trainer.", "algorithm.", "gradalign.")
-# A manager that lives in the trainer's process is made anew for every run, so these may differ as well.
+# A manager that lives in the trainer's process is made anew for every run, so these may differ as well. No worker of
+# verl reads the copies of rollout.n that its configuration gives to them.
 PER_MANAGER = (
+    "actor_rollout_ref.actor.rollout_n:",
+    "actor_rollout_ref.ref.rollout_n:",
+    "critic.rollout_n:",
     "reward.custom_reward_function.",
     "actor_rollout_ref.rollout.n:",
     "actor_rollout_ref.rollout.val_kwargs.",

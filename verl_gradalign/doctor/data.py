@@ -25,7 +25,7 @@ __all__ = ["ExaminedData", "examine_data"]
 MAX_TOKENISED = 1000
 """Rows of a file that are tokenised."""
 RELIABILITY, AT_RESPONSES = 0.88, 512
-"""Of a direction, measured in the miniatures (README, "Where to start"); other numbers by Spearman-Brown."""
+"""Of a direction, measured in the miniatures (recipes/miniatures); other numbers by Spearman-Brown."""
 LOW_RELIABILITY = 0.5
 RUNS_CODE = ("codecontests", "apps", "codeforces", "taco")
 """Data sources whose default reward runs programs; they are not tried."""
