@@ -9,8 +9,9 @@ from setuptools import find_packages, setup
 VERL = "verl>=0.9.1,<0.10"
 # Parts of verl 0.9.1 that its v1 trainer imports but its base distribution does not ask for.
 VERL_V1_TRAINER = ["TransferQueue>=0.1.10,<0.2", "pyzmq", "msgspec", "cachetools", "fastapi", "uvicorn"]
-# Compares mathematical answers. The extra picks the ANTLR runtime: Hydra, which verl needs, works with 4.9.3 alone.
-MATH_VERIFY = "math-verify[antlr4_9_3]>=0.9,<0.10"
+# Compares mathematical answers. Its extras only pick an ANTLR runtime, and Hydra, which verl needs, works with 4.9.3
+# alone; asked for by name, as pip does not find the extra under the name that it is published by.
+MATH_VERIFY = ["math-verify>=0.9,<0.10", "antlr4-python3-runtime==4.9.3"]
 
 setup(
     name="verl-gradalign",
@@ -33,16 +34,19 @@ setup(
         "typer>=0.15,<1",
         "matplotlib>=3.8",
         "jinja2>=3.1",
-        MATH_VERIFY,
+        "omegaconf>=2.3",
+        "packaging",
+        "pillow",
+        "psutil>=5.9",
+        *MATH_VERIFY,
     ],
     extras_require={
         # 2.13.0 is the version every number of the CPU tiers was measured with.
-        "cpu": ["torch==2.13.0"],
+        "cpu": ["torch==2.13.0", "tokenizers"],
         "gpu": ["verl[vllm,fsdp]>=0.9.1,<0.10"],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
-            "psutil",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "codespell>=2.3",

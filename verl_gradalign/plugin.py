@@ -57,7 +57,7 @@ def _reporting_failure(what: str, action: Callable[[], None]) -> Callable[[Modul
 
 
 def search_path_plugin() -> type:
-    """Return what makes `+gradalign=...`, `+platform=...` and `+regime=...` known to Hydra, behind verl's own groups."""
+    """Return what makes the configuration groups of this package known to Hydra, behind verl's own."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 

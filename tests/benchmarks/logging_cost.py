@@ -28,13 +28,13 @@ from transfer_queue import KVBatchMeta
 from verl.utils.tracking import Tracking
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.rollouts import Group, Problem
-from verl_gradalign.integration.worker import ScoringReply
 from verl_gradalign.log.run_log import StepRecorder
 from verl_gradalign.log.selection_log import SelectionLog
 from verl_gradalign.log.wandb_pages import Pages
 from verl_gradalign.metrics import named
+from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.chooser import Choice
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.select import Candidates, select_top
 from verl_gradalign.types import ProblemScores
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import asdict
 
 import pytest
 
 from tests.docs.documents import ROOT, documentation
 from tests.docs.running import OVERRIDES, validate
+from verl_gradalign.config import GradAlignConfig, decisive
 from verl_gradalign.integration import run_identity as integration_checkpoint
-from verl_gradalign.integration.run_identity import DECISIVE_OF_VERL, NEUTRAL, NEUTRAL_OF_PROBE
+from verl_gradalign.integration.run_identity import DECISIVE_OF_VERL
 from verl_gradalign.metrics import CATALOGUE, metric_of
 from verl_gradalign.reference import blocks_of
 from verl_gradalign.selection import state_file as selection_checkpoint
 from verl_gradalign.selection.select import REASONS
 
 HOW_TO = ROOT / "recipes" / "how_to"
+MAX_LINES, MAX_WORDS = 220, 2000
 COSINE = "+gradalign=cosine"
 TRUSTED = "gradalign.validation.files=trusted.parquet"
 
@@ -53,9 +56,17 @@ def test_every_metric_that_a_page_names_is_in_the_catalogue(path):
 def test_what_a_resumed_run_is_compared_by_is_listed_whole():
     text = page("resume.md")
     assert all(f"`{key}`" in text for key in DECISIVE_OF_VERL)
-    assert NEUTRAL == {"poll_interval_s", "log"} and all(f"`{key}`" in text for key in ("poll_interval_s", "log.*"))
-    canary = {key for key in NEUTRAL_OF_PROBE if key.startswith("canary_")}
-    assert canary and all(f"`probe.{key}`" in text for key in NEUTRAL_OF_PROBE - canary)
+    every, values = asdict(GradAlignConfig()), decisive(GradAlignConfig())
+    assert set(every) - set(values) == {"poll_interval_s", "log"}
+    assert all(f"`{key}`" in text for key in ("poll_interval_s", "log.*"))
+    neutral = set(every["probe"]) - set(values["probe"])
+    canary = {key for key in neutral if key.startswith("canary_")}
+    assert canary and all(f"`probe.{key}`" in text for key in neutral - canary)
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES and len(text.split()) <= MAX_WORDS
 
 
 def test_every_reason_is_explained():

@@ -46,7 +46,7 @@ def in_checkpoint(wrapped, _, args, kwargs):
 
 MOMENTS = {
     "rollout": ("verl_gradalign.integration.sampler", "GradAlignSampler.sample", in_rollout),
-    "scoring": ("verl_gradalign.integration.worker", "_scores", in_scoring),
+    "scoring": ("verl_gradalign.probe.call", "_scores", in_scoring),
     "update": ("verl_gradalign.integration.worker", "GradAlignWorker.update_actor", in_scoring),
     "checkpoint": ("verl.utils.fs", "local_mkdir_safe", in_checkpoint),
 }

@@ -16,18 +16,18 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration import selector as alignment
-from verl_gradalign.integration import worker
-from verl_gradalign.integration.rollouts import Group, Problem, keys_by_uid
-from verl_gradalign.integration.worker import GradAlignWorker, ScoringReply, ScoringRequest
 from verl_gradalign.log.columns import log_columns
 from verl_gradalign.log.run_log import StepRecorder
 from verl_gradalign.log.selection_log import SelectionLog, read_selection_log
 from verl_gradalign.metrics import metric_of
+from verl_gradalign.probe import call
+from verl_gradalign.probe.call import ScoringReply, ScoringRequest
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.trusted import SetReport
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw
+from verl_gradalign.selection.groups import Group, Problem, keys_by_uid
 from verl_gradalign.selection.select import Candidates, select_top
 from verl_gradalign.types import ProblemScores
 
@@ -262,14 +262,12 @@ def test_the_worker_takes_a_fresh_direction_else_the_stored_one_where_allowed(mo
     request = ScoringRequest("ghost", ProbeConfig(), DirectionConfig(), TokenBudget(1, False), 1.0)
     with_trusted = dataclasses.replace(request, set_weights={"trusted": 1.0}, trusted={"trusted": ()})
     made = {}
-    monkeypatch.setattr(worker, "trusted_direction", lambda *_: (made["direction"], {}))
-    actor = GradAlignWorker.__new__(GradAlignWorker)
-    actor._direction = stored
+    monkeypatch.setattr(call, "trusted_direction", lambda *_: (made["direction"], {}))
 
     def used(request, direction=None, on_degenerate="previous"):
         made["direction"] = direction
         request = dataclasses.replace(request, direction=DirectionConfig(on_degenerate=on_degenerate))
-        return actor._direction_for(None, request)[0]
+        return call._direction_for(None, request, stored, None)[0]
 
     assert used(with_trusted, fresh, "random") is fresh
     assert used(with_trusted, none, "previous") is stored

@@ -20,10 +20,10 @@ from verl_gradalign.integration.requests import (
     owners_of,
     token_budget,
 )
-from verl_gradalign.integration.rollouts import Group, Problem
-from verl_gradalign.integration.worker import ScoringRequest
+from verl_gradalign.probe.call import ScoringRequest
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
+from verl_gradalign.selection.groups import Group, Problem
 
 row_lengths = st.lists(st.integers(1, 40), max_size=20)
 groups_of_lengths = st.lists(row_lengths, max_size=8)

@@ -201,8 +201,9 @@ def test_a_published_regime_without_data_is_refused(tmp_path):
 def test_runs_that_differ_in_what_processes_are_started_with_are_no_series(tmp_path):
     from hydra import initialize_config_module
 
-    from verl_gradalign.cpu.series import check_series, compose_run
+    from verl_gradalign.cpu.series import check_series
     from verl_gradalign.experiments.plan import miniature_overrides
+    from verl_gradalign.integration.compose import compose_run
 
     runs = plan_runs("unreliable_mini", ["cosine", "filter_groups"], [0], tmp_path)
     with initialize_config_module("verl.trainer.config", version_base=None):

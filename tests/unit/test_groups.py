@@ -12,7 +12,8 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import rollouts as groups
-from verl_gradalign.integration.rollouts import Problem, cancels, halved, keys_by_uid, read_groups, session_of
+from verl_gradalign.integration.rollouts import cancels, read_groups
+from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
 KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]

@@ -6,8 +6,7 @@ import math
 import torch
 
 from verl_gradalign.config import ScoreOptions
-from verl_gradalign.integration.rollouts import Group, Problem
-from verl_gradalign.selection.measuring import measurements
+from verl_gradalign.selection.groups import Group, Problem, measurements
 from verl_gradalign.selection.scores import SCORES
 from verl_gradalign.types import ProblemScores
 

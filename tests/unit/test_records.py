@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl_gradalign.log.columns import StepSeconds, cost_metrics
-from verl_gradalign.log.composition import MAX_VALUES, OTHER, Composition
+from verl_gradalign.log.columns import MAX_VALUES, OTHER, Composition, StepSeconds, cost_metrics
 from verl_gradalign.log.samples import choose_samples
 from verl_gradalign.metrics import CATALOGUE, metric_of, named
 from verl_gradalign.types import Measurements

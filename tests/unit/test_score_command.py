@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ValidationConfig
-from verl_gradalign.cpu.series import compose_run
+from verl_gradalign.integration.compose import compose_run
 from verl_gradalign.integration.offline import run as scoring_run
 from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.offline.results import choose, scores_table
 from verl_gradalign.integration.offline.store import ROLLOUTS, Measured, ScoringStore, joined_scores
 from verl_gradalign.integration.offline.task import ScoringTask, check_task, find_checkpoint, num_kept
 from verl_gradalign.integration.offline.trainer import check_scoring, chunks_of, needs_whole_pool
-from verl_gradalign.integration.rollouts import Group, Problem
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.types import ProblemScores
 
 runner = CliRunner()

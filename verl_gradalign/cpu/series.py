@@ -28,17 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import transfer_queue as tq
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.main_ppo import run_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.utils import need_critic
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, get_trainer_cls
-from verl.utils.config import validate_config
-from verl.utils.device import auto_set_device
 from verl.utils.import_utils import load_class_from_fqn
 
+from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.worker import use_own_workers
 
 if TYPE_CHECKING:
@@ -180,18 +178,6 @@ class SeriesRunner:
         return manager
 
 
-def compose_run(overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration that verl's entry point would run with these overrides, validated by verl."""
-    config = compose("ppo_trainer", overrides=list(overrides))
-    auto_set_device(config)
-    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    with open_dict(config):
-        config.transfer_queue.enable = True
-    # Now, as what is interpolated later is looked up in the series' first configuration.
-    OmegaConf.resolve(config)
-    return config
-
-
 def check_series(configs: Mapping[str, DictConfig]) -> None:
     """Raise ValueError if runs differ in what processes are started with, naming the first key that does."""
     (first, config), *others = configs.items()
@@ -220,7 +206,7 @@ def _given_to_processes(config: DictConfig) -> dict[str, Any]:
             flat[key] = value
 
     walk(OmegaConf.to_container(config, resolve=True), "")
-    per_run = PER_RUN
+    per_run: tuple[str, ...] = PER_RUN
     if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class"):
         per_run += PER_MANAGER
     return {key: value for key, value in flat.items() if not f"{key}:".startswith(per_run)}
@@ -231,8 +217,8 @@ def run_series(runs: Sequence[Mapping[str, Any]]) -> None:
     todo = [run for run in runs if not Path(run["done"]).exists()]
     if not todo:
         return
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        configs = {run["folder"]: compose_run(run["overrides"]) for run in todo}
+    with composing():
+        configs = {run["folder"]: validate(compose_run(run["overrides"])) for run in todo}
     check_series(configs)
     for folder in configs:
         Path(folder).mkdir(parents=True, exist_ok=True)

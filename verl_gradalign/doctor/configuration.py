@@ -18,13 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import verl  # noqa: F401  (loads the plugin, which makes +gradalign known)
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
-from verl.utils.device import auto_set_device
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.cost.tables import Column
@@ -34,6 +30,7 @@ from verl_gradalign.doctor.machine import Machine, version_of
 from verl_gradalign.doctor.model import examine_model
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
+from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
 from verl_gradalign.selection.scores import score_of
 
@@ -61,7 +58,7 @@ def examine_configuration(
         return None
     _check_machine(verl_config, machine, findings)
     with findings.refusals(AREA, "see the message of verl"):
-        validate_config(verl_config, need_reference_policy(verl_config), need_critic(verl_config))
+        validate(verl_config)
         findings.add(AREA, "ok", "verl accepts the configuration")
     _check_logging(verl_config, findings)
     _check_folders(verl_config, findings)
@@ -95,11 +92,8 @@ def examine_configuration(
 def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:
     """Return the configuration with everything resolved, as verl's entry point composes it."""
     try:
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            config = compose("ppo_trainer", overrides=list(overrides))
-        if config.trainer.device != "cpu":  # which verl leaves alone only where VERL_PLATFORM=cpu
-            auto_set_device(config)
-        OmegaConf.resolve(config)
+        with composing():
+            config = compose_run(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         findings.refusal(
             AREA, ValueError(str(error)), "correct the override; keys that verl lacks need a + before them"

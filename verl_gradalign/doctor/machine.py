@@ -9,10 +9,10 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from packaging.specifiers import SpecifierSet
 
 from verl_gradalign.findings import Findings
@@ -117,7 +117,7 @@ def _plugin(findings: Findings) -> None:
 
 
 def _hardware(findings: Findings) -> Machine:
-    host_bytes = memory_info().get("MemAvailable", 0.0)
+    host_bytes = float(psutil.virtual_memory().available)
     num_gpus, gpu_bytes = 0, 0.0
     if version_of("torch") is not None:
         import torch
@@ -158,15 +158,6 @@ def _limits(findings: Findings) -> None:
         findings.add("hardware", "warning", f"only {soft} files may be open at once; Ray needs more", "ulimit -n 65536")
     else:
         findings.add("hardware", "ok", f"{soft if soft >= 0 else 'unlimited'} files may be open at once")
-
-
-def memory_info() -> Mapping[str, float]:
-    """Return /proc/meminfo in bytes; empty where there is none."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return {}
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {pair[0].rstrip(":"): float(pair[1]) * 1024 for pair in pairs if len(pair) >= 2}
 
 
 def _num_cores() -> int:

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from verl_gradalign.integration.rollouts import Problem
+from verl_gradalign.selection.groups import Problem
 
 PROBLEM_ID = "gradalign_problem_id"
 MAX_LABEL_CHARS = 200

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of finished rollouts as TransferQueue holds them: keys in order, rewards, advantages, coefficients.
-
-A trajectory's key is `{uid}_{session}_{index}`; a response is a session, whose reward is that of its last output.
-"""
+"""Groups of finished rollouts read from TransferQueue: keys in order, rewards, advantages, coefficients."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,97 +13,18 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProto
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.probe.objective import token_coefficients
+from verl_gradalign.selection.groups import Group, Problem, halved, keys_by_uid
 from verl_gradalign.selection.scores import score_of
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
 ZERO_ADVANTAGE = 1e-6
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt that was sent to the rollout."""
-
-    uid: str
-    problem_id: int
-    """Row in the train files (or in the trusted files)."""
-    data_source: str
-    trusted_set: str | None = None
-    """Name of the trusted set it belongs to; None: a candidate."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """A problem and its finished trajectories."""
-
-    problem: Problem
-    keys: tuple[str, ...]
-    """The first half of the group first (`halved`); empty if nothing was generated."""
-    num_tokens: int
-    """Of all trajectories, prompts included."""
-    rewards: tuple[float, ...]
-    """One per response, in the keys' order."""
-    is_failed: bool
-    is_live: bool
-    advantages: tuple[float, ...] = ()
-    """One per key; nan where its tokens have different ones."""
-    coefficients: tuple[float, ...] = ()
-    """Factor of each key's log-probability in the problem's objective; nan where its tokens have different ones."""
-    halves: tuple[int, ...] = ()
-    """0 or 1: the half of the group that each key counts to when reliability is measured. Empty: not split."""
-    num_response_tokens: int = 0
-    """Of all trajectories, prompts excluded."""
-
-    def success_rate(self, threshold: float) -> float:
-        """Return the share of responses with a reward above `threshold`; NaN without responses."""
-        if not self.rewards:
-            return float("nan")
-        return sum(reward > threshold for reward in self.rewards) / len(self.rewards)
-
-
-def session_of(key: str) -> int:
-    """Return the session number of a trajectory's key."""
-    return int(key.rsplit("_", 2)[1])
-
-
-def natural_order(key: str) -> tuple[int, int]:
-    """Return what trajectory keys of a problem are sorted by: session, then output."""
-    _, session, output = key.rsplit("_", 2)
-    return int(session), int(output)
-
-
-def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return trajectory keys by their problem's uid, in session and output order."""
-    by_uid: dict[str, list[str]] = defaultdict(list)
-    for key in keys:
-        by_uid[key.split("_", 1)[0]].append(key)
-    for members in by_uid.values():
-        members.sort(key=natural_order)
-    return by_uid
-
-
-def halved(keys: Sequence[str], content: Mapping[str, bytes]) -> list[tuple[int, str]]:
-    """Return (half, key) of a group's keys, half 0 first.
-
-    Sessions go to the halves in turn, in the order of a hash of what they hold: which response a session got depends
-    on the order in which requests reached the rollout, and a repeated run must find the same halves.
-    """
-    sessions: dict[int, list[str]] = defaultdict(list)
-    for key in keys:
-        sessions[session_of(key)].append(key)
-    digests = {s: blake2b(b"".join(content[key] for key in members)).digest() for s, members in sessions.items()}
-    places = {session: place for place, session in enumerate(sorted(sessions, key=lambda s: (digests[s], s)))}
-
-    def order(key: str) -> tuple[int, int, int]:
-        session, output = natural_order(key)
-        return places[session] % 2, places[session], output
-
-    return [(order(key)[0], key) for key in sorted(keys, key=order)]
 
 
 def read_groups(
@@ -266,3 +182,20 @@ def _advantages(
         config=algorithm,
     )
     return data.batch["advantages"].float()
+
+
+def add_values(batch: KVBatchMeta, compute_values: Callable[..., Any], workers: Any, eos_token_id: int) -> None:
+    """Have the critic value all rows of the batch, by verl's own function, and store the values beside them.
+
+    Rows are dealt to ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
+    """
+    keys = set(batch.keys)
+    num_ranks = max(workers._query_dispatch_info("actor")) + 1
+    whole = KVBatchMeta(
+        keys=list(batch.keys), tags=list(batch.tags), partition_id=batch.partition_id, fields=batch.fields
+    )
+    whole = upsample_batch_to_divisible_size(whole, num_ranks, eos_token_id)
+    compute_values(whole, metrics={})
+    padding = [key for key in whole.keys if key not in keys]
+    if padding:
+        tq.kv_clear(keys=padding, partition_id=batch.partition_id)

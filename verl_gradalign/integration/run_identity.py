@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl_gradalign.config import GradAlignConfig, decisive
 from verl_gradalign.selection.state_file import file_fingerprint, read_identity, require_same
 
-__all__ = ["check_resume", "direction_file", "identity", "resume_folder", "state_file"]
+__all__ = [
+    "about_run",
+    "check_resume",
+    "direction_file",
+    "identity",
+    "installed_versions",
+    "resume_folder",
+    "state_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +45,8 @@ DECISIVE_OF_VERL = (
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.actor.loss_agg_mode",
 )
-PACKAGES = ("verl", "verl-gradalign", "numpy")
+DECISIVE_PACKAGES = ("verl", "verl-gradalign", "numpy")
+NOTED_PACKAGES = ("verl", "verl-gradalign", "torch", "transformers", "ray", "TransferQueue", "numpy", "vllm", "sglang")
 
 
 def state_file(folder: Path) -> Path:
@@ -63,7 +73,7 @@ def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]
         "gradalign": own,
         "verl": {key: OmegaConf.select(verl_config, key) for key in DECISIVE_OF_VERL},
         "data.train_files": _fingerprints([train] if isinstance(train, str) else train),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: importlib.metadata.version(package) for package in DECISIVE_PACKAGES},
     }
 
 
@@ -102,3 +112,23 @@ def _fingerprints(files: Iterable[Any]) -> list[str]:
     """Return a hash of each file's content, or its address where it is not on this machine."""
     paths = [(str(name), Path(str(name)).expanduser()) for name in files]
     return [file_fingerprint(path) if path.is_file() else name for name, path in paths]
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that are installed."""
+    versions = {}
+    for package in NOTED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def about_run(verl_config: DictConfig) -> dict[str, Any]:
+    """Return the versions, verl's whole configuration, resolved, and the time."""
+    return {
+        "versions": installed_versions(),
+        "config": OmegaConf.to_container(verl_config, resolve=True),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Protocol
 
 import transfer_queue as tq
@@ -20,14 +21,14 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.requests import audited_problems, build_requests, drawn, token_budget
-from verl_gradalign.integration.rollouts import Group, Problem, natural_order, needs_values, read_groups, session_of
-from verl_gradalign.integration.worker import ScoringReply, ScoringRequest
+from verl_gradalign.integration.rollouts import needs_values, read_groups
 from verl_gradalign.log.run_log import StepRecorder
 from verl_gradalign.metrics import named
+from verl_gradalign.probe.call import ScoringReply, ScoringRequest
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.chooser import Choice, Chooser
 from verl_gradalign.selection.curriculum import Curriculum, Draw
-from verl_gradalign.selection.measuring import measurements
+from verl_gradalign.selection.groups import Group, Problem, measurements, natural_order, session_of
 from verl_gradalign.selection.scores import learnability, score_of
 from verl_gradalign.selection.select import REASONS
 from verl_gradalign.types import Selection
@@ -152,7 +153,7 @@ class AlignmentSelector:
             choice, reply = self._score_and_choose(batch, groups, trusted, step)
         else:
             choice, reply = self._chooser.take_all(groups, is_planned=self._curriculum is not None), None
-        metrics = self._recorder.record(step, batch, groups, choice, reply, trusted)
+        metrics = self._recorder.record(step, partial(_responses, batch.partition_id), groups, choice, reply, trusted)
         kept = self._keep(batch, groups, choice.selection, step)
         metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
         self.last_selection_s = time.perf_counter() - started
@@ -172,7 +173,7 @@ class AlignmentSelector:
         }
 
     def restore(self, state: Mapping[str, Any], has_direction: bool) -> None:
-        """Go on from a checkpoint's state. Without the direction's file a new one is made in the next step."""
+        """Continue from a checkpoint's state. Without the direction's file a new one is made in the next step."""
         self._direction_step = state["direction_step"] if has_direction else None
         self._num_scorings = state["num_scorings"]
         self._chooser.restore(state["chooser"])
@@ -244,10 +245,10 @@ class AlignmentSelector:
         metas, requests = build_requests(batch, live_trusted, live, self._dp_rank_of, request)
         self._num_scorings += 1
         reply = self._score_remotely(metas, requests)[0]
-        self._heed(reply)
+        self._check_diagnostics(reply)
         return reply
 
-    def _heed(self, reply: ScoringReply) -> None:
+    def _check_diagnostics(self, reply: ScoringReply) -> None:
         """Warn of problems too large for the estimator, once; stop if the canary disagrees."""
         diagnostics = reply.scores.diagnostics if reply.scores is not None else {}
         if diagnostics.get("oversized") and not self._has_warned:
@@ -291,3 +292,10 @@ class AlignmentSelector:
                 "of the rollout or of the reward function above this message."
             )
         return batch.select_keys(kept)
+
+
+def _responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
+    """Return the token ids of some trajectories' responses."""
+    return list(
+        tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["responses"])["responses"].unbind()
+    )

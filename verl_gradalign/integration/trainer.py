@@ -24,9 +24,10 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
-from verl_gradalign.integration.completion import add_values
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.integration.rollouts import add_values
 from verl_gradalign.integration.run_identity import (
+    about_run,
     check_resume,
     direction_file,
     identity,
@@ -37,7 +38,7 @@ from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlign
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.worker import use_own_workers
 from verl_gradalign.log.columns import StepSeconds
-from verl_gradalign.log.run_notes import RunNotes
+from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.selection.state_file import load_state, save_state
@@ -105,7 +106,9 @@ class ChoosesProblems(_Trainer):
         if not is_plain:
             chooses = self._score.rank is not None
             self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
-        self._notes = RunNotes(self.gradalign, self.config, self._pool, self._decode)
+        folder = Path(self.config.trainer.default_local_dir) / "gradalign"
+        has_wandb = "wandb" in self.config.trainer.logger
+        self._notes = RunNotes(self.gradalign, folder, about_run(self.config), has_wandb, self._pool, self._decode)
         self._selector = self.selector_class(
             self.gradalign, self.config, self._notes.recorder, self, self._pool.num_rows, self._curriculum
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is noted of a step's selection: the selection log's columns, and metrics. Pure functions.
+"""What is noted of a step's selection: the selection log's columns, metrics, and what the problems are of.
 
 Shape legend: P candidates.
 """
@@ -7,34 +7,64 @@ Shape legend: P candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from verl_gradalign.integration.rollouts import Group
-from verl_gradalign.integration.worker import ScoringReply
 from verl_gradalign.metrics import PREFIX
+from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.probe.trusted import COMBINED, SetReport
 from verl_gradalign.rank_correlation import spearman_brown
+from verl_gradalign.selection.chooser import Choice
+from verl_gradalign.selection.groups import Group, spread
 from verl_gradalign.selection.select import KEPT_REASONS, REASONS
 from verl_gradalign.types import ProblemScores, Selection
 
-if TYPE_CHECKING:  # which takes `spread` from here
-    from verl_gradalign.selection.chooser import Choice
+MAX_VALUES = 20
+"""Values of a column that have metrics of their own, the most frequent. A logger with thousands is of no use."""
+
+OTHER = "other"
+"""Stands for all further values."""
+
+MAX_NAME_CHARS = 60
+
+
+class Composition:
+    """Knows which values of a column are named: decided by the train files, so the same in every step and after resume.
+
+    Args:
+        values: of every problem of the train files, by column.
+    """
+
+    def __init__(self, values: Mapping[str, Iterable[str]]) -> None:
+        self._names = {column: self._most_frequent(of_all) for column, of_all in values.items()}
+
+    @staticmethod
+    def _most_frequent(values: Iterable[str]) -> list[str]:
+        counts = Counter(value[:MAX_NAME_CHARS] for value in values)
+        names = sorted(counts, key=lambda name: (-counts[name], name))
+        return names if len(names) <= MAX_VALUES else [*names[:MAX_VALUES], OTHER]
+
+    def metrics(self, column: str, value_P: Sequence[str], is_kept_P: np.ndarray) -> dict[str, float]:
+        """Return the shares of a column's values among the candidates and among the kept ones."""
+        names = self._names[column]
+        known = set(names)
+        cut = [value[:MAX_NAME_CHARS] for value in value_P]
+        name_P = np.array([name if name in known else OTHER for name in cut], dtype=object)
+        shares = {}
+        for name in names:
+            is_name_P = name_P == name
+            for group, members_P in (("pool", is_name_P), ("kept", is_name_P[is_kept_P])):
+                shares[f"composition/{column}/{name}/{group}"] = float(members_P.mean()) if len(members_P) else 0.0
+        return shares
 
 
 def success_rates(groups: Sequence[Group], threshold: float) -> np.ndarray:
     """Return each group's success rate, nan where nothing was generated."""
     return np.array([g.success_rate(threshold) for g in groups], dtype=np.float64)
-
-
-def spread(values: Any, positions: np.ndarray, num_candidates: int) -> np.ndarray:
-    """Return the values of some candidates as a column of all of them, nan elsewhere."""
-    column = np.full(num_candidates, np.nan)
-    column[positions] = values
-    return column
 
 
 def log_columns(

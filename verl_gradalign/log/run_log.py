@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes what a step chose: metrics, the selection log, and texts of some problems.
+"""Everything a run writes down besides verl's own metrics: the selection log, texts of some problems, wandb's pages.
 
 Shape legend: P candidates.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transfer_queue import KVBatchMeta
+import numpy as np
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.rollouts import Group
-from verl_gradalign.integration.worker import ScoringReply
 from verl_gradalign.log.columns import (
+    Composition,
+    StepSeconds,
+    cost_metrics,
     log_columns,
     reply_metrics,
     score_metrics,
@@ -24,13 +26,20 @@ from verl_gradalign.log.columns import (
     token_metrics,
     trusted_metrics,
 )
-from verl_gradalign.log.composition import Composition
 from verl_gradalign.log.samples import Problems, choose_samples, sample_columns
 from verl_gradalign.log.selection_log import EXTRA, SelectionLog
 from verl_gradalign.log.wandb_pages import Pages
+from verl_gradalign.metrics import named
+from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.chooser import Choice
+from verl_gradalign.selection.groups import Group
 
-__all__ = ["StepRecorder"]
+__all__ = ["RunNotes", "StepRecorder"]
+
+ReadResponses = Callable[[list[str]], Sequence[Any]]
+
+# Of verl's metrics those that the report reads.
+KEPT_METRICS = ("gradalign/", "timing_s/", "val-core/", "critic/score/mean", "response_length/mean", "actor/", "perf/")
 
 
 class StepRecorder:
@@ -64,20 +73,20 @@ class StepRecorder:
     def record(
         self,
         step: int,
-        batch: KVBatchMeta,
+        read_responses: ReadResponses,
         groups: Sequence[Group],
         choice: Choice,
         reply: ScoringReply | None,
         trusted: Mapping[str, Sequence[Group]],
     ) -> dict[str, float]:
-        """Note a step's choice while its rows are still there, and return the metrics."""
+        """Note a step's choice while its rows are still there, and return the metrics; see `samples.sample_columns`."""
         started = time.perf_counter()
         rate_P = success_rates(groups, self._config.success_threshold)
         scores = None if reply is None else reply.scores
         columns = log_columns(step, groups, choice, rate_P, scores)
         labels = {name: self._labels(name, groups) for name in self._log.columns}
         self._log.write(step, columns | {EXTRA + name: values for name, values in labels.items()})
-        samples = self._samples(step, batch, groups, choice, columns)
+        samples = self._samples(step, read_responses, groups, choice, columns)
         composed: dict[str, float] = {}
         for name, values in {"data_source": columns["data_source"], **labels}.items():
             composed |= self._composition.metrics(name, values, columns["kept"])
@@ -101,16 +110,78 @@ class StepRecorder:
         return [self._problems.label(column, group.problem.problem_id) for group in groups]
 
     def _samples(
-        self, step: int, batch: KVBatchMeta, groups: Sequence[Group], choice: Choice, columns: Mapping[str, Any]
+        self,
+        step: int,
+        read_responses: ReadResponses,
+        groups: Sequence[Group],
+        choice: Choice,
+        columns: Mapping[str, Any],
     ) -> dict[str, list[Any]]:
         """Write texts of some of the scored candidates, and return them."""
         log = self._config.log
         chosen = choose_samples(
             log.sample_problems, choice.score_P, columns["dot"], columns["norm"], choice.dot_error_P
         )
-        samples = sample_columns(
-            step, groups, chosen, batch.partition_id, self._problems, self._decode, log.sample_chars
-        )
+        samples = sample_columns(step, groups, chosen, read_responses, self._problems, self._decode, log.sample_chars)
         if chosen:
             self._log.write_samples(step, samples)
         return samples
+
+
+class RunNotes:
+    """The selection log of a run, its metrics, and the pages for wandb.
+
+    Args:
+        config: the `gradalign` block.
+        folder: where the log lies unless `log.dir` says otherwise.
+        about: versions and the whole configuration, for every file's metadata.
+        has_wandb: whether the run is logged there.
+        pool: the train files' problems.
+        decode: turns a response's token ids into text.
+    """
+
+    def __init__(
+        self,
+        config: GradAlignConfig,
+        folder: Path,
+        about: Mapping[str, Any],
+        has_wandb: bool,
+        pool: Problems,
+        decode: Callable[[Any], str],
+    ) -> None:
+        own = config.log
+        max_bytes = None if own.max_gb is None else int(own.max_gb * 1e9)
+        pool.read_labels(own.columns)
+        self._log = SelectionLog(own.dir or folder, own.columns, about, own.steps_per_part, max_bytes)
+        self._pages = Pages(own.pages_problems) if own.pages_interval and has_wandb else None
+        self._pages_interval = own.pages_interval
+        self._late_s = 0.0
+        self.recorder = StepRecorder(config, self._log, pool, decode, self._pages)
+
+    def begin(self, step: int) -> None:
+        """Get ready to continue after `step`."""
+        self._log.begin(step)
+
+    def note_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Note a validation. Later ones than that before training are among their step's metrics."""
+        if step == 0:
+            self._log.write_metrics(0, _to_keep(metrics))
+
+    def end_step(self, step: int, metrics: Mapping[str, Any], seconds: StepSeconds, tracking: Any) -> dict[str, float]:
+        """Note a step's metrics, publish pages when they are due, and return what selection cost of the step.
+
+        `tracking` is verl's.
+        """
+        started = time.perf_counter()
+        costs = named({**cost_metrics(metrics, seconds), "seconds/logging": self.recorder.seconds + self._late_s})
+        self._log.write_metrics(step, _to_keep({**metrics, **costs}))
+        if self._pages is not None and step % self._pages_interval == 0:
+            self._pages.publish(tracking.logger["wandb"], step)
+        self._late_s = time.perf_counter() - started
+        return costs
+
+
+def _to_keep(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers that the selection log keeps."""
+    numbers = (int, float, np.number)
+    return {k: float(v) for k, v in metrics.items() if k.startswith(KEPT_METRICS) and isinstance(v, numbers)}

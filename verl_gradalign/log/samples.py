@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import transfer_queue as tq
 
-from verl_gradalign.integration.rollouts import Group
 from verl_gradalign.log.selection_log import SAMPLES
+from verl_gradalign.selection.groups import Group
 
 __all__ = ["Problems", "best_and_worst", "choose_samples", "sample_columns"]
 
@@ -27,6 +26,10 @@ class Problems(Protocol):
 
     def values(self, column: str) -> Sequence[str]:
         """Return every problem's data_source, or value of a key of extra_info, as text."""
+        ...
+
+    def read_labels(self, columns: Sequence[str]) -> None:
+        """Read the keys of extra_info that `label` is asked for."""
         ...
 
     def label(self, column: str, problem_id: int) -> str:
@@ -59,20 +62,22 @@ def sample_columns(
     step: int,
     groups: Sequence[Group],
     chosen: Sequence[int],
-    partition: str,
+    read_responses: Callable[[list[str]], Sequence[Any]],
     problems: Problems,
     decode: Callable[[Any], str],
     max_chars: int,
 ) -> dict[str, list[Any]]:
-    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response."""
+    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response.
+
+    `read_responses` gives the token ids of some keys, while the step's rows are still there.
+    """
     shown = [(groups[place], index) for place in chosen for index in best_and_worst(groups[place].rewards)]
     columns: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     if not shown:
         return columns
     # A session's last output is the one that its reward is of.
     keys = [list({key.rsplit("_", 1)[0]: key for key in group.keys}.values())[index] for group, index in shown]
-    responses = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["responses"])["responses"].unbind()
-    for (group, index), response in zip(shown, responses, strict=True):
+    for (group, index), response in zip(shown, read_responses(keys), strict=True):
         prompt, answer = problems.text(group.problem.problem_id)
         values = (step, group.problem.problem_id, prompt[:max_chars], answer[:max_chars])
         text = decode(response)[:max_chars]

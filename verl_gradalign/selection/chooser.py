@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.rollouts import Group
-from verl_gradalign.log.columns import spread
 from verl_gradalign.rank_correlation import spearman_brown
+from verl_gradalign.selection.groups import Group, measurements, spread
 from verl_gradalign.selection.history import ProblemRecord
-from verl_gradalign.selection.measuring import measurements
 from verl_gradalign.selection.reliability import Reliability, score_reliability
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.selection.select import RANDOM, SCHEDULED, Candidates, select_all, select_random, select_top
@@ -97,7 +95,7 @@ class Chooser:
         return {"direction_reliability": self._direction_reliability, "record": self._record.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self._direction_reliability = state["direction_reliability"]
         self._record.restore(state["record"])
 

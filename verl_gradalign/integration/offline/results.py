@@ -24,17 +24,17 @@ from verl.utils import hf_tokenizer
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.files import without_nan
-from verl_gradalign.integration.about import about_run, installed_versions
 from verl_gradalign.integration.offline.samples import sample_texts
 from verl_gradalign.integration.offline.store import Measured, ScoringStore, joined_scores, replace_file
 from verl_gradalign.integration.offline.task import ScoringTask, num_kept
 from verl_gradalign.integration.prompts import UNKNOWN_SOURCE
-from verl_gradalign.integration.rollouts import Group, Problem
+from verl_gradalign.integration.run_identity import about_run, installed_versions
 from verl_gradalign.log.columns import log_columns, score_metrics, selection_metrics, success_rates
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog
 from verl_gradalign.metrics import named
 from verl_gradalign.selection.chooser import Chooser
+from verl_gradalign.selection.groups import Group, Problem
 
 __all__ = ["SCORES", "choose", "scores_table", "write_results"]
 

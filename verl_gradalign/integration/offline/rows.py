@@ -15,7 +15,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from verl_gradalign.integration.rollouts import Problem, keys_by_uid, session_of
+from verl_gradalign.selection.groups import Problem, keys_by_uid, session_of
 
 __all__ = ["PARTITION", "load_rows", "read_rows"]
 

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from hydra import initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.cpu.series import compose_run
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.offline.results import write_results
 from verl_gradalign.integration.offline.store import Measured, ScoringStore
@@ -96,9 +95,9 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         # verl prints while it validates; the standard output is for the result.
         with (
             contextlib.redirect_stdout(io.StringIO()),
-            initialize_config_module("verl.trainer.config", version_base=None),
+            composing(),
         ):
-            return compose_run(overrides)
+            return validate(compose_run(overrides))
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise ValueError(
             f"verl does not take this configuration: {error}. Remedy: mend what stands after --."

@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from verl_gradalign.integration.rollouts import Group, Problem
 from verl_gradalign.log.parts import replace_table
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.types import ProblemScores
 
 __all__ = ["ROLLOUTS", "Measured", "Member", "ScoringStore", "joined_scores", "replace_file"]

@@ -23,21 +23,21 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.checks import refuse
+from verl_gradalign.errors import refuse
 from verl_gradalign.integration.offline.rows import PARTITION, load_rows, read_rows
 from verl_gradalign.integration.offline.store import Measured, Member, ScoringStore, replace_file
 from verl_gradalign.integration.prompts import PromptTable, problems_of
-from verl_gradalign.integration.rollouts import Group, Problem
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.trainer import ChoosesProblems
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.curriculum import Draw
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.scores import score_of
 
 if TYPE_CHECKING:
-    from verl_gradalign.integration.worker import ScoringReply
+    from verl_gradalign.probe.call import ScoringReply
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's example of scoring without verl runs as it stands, and gives the oracle's scores."""
+"""The page's example of scoring without verl runs as it stands, and gives the oracle's scores."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 
 from tests.numerics.problems import VOCABULARY, build_model, expected_scores, load_float64, with_coefficients
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "recipes" / "how_to" / "without_verl.md"
 RTOL_FLOAT64 = 1e-10  # measured 2e-14
 
 
-def test_the_readmes_example_gives_the_oracles_cosines(tmp_path: Path, monkeypatch) -> None:
+def test_the_pages_example_gives_the_oracles_cosines(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tests.numerics.problems.TEMPERATURE", 1.0)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     (code,) = [block for block in blocks if "score_problems" in block]
     model = load_float64(build_model(tmp_path, "qwen2", tie_word_embeddings=True))
     generator = torch.Generator().manual_seed(0)
@@ -25,7 +25,7 @@ def test_the_readmes_example_gives_the_oracles_cosines(tmp_path: Path, monkeypat
 
     samples = [sample() for _ in range(8)]
     namespace = {"model": model, "trusted_samples": samples[:3], "candidate_samples": samples[3:]}
-    exec(compile(code, str(README), "exec"), namespace)
+    exec(compile(code, str(PAGE), "exec"), namespace)
 
     def problem(prompt: list[int], responses: list[list[int]], rewards: list[float]):
         mean = sum(rewards) / len(rewards)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One measuring call in the actor: a request, the direction it is measured along, an estimator, a reply.
+
+    reply, fresh = measure(engine, request, stored_direction, optimizer)
+
+Every rank makes the same call with its own share of the problems.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from verl_gradalign.config import DirectionConfig, ProbeConfig
+from verl_gradalign.probe.audit import audited_scores
+from verl_gradalign.probe.direction import Direction, no_direction
+from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
+from verl_gradalign.probe.planning import TokenBudget
+from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.shards import inner
+from verl_gradalign.probe.sketch import sketched_scores
+from verl_gradalign.probe.trusted import SetReport, TrustedRows, trusted_direction
+from verl_gradalign.types import ProblemRows, ProblemScores
+
+__all__ = ["ScoringReply", "ScoringRequest", "measure"]
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """One rank's share of a scoring call. Problems are the same, in the same order, on all ranks."""
+
+    estimator: str
+    probe: ProbeConfig
+    direction: DirectionConfig
+    budget: TokenBudget
+    temperature: float
+    source: str | None = "trusted"
+    """What the direction is made of: `selection.scores.Score.direction`."""
+    set_weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each trusted set that was rolled out. Empty: score with the stored direction."""
+    audited: tuple[int, ...] = ()
+    """Candidates to score exactly too."""
+    metric_on: tuple[int, ...] = ()
+    """Candidates that direction.metric=candidates is measured on."""
+    learnability: tuple[float, ...] = ()
+    """p(1-p) of each candidate, where the direction is made of them."""
+    seed: int = 0
+    trusted: Mapping[str, tuple[ProblemRows, ...]] = field(default_factory=dict)
+    """Live problems of each trusted set."""
+    candidates: tuple[ProblemRows, ...] = ()
+
+    def with_shares(
+        self, trusted: Mapping[str, tuple[ProblemRows, ...]], candidates: tuple[ProblemRows, ...]
+    ) -> ScoringRequest:
+        """Return the request of the rank that holds these shares."""
+        return replace(self, trusted=trusted, candidates=candidates)
+
+
+@dataclass(frozen=True)
+class ScoringReply:
+    """What a scoring call found. Identical on all ranks, but for the seconds."""
+
+    scores: ProblemScores | None
+    """None: there was no usable direction."""
+    is_fresh: bool
+    """Whether the scores were taken along a direction made in this call of the trusted set."""
+    reports: Mapping[str, SetReport]
+    """On each trusted set of which a direction was made in this call, and on all under trusted.COMBINED."""
+    direction_s: float
+    scores_s: float
+    cosine_previous: float = math.nan
+    """Between the fresh direction and the one before; nan without either."""
+
+
+def measure(
+    engine: GradientEngine, request: ScoringRequest, stored: Direction | None, optimizer: Any
+) -> tuple[ScoringReply, Direction | None]:
+    """Make the direction and score the candidates along it; return the reply, and the direction if it is new.
+    Collective.
+
+    `stored` is the direction kept of an earlier call, `optimizer` the actor's (for direction.metric=adam).
+    """
+    started = time.perf_counter()
+    direction, fresh, reports = _direction_for(engine, request, stored, optimizer)
+    direction_s = time.perf_counter() - started
+    scores = None if direction is None else _scores(engine, request, direction)
+    # Before the fresh one takes the stored one's place.
+    cosine_previous = _cosine(engine, fresh, stored)
+    reply = ScoringReply(
+        scores=scores,
+        is_fresh=fresh is not None,
+        reports=reports,
+        direction_s=direction_s,
+        scores_s=time.perf_counter() - started - direction_s,
+        cosine_previous=cosine_previous,
+    )
+    return reply, fresh
+
+
+def _direction_for(
+    engine: GradientEngine, request: ScoringRequest, stored: Direction | None, optimizer: Any
+) -> tuple[Direction | None, Direction | None, dict[str, SetReport]]:
+    """Return the direction to score along, the one to keep of the trusted set, and reports on it."""
+    if request.source != "trusted":
+        return no_direction(engine.module), None, {}
+    plain: Direction | None = None
+    reports: dict[str, SetReport] = {}
+    if request.set_weights:
+        sets = [TrustedRows(name, w, request.trusted[name]) for name, w in request.set_weights.items()]
+        plain, reports = trusted_direction(engine, sets, request.direction, stored)
+    fresh = None if plain is None or plain.is_degenerate else plain
+    may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
+    used = fresh if fresh is not None else stored if may_use_stored else None
+    if used is not None and request.direction.metric == "adam":
+        used = with_adam_metric(used, engine, optimizer)
+    elif used is not None and request.direction.metric == "candidates":
+        used = with_candidates_metric(used, engine, [request.candidates[i] for i in request.metric_on])
+    return used, fresh, reports
+
+
+def _cosine(engine: GradientEngine, first: Direction | None, second: Direction | None) -> float:
+    """Return the cosine of two directions, nan without either. Collective."""
+    return math.nan if first is None or second is None else inner(engine, first.shards, second.shards)
+
+
+def _scores(engine: GradientEngine, request: ScoringRequest, direction: Direction) -> ProblemScores:
+    """Return the candidates' scores along the direction, or along that of their own pool. Collective."""
+    estimator, probe = ESTIMATORS[request.estimator](request.probe), request.probe
+    if request.source in ("pool", "learnability") and probe.pool_dots == "sketch":
+        weights = request.learnability if request.source == "learnability" else None
+        return sketched_scores(engine, request.candidates, weights, probe.sketch_rank, request.seed)
+
+    def score(problems: Sequence[ProblemRows], along: Direction, audited: tuple[int, ...] = ()) -> ProblemScores:
+        return audited_scores(engine, problems, along, estimator, audited, probe.oversized)
+
+    if request.source == "pool":
+        return pool_sum_scores(engine, request.candidates, partial(score, audited=request.audited))
+    if request.source == "learnability":
+        return unit_sum_scores(engine, request.candidates, request.learnability, score, request.audited)
+    return score(request.candidates, direction, request.audited)
