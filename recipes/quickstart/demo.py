@@ -4,18 +4,21 @@
     python recipes/quickstart/demo.py --output outputs/quickstart
     python recipes/quickstart/demo.py --gsm8k path/to/gsm8k --output outputs/gsm8k   # train.jsonl and test.jsonl
 
-Everything a run writes stays under the output folder: data/, model/, and one folder per run with verl's console
-output (run.log), verl's metrics (metrics.jsonl) and the selection log (gradalign/*.parquet).
+Everything stays under the output folder: data/, model/, verl's console output (run.log), report.html, and one folder
+per run with verl's metrics (metrics.jsonl) and the selection log (gradalign/*.parquet). Both runs are trainings of
+their own in one set of processes, which take a minute to start.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from verl_gradalign.experiments.compare import cpu_environment
 from verl_gradalign.experiments.metrics_file import RunSummary, held_out_accuracy, read_metrics, summarise_run
+from verl_gradalign.report.html import write_report
+from verl_gradalign.report.run import read_run
+from verl_gradalign.report.run_folders import find_runs
 
-HERE = Path(__file__).parent
 SCORES = ("random", "cosine")
 # Without a terminal rich assumes 80 columns, too few for the table.
 console = Console(width=None if sys.stdout.isatty() else 130)
@@ -89,7 +95,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
     from verl_gradalign.toy.warmup import warm_up
 
     disable_progress_bar()
-    files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=128, seed=seed)
+    files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=256, seed=seed)
     untrained = build_tiny_model(output / "untrained", seed=seed)
     with progress_bar() as bar:
         task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")
@@ -119,33 +125,60 @@ def prepare_gsm8k(output: Path, folder: Path, num_rows: int, seed: int) -> dict[
     return files
 
 
-def train(run_dir: Path, output: Path, score: str, num_steps: int, overrides: list[str], verbose: bool) -> float:
-    """Run verl once, showing its steps as they are logged; return the seconds from launch to the first step's end.
+def overrides_of(run_dir: Path, data: Path, model: Path, score: str, num_steps: int, further: list[str]) -> list[str]:
+    """Return the overrides of verl's entry point for one run, those of train.sh."""
+    return [
+        "+platform=cpu",
+        "+regime=quickstart",
+        f"+gradalign={score}",
+        f"gradalign.validation.files={data / 'trusted.parquet'}",
+        "gradalign.poll_interval_s=0.02",
+        "gradalign.oversample=3",
+        f"data.train_files={data / 'pool.parquet'}",
+        f"data.val_files={data / 'test.parquet'}",
+        f"actor_rollout_ref.model.path={model}",
+        "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_gradalign.cpu.batched_rollout.BatchedRollout",
+        "reward.num_workers=0",
+        f"trainer.default_local_dir={run_dir}",
+        f"trainer.total_training_steps={num_steps}",
+        f"trainer.experiment_name={score}",
+        *further,
+    ]
+
+
+def train(output: Path, runs: dict[str, list[str]], num_steps: int, seed: int, verbose: bool) -> float:
+    """Run verl once per entry of `runs`, in one set of processes; return the seconds from launch to the first step.
 
     Raises: RuntimeError with the end of verl's output if it fails.
     """
-    shutil.rmtree(run_dir, ignore_errors=True)
-    run_dir.mkdir(parents=True)
-    command = [HERE / "train.sh", run_dir, output / "data", output / "model", score]
-    command += [f"trainer.total_training_steps={num_steps}", f"trainer.experiment_name={score}", *overrides]
-    log_path, metrics_path = run_dir / "run.log", run_dir / "metrics.jsonl"
-    environment = {**os.environ, "PYTHON": sys.executable}
+    for name in runs:
+        shutil.rmtree(output / name, ignore_errors=True)
+    plan, log_path = output / "series.json", output / "run.log"
+    members = [
+        {"folder": str(output / name), "done": str(output / name / "done"), "seed": seed, "overrides": overrides}
+        for name, overrides in runs.items()
+    ]
+    plan.write_text(json.dumps(members), encoding="utf-8")
     started, first_step_s = time.monotonic(), 0.0
     with log_path.open("wb") as log, progress_bar() as bar:
         process = subprocess.Popen(
-            [str(part) for part in command],
+            [sys.executable, "-m", "verl_gradalign.cpu.series", str(plan)],
             stdout=None if verbose else log,
             stderr=None if verbose else subprocess.STDOUT,
-            env=environment,
+            cwd=output,
+            env={**os.environ, **cpu_environment(1)},
         )
-        task = bar.add_task(f"verl, {score}", total=num_steps, note="starting Ray and the workers")
+        tasks = {name: bar.add_task(f"verl, {name}", total=num_steps, note="waiting") for name in runs}
+        bar.update(tasks[next(iter(runs))], note="starting Ray and the workers")
         while process.poll() is None:
             time.sleep(0.5)
-            lines = [m for _, m in read_metrics(metrics_path)] if metrics_path.exists() else []
-            steps = [m for m in lines if "timing_s/step" in m]
-            if steps:
-                first_step_s = first_step_s or time.monotonic() - started
-                bar.update(task, completed=len(steps), note=_note(steps[-1], lines))
+            for name, task in tasks.items():
+                path = output / name / "metrics.jsonl"
+                lines = [m for _, m in read_metrics(path)] if path.exists() else []
+                steps = [m for m in lines if "timing_s/step" in m]
+                if steps:
+                    first_step_s = first_step_s or time.monotonic() - started
+                    bar.update(task, completed=len(steps), note=_note(steps[-1], lines))
     if process.returncode:
         tail = "" if verbose else "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
         raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log_path}\n{tail}")
@@ -160,11 +193,11 @@ def _note(step: dict[str, float], lines: list[dict[str, float]]) -> str:
     return f"{step['timing_s/step']:.1f} s/step, reward {reward:.2f}, kept {step['gradalign/kept']:.0f}{held_out}"
 
 
-def show(summaries: dict[str, RunSummary], first_step_s: dict[str, float]) -> None:
+def show(summaries: dict[str, RunSummary]) -> None:
     """Print the final table."""
     table = Table(title="What was trained on, and what came of it")
     columns = ("run", "steps", "held-out accuracy", "corrupted candidates", "corrupted trained on")
-    for column in (*columns, "first step after", "s/step", "selection"):
+    for column in (*columns, "s/step", "selection"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, s in summaries.items():
         before, after = (("-" if a is None else f"{a:.1%}") for a in (s.accuracy_before, s.accuracy_after))
@@ -174,7 +207,6 @@ def show(summaries: dict[str, RunSummary], first_step_s: dict[str, float]) -> No
             f"{before} -> {after}",
             f"{s.corrupted_pool:.1%}",
             f"{s.corrupted_trained:.1%}",
-            f"{first_step_s[name]:.0f} s",
             f"{s.step_s:.1f}",
             f"{s.selection_share:.0%}",
         )
@@ -210,17 +242,26 @@ def main() -> None:
             from verl_gradalign.toy.warmup import DEFAULT_NUM_STEPS
 
             files = prepare_tasks(output, arguments.warm_up_steps or DEFAULT_NUM_STEPS, arguments.seed)
-        first_step_s, summaries = {}, {}
-        for score in arguments.scores:
-            run_dir = output / score
-            first_step_s[score] = train(run_dir, output, score, arguments.steps, overrides, arguments.verbose)
-            summaries[score] = summarise_run(run_dir, files["pool"])
-    show(summaries, first_step_s)
+        runs = {
+            score: overrides_of(output / score, output / "data", output / "model", score, arguments.steps, overrides)
+            for score in arguments.scores
+        }
+        first_step_s = train(output, runs, arguments.steps, arguments.seed, arguments.verbose)
+        summaries = {score: summarise_run(output / score, files["pool"]) for score in runs}
+    show(summaries)
+    report = write_report(
+        [read_run(run) for run in find_runs([output / score for score in runs])], output / "report.html"
+    )
     minutes, peak = (time.monotonic() - started) / 60, footprint.peak_bytes / 2**30
     console.print(
         f"[bold green]Done[/] in {minutes:.1f} min, peak resident memory {peak:.1f} GiB (all processes). "
-        f"Metrics, selection logs and verl's output: {output}"
+        f"The first step was done {first_step_s:.0f} s after the launch. "
+        f"Metrics, selection logs and verl's output: {output}",
+        highlight=False,
     )
+    console.print(f"What was selected, and the problems to look at: [bold]{report}[/]", soft_wrap=True, highlight=False)
+    if sys.stdout.isatty() and os.environ.get("DISPLAY"):
+        webbrowser.open(report.as_uri())
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
     +regime=quickstart \
     +gradalign="$score" \
     gradalign.validation.files="$data_dir/trusted.parquet" \
-    gradalign.poll_interval_s=0.2 \
+    gradalign.poll_interval_s=0.02 \
     gradalign.oversample=3 \
     data.train_files="$data_dir/pool.parquet" \
     data.val_files="$data_dir/test.parquet" \
     actor_rollout_ref.model.path="$model_dir" \
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_gradalign.cpu.batched_rollout.BatchedRollout \
+    reward.num_workers=0 \
     trainer.n_gpus_per_node="$num_ranks" \
     trainer.default_local_dir="$run_dir" \
     hydra.run.dir="$run_dir/hydra" \

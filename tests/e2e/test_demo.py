@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 def test_the_demonstration_makes_its_table_from_an_empty_folder(tmp_path):
     demo = REPOSITORY / "recipes" / "quickstart" / "demo.py"
     options = ["--steps", "2", "--warm-up-steps", "80", "--scores", "cosine"]
-    overrides = ["--", "actor_rollout_ref.rollout.agent.num_workers=1"]  # each imports torch and verl once more
+    overrides = ["--", "trainer.test_freq=2"]
     done = subprocess.run(
         [sys.executable, str(demo), "--output", "made here", *options, *overrides],
         cwd=tmp_path,
@@ -28,6 +28,7 @@ def test_the_demonstration_makes_its_table_from_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     made = tmp_path / "made here"
+    assert str(made / "report.html") in done.stdout and (made / "report.html").stat().st_size > 10_000
     log = read_selection_log(made / "cosine" / "gradalign").to_pylist()
     corrupted = [info["corrupted"] for info in pq.read_table(made / "data" / "pool.parquet")["extra_info"].to_pylist()]
     shares = [

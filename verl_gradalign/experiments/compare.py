@@ -30,7 +30,7 @@ from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_ov
 from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "cpu_environment"]
 
 POLL_S = 1.0
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -143,11 +143,12 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
         )
         log = output / f"series-{number}.log"
         command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
-        processes.append((_start(command, log, output, _cpu_environment(len(series))), log))
+        processes.append((_start(command, log, output, cpu_environment(len(series))), log))
     _watch(processes, runs, progress)
 
 
-def _cpu_environment(num_series: int) -> dict[str, str]:
+def cpu_environment(num_series: int) -> dict[str, str]:
+    """Return what the environment of verl on the CPU must hold, where so many launches share the cores."""
     num_threads = max(1, (os.cpu_count() or 1) // num_series)
     return {
         "VERL_PLATFORM": "cpu",
