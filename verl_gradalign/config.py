@@ -30,7 +30,6 @@ ADVANTAGES = ("trainer", "centred")
 ESTIMATORS = ("ghost", "backward", "finite_difference", "low_rank", "output_layer")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
-
 T = TypeVar("T")
 
 
@@ -162,12 +161,10 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         require(self.n is None or self.n >= 1, "validation.n", self.n, "must be at least 1", "leave it out, or 8")
         names = [trusted.name for trusted in self.sets]
+        are_distinct = not (self.files and self.sets) and len(set(names)) == len(names)
+        rule = "stands beside validation.files, or names a set twice"
         require(
-            not (self.files and self.sets) and len(set(names)) == len(names),
-            "validation.sets",
-            names,
-            "stands beside validation.files, or names a set twice",
-            "give every set a name of its own, and no validation.files",
+            are_distinct, "validation.sets", names, rule, "give every set a name of its own, and no validation.files"
         )
 
     def trusted_sets(self) -> tuple[TrustedSetConfig, ...]:
@@ -185,9 +182,9 @@ class DirectionConfig:
     """Steps between two directions made from fresh rollouts of the trusted set. 1: every step, the default, because
     the policy moves every step; larger values save the trusted rollouts."""
     on_degenerate: str = "previous"
-    """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or a gradient
-    that is not finite): `previous` uses the last good one (`random` while there is none), `random` selects at random,
-    `stop` ends the run. Every such step is counted and logged."""
+    """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or not finite):
+    `previous` uses the last good one (`random` while there is none, as after a resume if none is saved), `random`
+    selects at random, `stop` ends the run. Every such step is counted and logged."""
     aggregation: str = "aggregate"
     """`aggregate`: the gradient of all trusted responses together, as published; problems of middling difficulty weigh
     more. `per_problem_unit`: each problem's unit gradient, averaged; costs a second pass over the trusted set."""
@@ -210,9 +207,8 @@ class DirectionConfig:
         require_choice("direction.metric", self.metric, METRICS_OF_DIRECTION)
         require_choice("direction.aggregation", self.aggregation, AGGREGATIONS)
         require(0 <= self.ema < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off")
-        require(
-            self.metric_problems >= 2, "direction.metric_problems", self.metric_problems, "must be at least 2", "set 32"
-        )
+        least = self.metric_problems
+        require(least >= 2, "direction.metric_problems", least, "must be at least 2", "set 32")
 
 
 @dataclass(frozen=True)
@@ -260,8 +256,8 @@ class ProbeConfig:
         step, threshold = self.relative_step, self.canary_threshold
         require(0 < step < math.inf, "probe.relative_step", step, "must be above 0", "set 0.001")
         require(0 < threshold < math.inf, "probe.canary_threshold", threshold, "must be above 0", "set 0.05")
-        limit, key = self.max_tokens_per_rank, "probe.max_tokens_per_rank"
-        require(limit is None or limit >= 1, key, limit, "must be at least 1", "leave it out, or 16384")
+        tokens, key = self.max_tokens_per_rank, "probe.max_tokens_per_rank"
+        require(tokens is None or tokens >= 1, key, tokens, "must be at least 1", "leave it out, or 16384")
         require_choice("probe.oversized", self.oversized, OVERSIZED)
         require_choice("probe.pool_dots", self.pool_dots, POOL_DOTS)
         require(self.sketch_rank % 2 == 0, "probe.sketch_rank", self.sketch_rank, "must be even", "set 16")
@@ -356,13 +352,9 @@ class GradAlignConfig:
         require_choice("advantage", self.advantage, ADVANTAGES)
         if self.loss_agg_mode is not None:
             require_choice("loss_agg_mode", self.loss_agg_mode, LOSS_AGG_MODES)
-        require(
-            1 <= self.oversample < math.inf,
-            "oversample",
-            self.oversample,
-            "must be a number from 1 on; below 1 there are fewer candidates than the batch holds",
-            "set 1 or more; 4 keeps a quarter of the candidates",
-        )
+        rule = "must be a number from 1 on; below 1 there are fewer candidates than the batch holds"
+        remedy = "set 1 or more; 4 keeps a quarter of the candidates"
+        require(1 <= self.oversample < math.inf, "oversample", self.oversample, rule, remedy)
         require(self.seed >= 0, "seed", self.seed, "must be 0 or more", "set 0")
         require(self.poll_interval_s > 0, "poll_interval_s", self.poll_interval_s, "must be above 0", "set 0.5")
 

@@ -35,8 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from verl_gradalign.experiments.compare import cpu_environment
 from verl_gradalign.experiments.metrics_file import RunSummary, held_out_accuracy, read_metrics, summarise_run
 from verl_gradalign.report.html import write_report
-from verl_gradalign.report.run import read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, read_run
 
 SCORES = ("random", "cosine")
 # Without a terminal rich assumes 80 columns, too few for the table.
@@ -112,7 +111,7 @@ def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path
 
 def prepare_gsm8k(output: Path, folder: Path, num_rows: int, seed: int) -> dict[str, Path]:
     """Turn GSM8K's own jsonl files into pool, trusted and test files, with an untrained model that fits them."""
-    from verl_gradalign.data.gsm8k import write_gsm8k
+    from verl_gradalign.data.prepare import write_gsm8k
     from verl_gradalign.toy.model import build_tiny_model
 
     data = output / "data"

@@ -9,8 +9,7 @@ import pytest
 
 from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.report.html import write_report
-from verl_gradalign.report.run import read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

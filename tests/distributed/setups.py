@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, build_model, draw_problem, load_float64
 from verl_gradalign.config import DirectionConfig
-from verl_gradalign.probe.oracle import problem_gradients_float64
 
 STRATEGIES = {
     "fsdp": {"strategy": "fsdp"},

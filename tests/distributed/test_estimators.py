@@ -24,9 +24,9 @@ from tests.distributed.setups import (
     oracle_scores,
     reference_model,
 )
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, with_coefficients
 from verl_gradalign.probe.audit import spearman
-from verl_gradalign.probe.oracle import problem_gradients_float64
 
 pytestmark = pytest.mark.dist
 

@@ -14,9 +14,9 @@ import torch
 
 from tests.distributed.comparison import case_of, largest_errors
 from tests.distributed.setups import CANDIDATES, POOL_WEIGHTS, SKETCH_RANK, reference_model
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.probe.gradient import leave_no_trace
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.probe.sketch import sketched_scores
 

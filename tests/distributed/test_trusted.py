@@ -17,12 +17,12 @@ from tests.distributed.comparison import case_of, largest_errors
 from tests.distributed.conftest import RunGroup
 from tests.distributed.scoring import keys_of
 from tests.distributed.setups import CANDIDATES, TRUSTED, TRUSTED_CONFIGS, exact_setups, reference_model
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, tabulate
 from tests.numerics.test_trusted import split
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.metric import with_candidates_metric
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.probe.trusted import TrustedRows, trusted_direction
 

@@ -31,7 +31,7 @@ from verl.utils.config import validate_config
 
 from tests.docs.documents import ROOT, YOUR_OVERRIDES, Command
 from verl_gradalign.cli import app
-from verl_gradalign.data.regimes import REGIMES
+from verl_gradalign.data.prepare import REGIMES
 from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.probe import layer_rules

@@ -367,7 +367,7 @@ def scored_from_shards(workplace: Workplace) -> tuple[offline.Scoring, Path]:
 @launch
 def gsm8k(workplace: Workplace) -> Run:
     """Return one step on real prompts and answers."""
-    from verl_gradalign.data.gsm8k import write_gsm8k
+    from verl_gradalign.data.prepare import write_gsm8k
 
     data = workplace.root / "gsm8k_data"
     pool = write_gsm8k(GSM8K / "train.jsonl", data / "pool.parquet", "pool", max_rows=64)

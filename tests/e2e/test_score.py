@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.offline import NUM_PROBLEMS, Resumed, Scoring, finish, start
 from tests.e2e.runs import Workplace
+from tests.numerics.oracle import problem_gradients_float64
 from verl_gradalign.log.selection_log import read_selection_log
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.types import TokenRow
 
 pytestmark = pytest.mark.e2e

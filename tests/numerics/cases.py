@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.numerics.models import PADDING_TOKEN
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, draw_problem, tabulate
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.types import ProblemScores
 

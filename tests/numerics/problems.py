@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tests.numerics.oracle import problem_gradients_float64
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.toy.model import build_tiny_model
 from verl_gradalign.types import ProblemRows, TokenRow
 

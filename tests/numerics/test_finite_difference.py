@@ -20,9 +20,8 @@ from tests.numerics.models import make_model
 from tests.numerics.problems import TEMPERATURE, Problem, tabulate
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, compute_direction
-from verl_gradalign.probe.estimators.finite_difference import FiniteDifferenceEstimator
+from verl_gradalign.probe.estimators.finite_difference import FiniteDifferenceEstimator, perturbation
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
-from verl_gradalign.probe.perturbation import perturbation
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.types import TokenRow
 

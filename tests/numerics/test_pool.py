@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from tests.numerics.cases import ALL_KINDS, CANDIDATES, DEAD, EMPTY, EXACT
 from tests.numerics.models import make_model
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, tabulate
 from tests.numerics.test_neutrality import observe
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.probe.pool import AuditedScorer, pool_sum_scores, unit_sum_scores
 from verl_gradalign.types import ProblemRows, ProblemScores

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.numerics.cases import CANDIDATES, EXACT, TRUSTED, WHOLE, errors, expect, scale, score
 from tests.numerics.models import finished, gpt2, make_model, mixture_of_experts, qwen2
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.direction import Direction, compute_direction
@@ -19,7 +20,6 @@ from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, register_layer_rule
 from verl_gradalign.probe.matrix_scores import matrix_scores
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 
 RTOL_FLOAT64 = 1e-10  # measured 4.8e-16

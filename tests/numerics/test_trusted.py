@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, draw_problem, tabulate
 from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.probe.direction import Direction, compute_direction, no_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
 from verl_gradalign.probe.metric import FLOOR, with_adam_metric, with_candidates_metric
-from verl_gradalign.probe.oracle import problem_gradients_float64
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.probe.trusted import COMBINED, TrustedRows, trusted_direction
 from verl_gradalign.types import ProblemRows

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
-from verl_gradalign.data.regimes import REGIMES
+from verl_gradalign.data.prepare import REGIMES
 
 runner = CliRunner()
 SHOW_HELP = (

@@ -13,9 +13,8 @@ import pytest
 from rich.console import Console
 
 from verl_gradalign.experiments.compare import Comparison, compare
-from verl_gradalign.experiments.figures import curve, draw_figures
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, plan_runs
-from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
+from verl_gradalign.experiments.results import collect, curve, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.toy.regimes import MINIATURES, write_miniature
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from verl_gradalign.data.gsm8k import INSTRUCTION, write_gsm8k
+from verl_gradalign.data.prepare import INSTRUCTION, write_gsm8k
 from verl_gradalign.data.rewards import compute_score
 from verl_gradalign.data.tasks import SCHEMA
 

@@ -47,7 +47,7 @@ ALLOWED_PARTS = {
 
 
 def part_of(path):
-    """The part of the package that a module belongs to: "probe" for probe/oracle.py, "types" for types.py."""
+    """The part of the package that a module belongs to: "probe" for tests/numerics/oracle.py, "types" for types.py."""
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 

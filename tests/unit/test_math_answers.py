@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from verl_gradalign.data import math_answers
 from verl_gradalign.data.math_answers import (
+    TimeLimitExceeded,
     answers_match,
     extract_final_answer,
     find_last_boxed,
     is_right_math_answer,
     parse_quantity,
+    time_limit,
 )
-from verl_gradalign.data.time_limit import TimeLimitExceeded, time_limit
 
 # Comparing as text costs microseconds; computing what is compared here would take minutes, or the machine's memory.
 TEXT_COMPARISON_S = 1.0

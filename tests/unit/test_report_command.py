@@ -14,8 +14,7 @@ from verl_gradalign.cli import app
 from verl_gradalign.log.parts import parts_of
 from verl_gradalign.report import html
 from verl_gradalign.report.problem_texts import problem_texts
-from verl_gradalign.report.run import read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, read_run
 
 runner = CliRunner()
 PLAN = LogPlan(num_steps=15, num_candidates=40, num_problems=80, mislabelled=0.2, num_samples=12)

@@ -10,8 +10,7 @@ import pytest
 from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.log.parts import parts_of
 from verl_gradalign.report.findings import findings_of, headline_of
-from verl_gradalign.report.run import read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, read_run
 
 PLAN = {"num_steps": 20, "num_candidates": 48, "num_problems": 120, "num_samples": 1}
 

@@ -13,8 +13,7 @@ from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.log.parts import parts_of
 from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog, read_selection_log
 from verl_gradalign.report.reader import LogReader
-from verl_gradalign.report.run import gaps_of, read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, gaps_of, read_run
 
 PLAN = LogPlan(num_steps=30, num_candidates=24, num_problems=60, steps_per_part=10, num_samples=2)
 

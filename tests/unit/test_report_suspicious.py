@@ -7,8 +7,7 @@ import pytest
 
 from tests.benchmarks.report_logs import CLEAN, COIN_FLIP, MISLABELLED, LogPlan, write_log
 from verl_gradalign.report.problem_sums import ProblemSums
-from verl_gradalign.report.run import read_run
-from verl_gradalign.report.run_folders import find_runs
+from verl_gradalign.report.run import find_runs, read_run
 from verl_gradalign.report.suspicious import find_suspects, student_t
 from verl_gradalign.report.tallies import Rows
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verl_gradalign.log.figures import composition_over_time, curves, score_against_success, thinned
-from verl_gradalign.report.embedding import picture
+from verl_gradalign.report.pictures import picture
 from verl_gradalign.report.visible_text import short, shown, visible
 
 

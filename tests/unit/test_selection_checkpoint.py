@@ -3,6 +3,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_the_state_of_ten_million_problems_is_saved_and_loaded_in_under_thirty_s
     curriculum, record = Curriculum(config, ids, 128), ProblemRecord(num)
     draw = curriculum.draw(1)
     curriculum.keep(1, ids[: draw.num_kept])
-    record.add(ids[::3], np.random.default_rng(0).standard_normal(len(ids[::3])), np.full(len(ids[::3]), 0.5))
+    record.add(ids[::3], np.random.default_rng(0).standard_normal(len(ids[::3])))
     started = time.perf_counter()
     path = tmp_path / "gradalign.npz"
     save_state(path, IDENTITY, {"record": record.state(), "curriculum": curriculum.state()})
@@ -113,3 +114,14 @@ def test_the_state_of_ten_million_problems_is_saved_and_loaded_in_under_thirty_s
     assert seconds < 30, seconds
     np.testing.assert_array_equal(restored.mean_A, record.mean_A)
     assert again.draw(2) == curriculum.draw(2)
+
+
+def test_a_state_that_an_earlier_version_wrote_is_read():
+    """Of nine steps of schedule round, by commit 6f7c359."""
+    path = Path(__file__).parent / "files" / "written_by_6f7c359" / "gradalign.npz"
+    assert read_identity(path)["gradalign"]["schedule"] == "round"
+    state = load_state(path)
+    record = ProblemRecord(len(state["chooser"]["record"]["count"]))
+    record.restore(state["chooser"]["record"])
+    assert record.count_A.sum() > 24 and np.isfinite(record.mean_A).all()
+    assert state["direction_step"] == 7 and state["num_scorings"] == 3 and state["in_flight"] == []

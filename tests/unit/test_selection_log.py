@@ -3,6 +3,7 @@
 
 import json
 import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,9 @@ from verl_gradalign.log.selection_log import (
     SelectionLog,
     read_selection_log,
 )
+from verl_gradalign.report.html import write_report
+from verl_gradalign.report.run import find_runs, read_run
+from verl_gradalign.report.summary import summary_of
 
 
 def row(step, problem_id, **changes):
@@ -239,3 +243,16 @@ def test_a_damaged_part_does_not_stop_the_run(tmp_path, caplog):
     write_steps(log, 3, 3)
     assert steps_of(tmp_path) == [1, 1, 3, 3]
     assert "cannot be read" in caplog.text and part.with_suffix(".damaged").exists()
+
+
+def test_a_log_that_an_earlier_version_wrote_is_read_and_reported(tmp_path):
+    """Of three steps, by commit 6f7c359."""
+    folder = Path(__file__).parent / "files" / "written_by_6f7c359" / "gradalign"
+    table = read_selection_log(folder)
+    assert sorted(set(table["step"].to_pylist())) == [1, 2, 3]
+    assert sum(table["kept"].to_pylist()) > 3 and set(table["extra_info.corrupted"].to_pylist()) == {"True", "False"}
+    assert all(name in table.column_names for name in ("problem_id", "score", "dot", "norm", "success_rate", "reason"))
+    (run,) = [read_run(found) for found in find_runs([folder])]
+    assert summary_of(run)["num_rows"] == table.num_rows and run.key("gradalign.score", None) == "random"
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page

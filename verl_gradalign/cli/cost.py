@@ -12,8 +12,7 @@ from rich.table import Table as RichTable
 
 from verl_gradalign.cli.app import app, refusals_as_messages
 from verl_gradalign.cost.estimate import Speeds, estimate
-from verl_gradalign.cost.setting import Setting
-from verl_gradalign.cost.shapes import PRESETS, ModelShape, shape_of
+from verl_gradalign.cost.setting import PRESETS, ModelShape, Setting, shape_of
 from verl_gradalign.cost.tables import Column, Table, assumptions, markdown_of, tables_of
 
 EXAMPLES = """

@@ -53,9 +53,8 @@ def prepare(
 
     Sources: gsm8k, math, math500, dapo, webinstruct, amc22, amc23, aime24, aime25, mmlu_pro, countdown (generated).
     """
-    from verl_gradalign.data.prepare import PreparationPlan
+    from verl_gradalign.data.prepare import REGIMES, PreparationPlan
     from verl_gradalign.data.prepare import prepare as prepare_files
-    from verl_gradalign.data.regimes import REGIMES
 
     with refusals_as_messages():
         if regime is not None and regime not in REGIMES:

@@ -42,8 +42,7 @@ def report(
     from rich.markup import escape
 
     from verl_gradalign.report.html import write_report
-    from verl_gradalign.report.run import read_run
-    from verl_gradalign.report.run_folders import find_runs
+    from verl_gradalign.report.run import find_runs, read_run
     from verl_gradalign.report.summary import summary_of
     from verl_gradalign.report.visible_text import short, visible
 

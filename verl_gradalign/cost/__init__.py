@@ -8,7 +8,6 @@ estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
 
 from verl_gradalign.cost.estimate import Cost, Flops, Seconds, Speeds, estimate
 from verl_gradalign.cost.memory import Memory
-from verl_gradalign.cost.setting import Setting
-from verl_gradalign.cost.shapes import PRESETS, ModelShape, shape_of
+from verl_gradalign.cost.setting import PRESETS, ModelShape, Setting, shape_of
 
 __all__ = ["PRESETS", "Cost", "Flops", "Memory", "ModelShape", "Seconds", "Setting", "Speeds", "estimate", "shape_of"]

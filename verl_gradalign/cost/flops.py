@@ -9,8 +9,7 @@ half of the full square, twice that backwards; it has no weights.
 
 from __future__ import annotations
 
-from verl_gradalign.cost.setting import Setting
-from verl_gradalign.cost.shapes import ModelShape
+from verl_gradalign.cost.setting import ModelShape, Setting
 
 __all__ = ["BALANCE_POSITIONS", "forward", "score", "update"]
 

@@ -10,14 +10,17 @@ No model is asked, so free-form answers (a sentence) are right only if they are 
     is_right_math_answer(r"... \\boxed{0.5}", r"\\frac{1}{2}")  # True
 """
 
+import ctypes
 import logging
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
-
-from verl_gradalign.data.time_limit import TimeLimitExceeded, time_limit
 
 __all__ = [
     "ANSWER_MARK",
+    "TimeLimitExceeded",
     "answers_match",
     "extract_final_answer",
     "extract_last_number",
@@ -26,6 +29,7 @@ __all__ = [
     "normalise_number",
     "parse_quantity",
     "squeeze_spaces",
+    "time_limit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -234,3 +238,32 @@ def _verify(answer: str, truth: str) -> bool:
     except TimeLimitExceeded:
         logger.warning("comparing %r with %r took over %s s; it counts as wrong", answer, truth, COMPARISON_TIMEOUT_S)
         return False
+
+
+class TimeLimitExceeded(BaseException):
+    """Not an `Exception`, so that code under the limit which catches those does not swallow it."""
+
+
+@contextmanager
+def time_limit(timeout_s: float) -> Iterator[None]:
+    """Raise `TimeLimitExceeded` in this thread if the body is still running after `timeout_s` seconds."""
+    thread_id = ctypes.c_ulong(threading.get_ident())
+    lock = threading.Lock()
+    is_over = False
+
+    def expire() -> None:
+        with lock:
+            if not is_over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(TimeLimitExceeded))
+
+    timer = threading.Timer(timeout_s, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            is_over = True
+        # An exception that was set and not yet raised would otherwise be raised somewhere after the body.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, None)
+        timer.cancel()

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ import pyarrow.parquet as pq
 
 import verl_gradalign
 from verl_gradalign.data.pools import Pool, draw_pool, load_pool
-from verl_gradalign.data.rows import hash_file
-from verl_gradalign.data.sources import SOURCES
+from verl_gradalign.data.rows import hash_file, read_file
+from verl_gradalign.data.sources import INSTRUCTIONS, SOURCES
 from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
-from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row
+from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row, write_rows
 
-__all__ = ["PREPARED_SCHEMA", "PreparationPlan", "prepare"]
+__all__ = ["INSTRUCTION", "PREPARED_SCHEMA", "PreparationPlan", "REGIMES", "Regime", "prepare", "write_gsm8k"]
 
 # The tasks' schema, and in extra_info also where the problem came from.
 PREPARED_SCHEMA = SCHEMA.set(
@@ -186,3 +187,49 @@ def _describe_split(chosen: ChosenProblems, rows: Sequence[Mapping[str, Any]]) -
         "held_out_for_another_split": dict(chosen.num_held_out),
         "overlaps_removed": dict(chosen.num_overlaps),
     }
+
+
+INSTRUCTION = INSTRUCTIONS["last_number"]
+
+
+def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max_rows: int | None = None) -> Path:
+    """Write GSM8K's lines {"question": ..., "answer": ...} as rows of verl's schema, and return the parquet's path.
+
+    The prompt is the question followed by INSTRUCTION; the ground truth is what follows "####", commas removed.
+    `max_rows` keeps the first lines only; blank lines are passed over.
+
+    Raises: ValueError naming file and line if a line is not such an object or its answer lacks "####", if no line is
+        left, or if max_rows is below 1.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to keep every row")
+    source = SOURCES["gsm8k"]
+    rows = []
+    for index, row in enumerate(islice(read_file(Path(jsonl_path)), max_rows)):
+        question, truth = source.read(row)
+        prompt = source.prompt(question)
+        rows.append(make_row(source.data_source, prompt, source.ability, truth, index, split, source.name, False))
+    if not rows:
+        raise ValueError(f"{jsonl_path} holds no problems; download GSM8K's {split}.jsonl again")
+    return write_rows(rows, Path(output_path))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What to ask `prepare` for."""
+
+    train: tuple[str, ...]
+    trusted: tuple[str, ...]
+    test: tuple[str, ...]
+    corrupted_share: float = 0.0
+
+
+REGIMES = {
+    # Half of the problems pay a coin flip, whatever the response.
+    "unreliable": Regime(("dapo:17000",), ("amc22",), ("amc23", "aime24", "aime25"), corrupted_share=0.5),
+    # 11.8% of the pool are what the trusted set is about.
+    "imbalance": Regime(("countdown:4000", "webinstruct:20000", "dapo:10000"), ("countdown:200",), ("countdown:500",)),
+    # A large corpus of which little helps.
+    "low_utility": Regime(("webinstruct:first-40000",), ("amc22",), ("amc23", "aime24", "aime25", "mmlu_pro")),
+    "learnalign_gsm8k": Regime(("gsm8k",), ("gsm8k:64",), ("gsm8k",)),
+}

@@ -24,10 +24,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from verl_gradalign.experiments.figures import draw_figures
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
-from verl_gradalign.experiments.results import collect, summarise, write_csv, write_markdown
+from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
 __all__ = ["Comparison", "compare", "cpu_environment"]

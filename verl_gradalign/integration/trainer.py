@@ -221,8 +221,8 @@ class ChoosesProblems(_Trainer):
         super()._save_checkpoint()
 
     def _needs_stored_direction(self) -> bool:
-        direction = self.gradalign.direction
-        return direction.refresh_interval > 1 or direction.ema > 0 or direction.on_degenerate == "previous"
+        """Return whether the direction outlives its step. One that is made anew in every step is not worth a file."""
+        return self.gradalign.direction.refresh_interval > 1 or self.gradalign.direction.ema > 0
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()

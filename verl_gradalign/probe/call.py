@@ -17,13 +17,12 @@ from typing import Any
 
 from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
-from verl_gradalign.probe.direction import Direction, no_direction
+from verl_gradalign.probe.direction import Direction, inner, no_direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
 from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
-from verl_gradalign.probe.shards import inner
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import SetReport, TrustedRows, trusted_direction
 from verl_gradalign.types import ProblemRows, ProblemScores

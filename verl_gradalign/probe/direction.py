@@ -11,7 +11,7 @@ It does not decide which problems are trusted, nor when the direction is refresh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import local_grad, require_no_gradients, trainable_parameters
-from verl_gradalign.probe.shards import Shards, inner, mapped, take_gradient
+from verl_gradalign.probe.gradient import clear_gradients, local_grad, require_no_gradients, trainable_parameters
 from verl_gradalign.types import ProblemRows
 
 __all__ = [
@@ -163,3 +162,46 @@ def _count_mismatch(names: list[str], num_shards: int) -> str:
         f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
         "recompute the direction (compute_direction) after changing what is trained"
     )
+
+
+Shards = tuple[Tensor | None, ...]
+"""In the order of `trainable_parameters`, each of its parameter's local shape."""
+
+
+def take_gradient(module: nn.Module) -> Shards:
+    """Return the module's gradient, detached from it: every `.grad` is None afterwards."""
+    shards = tuple(
+        None if (grad := local_grad(parameter)) is None else grad.detach()
+        for _, parameter in trainable_parameters(module)
+    )
+    clear_gradients(module)
+    return shards
+
+
+def combined(terms: Sequence[tuple[float, Shards]]) -> Shards:
+    """Return the sum of factor times shards, in new tensors."""
+    total: list[Tensor | None] = [None] * len(terms[0][1])
+    for factor, shards in terms:
+        for index, shard in enumerate(shards):
+            if shard is not None:
+                before = total[index]
+                total[index] = shard * factor if before is None else before.add_(shard.to(before), alpha=factor)
+    return tuple(total)
+
+
+def mapped(function: Callable[[Tensor], Tensor], shards: Shards) -> Shards:
+    """Return the function of every shard there is."""
+    return tuple(None if shard is None else function(shard) for shard in shards)
+
+
+def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
+    """Return the inner product over all shards of all ranks, summed in float64. Collective."""
+    device = next(engine.module.parameters()).device
+    # A rank may hold no shard at all; it still takes part in the reduction.
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for a, b in zip(first, second, strict=True):
+        if a is not None and b is not None:
+            total += torch.sum(a * b.to(a.device, non_blocking=True), dtype=torch.float64).to(device)
+    if engine.shard_group is not None:
+        torch.distributed.all_reduce(total, group=engine.shard_group)
+    return total.item()

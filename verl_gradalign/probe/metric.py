@@ -16,11 +16,10 @@ from dataclasses import replace
 import torch
 from torch.distributed.tensor import DTensor
 
-from verl_gradalign.probe.direction import Direction, summed_gradient
+from verl_gradalign.probe.direction import Direction, Shards, combined, inner, mapped, summed_gradient
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.sharding import trainable_placements
-from verl_gradalign.probe.shards import Shards, combined, inner, mapped
 from verl_gradalign.types import ProblemRows
 
 __all__ = ["with_adam_metric", "with_candidates_metric"]

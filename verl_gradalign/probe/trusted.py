@@ -15,10 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from verl_gradalign.config import DirectionConfig
-from verl_gradalign.probe.direction import Direction, no_direction, summed_gradient, unit_direction
+from verl_gradalign.probe.direction import (
+    Direction,
+    Shards,
+    combined,
+    inner,
+    no_direction,
+    summed_gradient,
+    unit_direction,
+)
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
-from verl_gradalign.probe.shards import Shards, combined, inner
 from verl_gradalign.types import ProblemRows
 
 __all__ = ["COMBINED", "SetReport", "TrustedRows", "trusted_direction"]

@@ -11,8 +11,8 @@ import numpy as np
 
 from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report import pictures
-from verl_gradalign.report.embedding import Picture
 from verl_gradalign.report.findings import findings_of, headline_of
+from verl_gradalign.report.pictures import Picture
 from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.rules_outcome import accuracy_of, composition_shift, held_out
 from verl_gradalign.report.run import RunData

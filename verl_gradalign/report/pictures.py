@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from verl_gradalign.log.figures import alignments, composition_over_time, curves, score_against_success
 from verl_gradalign.log.selection_log import EXTRA
-from verl_gradalign.report.embedding import Picture, picture
 from verl_gradalign.report.rules_outcome import held_out
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.tallies import ValueTally
 from verl_gradalign.report.visible_text import short
 
-__all__ = ["compared", "composition", "cost", "outcome", "problems", "reliability", "scores"]
+__all__ = ["Picture", "compared", "composition", "cost", "outcome", "picture", "problems", "reliability", "scores"]
 
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -224,3 +231,33 @@ def _curves(title: str, unit: str, series: Series, caption: str) -> Picture | No
 
 def _number(value: float, unit: str) -> str:
     return f"{value:.1%}" if unit == "share" else f"{value:,.3g}"
+
+
+# Text stays text: small, sharp, and in scripts that matplotlib's own font lacks. Equal figures give equal files.
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "verl-gradalign", "font.family": "DejaVu Sans"}
+NO_DATE = {"Date": None, "Creator": None}
+RASTER_DPI = 110
+# Of a path's coordinates, a hundredth of a point is enough; the digits after it are half of the file.
+PATH = re.compile(rb' d="[^"]*"')
+DIGITS = re.compile(rb"(\.\d\d)\d+")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and what is said of it."""
+
+    src: str
+    alt: str
+    caption: str
+    is_wide: bool = True
+
+
+def picture(figure: Figure, alt: str, caption: str, is_wide: bool = True) -> Picture:
+    """Return a figure as a picture."""
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts may have it
+        figure.savefig(file, format="svg", dpi=RASTER_DPI, metadata=NO_DATE)
+    drawing = PATH.sub(lambda path: DIGITS.sub(rb"\1", path[0]), file.getvalue())
+    src = "data:image/svg+xml;base64," + base64.b64encode(drawing).decode("ascii")
+    return Picture(src, alt, caption, is_wide)

@@ -8,21 +8,20 @@ print(run.missing, run.steps.num_rows, len(run.suspects))
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_gradalign.log.parts import parts_of
+from verl_gradalign.log.parts import NAME, parts_of
 from verl_gradalign.log.selection_log import EXTRA
-from verl_gradalign.report.metric_tally import MetricTally
 from verl_gradalign.report.problem_sums import ProblemSums
 from verl_gradalign.report.reader import LogReader
-from verl_gradalign.report.run_folders import RunFolder
 from verl_gradalign.report.suspicious import Suspects, find_suspects
-from verl_gradalign.report.tallies import PointSample, Rows, StepBins, StepTally, ValueTally
+from verl_gradalign.report.tallies import MetricTally, PointSample, Rows, StepBins, StepTally, ValueTally
 
-__all__ = ["RunData", "gaps_of", "key_of", "read_run"]
+__all__ = ["RunData", "RunFolder", "find_runs", "gaps_of", "key_of", "read_run"]
 
 MAX_GAPS = 4
 MAX_COLUMNS = 12
@@ -187,3 +186,71 @@ def _of_the_run(abouts: list[dict[str, Any]], selected: set[int]) -> list[str]:
 def _versions(about: Mapping[str, Any]) -> Mapping[str, Any]:
     versions = about.get("versions")
     return versions if isinstance(versions, Mapping) else {}
+
+
+LOG_FOLDER = "gradalign"
+MAX_DEPTH = 6
+NOT_SEARCHED = ("earlier-", "global_step_", ".")
+"""Beginnings of the names of folders that hold no log of their own: earlier runs, checkpoints, hidden ones."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's log, and a name that tells it from the others."""
+
+    name: str
+    folder: Path
+
+
+def find_runs(places: Sequence[str | Path]) -> list[RunFolder]:
+    """Return the logs at or below the places, in the order given, each once.
+
+    Raises: ValueError that names a place that is not there or holds no log.
+    """
+    folders = dict[Path, None]()
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"RUN_DIR {place} does not exist. Remedy: give the folder of a run, or one above several.")
+        found = list(_logs_below(place))
+        if not found:
+            raise ValueError(
+                f"RUN_DIR {place} holds no selection log (<step>.parquet files in a folder {LOG_FOLDER}). Remedy: give "
+                "the run's trainer.default_local_dir, or gradalign.log.dir if it was set; a run that has not finished "
+                "its first step has no log yet."
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    return [RunFolder(name, folder) for name, folder in zip(_names(list(folders)), folders, strict=True)]
+
+
+def holds_log(folder: Path) -> bool:
+    """Return whether parts of a log are in the folder, be they damaged."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return any(NAME.fullmatch(name) or NAME.fullmatch(name.replace(".damaged", ".parquet")) for name in names)
+
+
+def _logs_below(place: Path) -> Iterator[Path]:
+    if holds_log(place):
+        yield place
+    elif holds_log(place / LOG_FOLDER):
+        yield place / LOG_FOLDER
+    else:
+        for parent, subfolders, _ in os.walk(place):
+            here = Path(parent)
+            is_deep = len(here.relative_to(place).parts) >= MAX_DEPTH
+            subfolders[:] = [] if is_deep else sorted(n for n in subfolders if not n.startswith(NOT_SEARCHED))
+            logs = [name for name in subfolders if holds_log(here / name)]
+            yield from (here / name for name in logs)
+            subfolders[:] = [name for name in subfolders if name not in logs]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest endings of the paths, whole folders, that differ from each other."""
+    parts = [folder.parent.parts if folder.name == LOG_FOLDER else folder.parts for folder in folders]
+    for length in range(1, max((len(p) for p in parts), default=0) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]

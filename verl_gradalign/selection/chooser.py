@@ -105,7 +105,7 @@ class Chooser:
         score = self._score.rank(m, self._config.score_options).double().numpy()
         ids = m.problem_id_P.numpy()
         shrunk = self._record.shrunk(ids, score, self._config.reliability.shrinkage)
-        self._record.add(ids, score, m.success_rate_P.numpy())
+        self._record.add(ids, score)
         return shrunk
 
     def _is_unreliable(self, scores: Reliability) -> bool:

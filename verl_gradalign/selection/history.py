@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What earlier selections saw of each problem: times scored, mean and variance of its score, success rate.
+"""What earlier selections saw of each problem: how often it was scored, and the mean of its scores.
 
     record = ProblemRecord(num_problems)
     score_P = record.shrunk(problem_id_P, score_P, shrinkage=0.5)
-    record.add(problem_id_P, score_P, success_rate_P)
+    record.add(problem_id_P, score_P)
 
 Shape legend: P problems of a selection, A all problems of the train files.
 """
@@ -16,11 +16,11 @@ import numpy as np
 
 __all__ = ["ProblemRecord"]
 
-COLUMNS = {"count": np.int32, "mean": np.float64, "squares": np.float64, "success_sum": np.float32}
+COLUMNS = {"count": np.int32, "mean": np.float64}
 
 
 class ProblemRecord:
-    """Running statistics by row of the train files. 24 bytes a problem."""
+    """Running statistics by row of the train files. 12 bytes a problem."""
 
     def __init__(self, num_problems: int) -> None:
         self._columns = {name: np.zeros(num_problems, dtype=dtype) for name, dtype in COLUMNS.items()}
@@ -38,30 +38,12 @@ class ProblemRecord:
         """Mean of each problem's scores, 0 where there are none."""
         return self._columns["mean"]
 
-    @property
-    def variance_A(self) -> np.ndarray:
-        """Unbiased variance of each problem's scores; nan for fewer than two."""
-        count_A = self.count_A
-        squares_A = self._columns["squares"]
-        return np.where(count_A > 1, squares_A / np.maximum(count_A - 1, 1), np.nan)
-
-    @property
-    def success_rate_A(self) -> np.ndarray:
-        """Mean success rate of each problem over its scored groups; nan where there are none."""
-        return np.where(self.count_A > 0, self._columns["success_sum"] / np.maximum(self.count_A, 1), np.nan)
-
-    def add(self, problem_id_P: np.ndarray, score_P: np.ndarray, success_rate_P: np.ndarray) -> None:
-        """Note a selection's scores, each problem once. Scores that are not finite are left out.
-
-        Source: Welford (1962) for the running mean and variance.
-        """
+    def add(self, problem_id_P: np.ndarray, score_P: np.ndarray) -> None:
+        """Note a selection's scores, each problem once. Scores that are not finite are left out."""
         is_known_P = np.isfinite(score_P)
-        ids, score, success = problem_id_P[is_known_P], score_P[is_known_P], success_rate_P[is_known_P]
+        ids, score_P = problem_id_P[is_known_P], score_P[is_known_P]
         self._columns["count"][ids] += 1
-        before = score - self.mean_A[ids]
-        self._columns["mean"][ids] += before / self.count_A[ids]
-        self._columns["squares"][ids] += before * (score - self.mean_A[ids])
-        self._columns["success_sum"][ids] += success.astype(np.float32)
+        self._columns["mean"][ids] += (score_P - self.mean_A[ids]) / self.count_A[ids]
 
     def shrunk(self, problem_id_P: np.ndarray, score_P: np.ndarray, shrinkage: float) -> np.ndarray:
         """Return each score drawn to the mean of the problem's k earlier ones, by shrinkage * k / (k + 1).
@@ -79,7 +61,10 @@ class ProblemRecord:
         return dict(self._columns)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the columns of a checkpoint. Raises ValueError if they are of another number of problems."""
+        """Take the columns of a checkpoint; earlier versions wrote more.
+
+        Raises: ValueError if they are of another number of problems.
+        """
         for name, dtype in COLUMNS.items():
             values = np.asarray(state[name], dtype=dtype)
             if values.shape != self.count_A.shape:

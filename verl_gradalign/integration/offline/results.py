@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,21 +22,21 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from verl.utils import hf_tokenizer
 
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, LogConfig
 from verl_gradalign.files import without_nan
-from verl_gradalign.integration.offline.samples import sample_texts
 from verl_gradalign.integration.offline.store import Measured, ScoringStore, joined_scores, replace_file
 from verl_gradalign.integration.offline.task import ScoringTask, num_kept
-from verl_gradalign.integration.prompts import UNKNOWN_SOURCE
+from verl_gradalign.integration.prompts import UNKNOWN_SOURCE, ground_truth, prompt_text
 from verl_gradalign.integration.run_identity import about_run, installed_versions
 from verl_gradalign.log.columns import log_columns, score_metrics, selection_metrics, success_rates
 from verl_gradalign.log.parts import replace_table
-from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog
+from verl_gradalign.log.samples import best_and_worst, choose_samples
+from verl_gradalign.log.selection_log import METADATA_KEY, SAMPLES, SelectionLog
 from verl_gradalign.metrics import named
 from verl_gradalign.selection.chooser import Chooser
 from verl_gradalign.selection.groups import Group, Problem
 
-__all__ = ["SCORES", "choose", "scores_table", "write_results"]
+__all__ = ["SCORES", "choose", "sample_texts", "scores_table", "write_results"]
 
 STEP = 1
 """Of the selection log: there is one choice."""
@@ -180,3 +180,45 @@ def _plain(value: Any) -> Any:
     """Return a cell as Python's own type, nan as None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def sample_texts(
+    step: int,
+    columns: Mapping[str, Sequence[Any]],
+    store: ScoringStore,
+    pool: pa.Table,
+    prompt_key: str,
+    decode: Callable[[list[int]], str],
+    config: LogConfig,
+) -> dict[str, list[Any]]:
+    """Return the selection log's `samples`: of some problems, chosen as in training, the best and the worst response.
+
+    `columns` are the selection log's.
+    """
+    known = (np.asarray(columns[name], dtype=np.float64) for name in ("score", "dot", "norm", "dot_error"))
+    chosen = [int(columns["problem_id"][place]) for place in choose_samples(config.sample_problems, *known)]
+    responses = _responses(store, set(chosen))
+    samples: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
+    for problem_id in chosen:
+        row = pool.slice(problem_id, 1).to_pylist()[0]
+        for index in best_and_worst([reward for reward, _ in responses[problem_id]]):
+            reward, token_ids = responses[problem_id][index]
+            texts = (prompt_text(row[prompt_key]), ground_truth(row), decode(token_ids))
+            values = (step, problem_id, *(text[: config.sample_chars] for text in texts), reward, len(token_ids))
+            for name, value in zip(samples, values, strict=True):
+                samples[name].append(value)
+    return samples
+
+
+def _responses(store: ScoringStore, problem_ids: set[int]) -> dict[int, list[tuple[float, list[int]]]]:
+    """Return reward and token ids of each of the problems' responses: those of a session's last output."""
+    last: dict[tuple[int, int], tuple[int, float, list[int]]] = {}
+    for path in store.rollout_files():
+        for row in store.read_rollouts(path.name, trusted=False, problem_ids=problem_ids):
+            key = row["problem_id"], row["session"]
+            if key not in last or last[key][0] < row["output"]:
+                last[key] = row["output"], sum(row["rewards"]), row["response"]
+    found: dict[int, list[tuple[float, list[int]]]] = defaultdict(list)
+    for (problem_id, _), (_, reward, token_ids) in last.items():
+        found[problem_id].append((reward, token_ids))
+    return found

@@ -18,10 +18,9 @@ import torch.distributed
 from torch import nn
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction, dot_with_gradient, squared_gradient_norm
+from verl_gradalign.probe.direction import Direction, Shards, dot_with_gradient, squared_gradient_norm, take_gradient
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients
-from verl_gradalign.probe.shards import Shards, take_gradient
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 

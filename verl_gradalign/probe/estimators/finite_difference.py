@@ -13,7 +13,8 @@ Shape legend: P problems, R rows, T response tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed
@@ -21,11 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import trainable_parameters
+from verl_gradalign.probe.gradient import reshard, trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
-from verl_gradalign.probe.perturbation import perturbation, require_full_precision
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -97,3 +97,47 @@ def _parameter_norm(engine: GradientEngine) -> float:
     if engine.shard_group is not None:
         torch.distributed.all_reduce(total, group=engine.shard_group)
     return math.sqrt(total.item())
+
+
+@contextmanager
+def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[float], None]]:
+    """Yield `move(step)`, which sets the parameters to theta + step * v / |v|; restore theta bit for bit on exit.
+
+    Holds a second copy of this rank's trainable shards.
+
+    Raises: RuntimeError if the direction does not fit the module's shards; ValueError if a trainable parameter is
+        stored in less than float32, where a small step is lost to rounding.
+    """
+    reshard(module)
+    require_same_shards(module, direction)
+    require_full_precision(module)
+    locals_ = [_local(parameter) for _, parameter in trainable_parameters(module)]
+    originals = [local.clone() for local in locals_]
+
+    def move(step: float) -> None:
+        reshard(module)
+        for local, original, shard in zip(locals_, originals, direction.shards, strict=True):
+            if shard is not None:
+                torch.add(original, shard.to(original), alpha=step, out=local)
+
+    try:
+        yield move
+    finally:
+        reshard(module)
+        for local, original in zip(locals_, originals, strict=True):
+            local.copy_(original)
+        reshard(module)
+
+
+def require_full_precision(module: nn.Module) -> None:
+    """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
+    for name, parameter in trainable_parameters(module):
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
+                "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
+            )
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
