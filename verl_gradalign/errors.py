@@ -20,5 +20,6 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def refuse(key: str, value: Any, why: str, remedy: str) -> NoReturn:
-    """Raise the ValueError that all checks raise."""
-    raise ValueError(f"{key}={value}: {why}. Remedy: {remedy}.")
+    """Raise ValueError for a key of the whole configuration, or a command's option ("--name"; None: it is missing)."""
+    shown = f"{key}={value}" if not key.startswith("--") else key if value is None else f"{key} {value}"
+    raise ValueError(f"{shown}: {why}. Remedy: {remedy}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings: what was looked at, how it stands, and what to change. Collected, not raised."""
+"""Findings: what was inspected, how it stands, and what to change. The doctor and the report collect them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["LEVELS", "Finding", "Findings"]
+__all__ = ["GOOD", "LEVELS", "NOTE", "PROBLEM", "VERDICTS", "WATCH", "Finding", "Findings"]
 
 LEVELS = ("ok", "note", "warning", "error")
+"""Of the doctor. ok: as it should be; note: good to know; warning: may go wrong; error: will go wrong."""
+PROBLEM, WATCH, GOOD, NOTE = VERDICTS = ("problem", "watch", "good", "note")
+"""Of the report, the most important first."""
 REMEDY = "Remedy: "
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was inspected."""
 
     area: str
-    """environment, plugin, hardware, configuration, model, trusted set, train files, reward, cost, logging, folders."""
+    """What it is about, such as "train files" or "reliability of scores"."""
     level: str
-    """ok: as it should be; note: good to know; warning: may go wrong; error: will go wrong."""
+    """One of LEVELS (doctor) or VERDICTS (report)."""
     message: str
     remedy: str = ""
+    """What to change, in the keys of the configuration; empty if nothing."""
 
 
 class Findings:

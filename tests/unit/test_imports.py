@@ -35,7 +35,7 @@ ALLOWED_PARTS = {
     "probe": SPINE,
     "selection": SPINE,
     "log": SPINE | {"probe", "selection"},
-    "toy": {"data"},
+    "toy": {"files", "data"},
     "cost": SPINE | {"probe"},
     "integration": SPINE | {"probe", "selection", "log", "data"},
     "cpu": {"integration"},

@@ -31,11 +31,11 @@ def run_with(folder, metrics=(), change=None, **plan):
 
 
 def verdicts(run):
-    return {finding.topic: finding.verdict for finding in findings_of(run)}
+    return {finding.area: finding.level for finding in findings_of(run)}
 
 
 def finding(run, topic):
-    (found,) = (finding for finding in findings_of(run) if finding.topic == topic)
+    (found,) = (finding for finding in findings_of(run) if finding.area == topic)
     return found
 
 
@@ -59,7 +59,7 @@ def test_reliability_decides_the_headline(tmp_path, value, verdict):
     run = run_with(tmp_path, {"gradalign/reliability/scores": value})
     assert headline_of(run)[0] == verdict
     said = finding(run, "reliability of scores")
-    assert said.verdict == verdict and f"{value:.2f}" in said.text
+    assert said.level == verdict and f"{value:.2f}" in said.message
     assert (verdict == "good") == (said.remedy == "")
     if verdict == "problem":
         assert "mostly noise" in headline_of(run)[1] and "rollout.n (now 16)" in said.remedy
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_found_with_its_remedy(tmp_path, metrics, topic, verdic
         assert "degenerate directions" not in verdicts(run)
         return
     said = finding(run, topic)
-    assert said.verdict == verdict and remedy in said.remedy
+    assert said.level == verdict and remedy in said.remedy
 
 
 def test_dead_and_failed_groups_are_counted(tmp_path):
@@ -114,16 +114,16 @@ def test_what_selection_prefers_and_avoids_is_named_with_shares(tmp_path):
         return table.set_column(table.column_names.index("kept"), "kept", pa.array(kept))
 
     said = finding(run_with(tmp_path, change=avoid), "composition by data_source")
-    assert said.verdict == "watch" and "avoids dapo" in said.text and "0% of what is kept" in said.text
+    assert said.level == "watch" and "avoids dapo" in said.message and "0% of what is kept" in said.message
     assert "Nearly nothing of dapo" in said.remedy
 
 
 def test_suspicious_problems_are_counted_with_what_chance_would_give(tmp_path):
     run = run_with(tmp_path, mislabelled=0.2)
     said = finding(run, "suspicious problems")
-    assert said.verdict == "watch"
+    assert said.level == "watch"
     assert re.search(
-        r"\d+ of \d+ problems look suspicious, \d+ of them .* by chance one would expect about \d+", said.text
+        r"\d+ of \d+ problems look suspicious, \d+ of them .* by chance one would expect about \d+", said.message
     )
 
 

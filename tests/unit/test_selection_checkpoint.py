@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.files import file_fingerprint
 from verl_gradalign.selection.curriculum import Curriculum
 from verl_gradalign.selection.history import ProblemRecord
 from verl_gradalign.selection.state_file import (
-    file_fingerprint,
     load_state,
     read_identity,
     require_same,

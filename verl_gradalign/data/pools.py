@@ -17,8 +17,9 @@ from typing import Any
 
 from verl_gradalign.data.countdown import draw_countdown_problems
 from verl_gradalign.data.math_answers import squeeze_spaces
-from verl_gradalign.data.rows import Row, files_of, hash_file, read_file, read_hub
+from verl_gradalign.data.rows import Row, files_of, read_file, read_hub
 from verl_gradalign.data.sources import Source, year_of
+from verl_gradalign.files import hash_file
 
 __all__ = ["Pool", "SourceProblem", "draw_pool", "load_pool", "normalise_question"]
 

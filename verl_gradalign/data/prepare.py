@@ -12,11 +12,8 @@ hashes. Equal arguments and inputs give equal files. The folder appears at the e
 import json
 import platform
 import random
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -28,10 +25,11 @@ import pyarrow.parquet as pq
 
 import verl_gradalign
 from verl_gradalign.data.pools import Pool, draw_pool, load_pool
-from verl_gradalign.data.rows import hash_file, read_file
+from verl_gradalign.data.rows import read_file
 from verl_gradalign.data.sources import INSTRUCTIONS, SOURCES
 from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
 from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row, write_rows
+from verl_gradalign.files import atomic_folder, hash_file
 
 __all__ = ["INSTRUCTION", "PREPARED_SCHEMA", "PreparationPlan", "REGIMES", "Regime", "prepare", "write_gsm8k"]
 
@@ -100,7 +98,7 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     requests = plan.requests()
     pools = _load_pools(plan, requests)
     chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
-    with _appearing_at_the_end(output) as folder:
+    with atomic_folder(output) as folder:
         hashes = {}
         rows = {split: make_rows(chosen[split], split, plan) for split in reversed(SPLITS)}
         for split, of_split in rows.items():
@@ -162,20 +160,6 @@ def _load_pools(plan: PreparationPlan, requests: Mapping[str, Sequence[Request]]
         else:
             pools[request.pool] = load_pool(source, request.source_split, origin, plan.skip_bad_rows)
     return pools
-
-
-@contextmanager
-def _appearing_at_the_end(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that becomes `output` if the body succeeds, and vanishes if not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _describe_split(chosen: ChosenProblems, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

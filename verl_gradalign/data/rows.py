@@ -15,18 +15,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["Row", "files_of", "hash_file", "read_file", "read_hub"]
+__all__ = ["Row", "files_of", "read_file", "read_hub"]
 
 UTF8_MARK = b"\xef\xbb\xbf"
 SPLIT_NAMES = ("train", "test", "validation")
-HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,6 @@ def _split_named_by(path: Path) -> str | None:
             if re.match(rf"{name}(?![a-z])", part.lower()) or re.search(rf"[-_]{name}\.[a-z]+$", part.lower()):
                 return name
     return None
-
-
-def hash_file(path: Path) -> str:
-    """Return the file's SHA-256 as hexadecimal text."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_file(path: Path) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
+from verl_gradalign.files import atomic_folder
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
 __all__ = ["Comparison", "compare", "cpu_environment"]
@@ -115,9 +116,8 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
     for seed in comparison.seeds:
         data = output / "data" / f"seed-{seed}"
         if not data.exists():
-            unfinished = data.with_name(data.name + ".unfinished")
-            write_miniature(comparison.regime, unfinished, seed)
-            unfinished.rename(data)
+            with atomic_folder(data) as unfinished:
+                write_miniature(comparison.regime, unfinished, seed)
     todo = [run for run in runs if not run.is_done]
     series = [s for s in (todo[k :: comparison.num_jobs] for k in range(comparison.num_jobs)) if s]
     processes = []

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from verl_gradalign.config import GradAlignConfig, decisive
-from verl_gradalign.selection.state_file import file_fingerprint, read_identity, require_same
+from verl_gradalign.files import file_fingerprint
+from verl_gradalign.selection.state_file import read_identity, require_same
 
 __all__ = [
     "about_run",

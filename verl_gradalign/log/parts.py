@@ -12,7 +12,6 @@ A part is complete or absent: it is written beside its place and renamed. A step
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from verl_gradalign.files import replacing
 
 __all__ = ["Part", "PartedTable", "conform", "parts_of", "replace_table"]
 
@@ -70,10 +71,8 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def replace_table(rows: pa.Table, path: Path) -> Path:
     """Write a Parquet file that is complete or, as before, absent or the old one; return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    pq.write_table(rows, unfinished)
-    os.replace(unfinished, path)
+    with replacing(path, path.with_suffix(".unfinished")) as unfinished:
+        pq.write_table(rows, unfinished)
     return path
 
 

@@ -11,7 +11,6 @@ does not decide when to save, nor where; and it does not store for which trusted
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from verl_gradalign.files import replacing
 from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.sharding import DirectionGather, Placement, trainable_placements
@@ -105,18 +105,8 @@ def _named_placements(module: nn.Module) -> dict[str, Placement]:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            # Before the rename: else a crash of the machine can leave the new name with incomplete data.
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def _read(path: Path) -> dict[str, Any]:

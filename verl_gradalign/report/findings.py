@@ -2,17 +2,17 @@
 """Is the selection working? Sentences with numbers, a verdict, and what to change, in the words of the configuration.
 
 for finding in findings_of(read_run(run)):
-    print(finding.verdict, finding.text, finding.remedy)
+    print(finding.level, finding.message, finding.remedy)
 """
 
 from __future__ import annotations
 
 from math import isnan
 
-from verl_gradalign.report.rules_measurement import MEASURING_RULES
+from verl_gradalign.findings import GOOD, NOTE, PROBLEM, VERDICTS, WATCH, Finding
+from verl_gradalign.report.rules_measurement import FAIR, MEASURING_RULES, NOISE
 from verl_gradalign.report.rules_outcome import OUTCOME_RULES
 from verl_gradalign.report.run import RunData
-from verl_gradalign.report.verdicts import FAIR, GOOD, NOISE, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.visible_text import short
 
 __all__ = ["findings_of", "headline_of"]
@@ -21,7 +21,7 @@ __all__ = ["findings_of", "headline_of"]
 def findings_of(run: RunData) -> list[Finding]:
     """Return what is to be said of a run, the most important first. What was not measured is not mentioned."""
     found = [finding for rule in (*OUTCOME_RULES, *MEASURING_RULES) for finding in rule(run)]
-    return sorted(found, key=lambda finding: (PROBLEM, WATCH, GOOD, NOTE).index(finding.verdict))
+    return sorted(found, key=lambda finding: VERDICTS.index(finding.level))
 
 
 def headline_of(run: RunData) -> tuple[str, str]:
@@ -34,7 +34,7 @@ def headline_of(run: RunData) -> tuple[str, str]:
         return NOTE, f"Problems were chosen by {score}, without measuring alignment: a baseline to compare with."
     reliability = run.metrics.mean("gradalign/reliability/scores")
     gain = run.steps.mean("score", True) - run.steps.mean("score", False)
-    serious = [finding.topic for finding in findings_of(run) if finding.verdict == PROBLEM]
+    serious = [finding.area for finding in findings_of(run) if finding.level == PROBLEM]
     if reliability < NOISE:
         return PROBLEM, f"The ranking by {score} is mostly noise: a repetition would choose largely other problems."
     if not gain > 0:

@@ -7,14 +7,14 @@ path = write_report(find_runs(["outputs"]), "report.html")
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from verl_gradalign.files import replacing
 from verl_gradalign.report.page import comparison_table, page_of
 from verl_gradalign.report.pictures import compared
 from verl_gradalign.report.run import RunData
@@ -60,14 +60,7 @@ def write_report(
     path = Path(path)
     tell("drawing")
     text = render(runs, top)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.chmod(unfinished, 0o644)  # as readable as any file that is made to be passed on
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    # A name of its own: two reports may be written to one place at a time.
+    with replacing(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
     return path

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verl_gradalign.findings import Finding
 from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report import pictures
 from verl_gradalign.report.findings import findings_of, headline_of
@@ -16,7 +17,6 @@ from verl_gradalign.report.pictures import Picture
 from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.rules_outcome import accuracy_of, composition_shift, held_out
 from verl_gradalign.report.run import RunData
-from verl_gradalign.report.verdicts import Finding
 from verl_gradalign.report.visible_text import Shown, short, shown
 
 __all__ = ["RunPage", "Table", "comparison_table", "page_of"]

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from math import isnan
 
+from verl_gradalign.findings import GOOD, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.run import RunData
-from verl_gradalign.report.verdicts import FAIR, GOOD, NOISE, NOTE, PROBLEM, WATCH, Finding
 
-__all__ = ["MEASURING_RULES"]
+__all__ = ["FAIR", "MEASURING_RULES", "NOISE"]
+
+NOISE = 0.3
+"""A reliability below which a ranking is mostly noise: under a third of its variance would come out again."""
+FAIR = 0.5
 
 MUCH = 0.6
 

@@ -8,8 +8,8 @@ from math import isnan
 
 import numpy as np
 
+from verl_gradalign.findings import GOOD, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.run import RunData
-from verl_gradalign.report.verdicts import GOOD, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.visible_text import short
 
 __all__ = ["OUTCOME_RULES", "accuracy_of", "composition_shift", "held_out"]

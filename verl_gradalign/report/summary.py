@@ -6,7 +6,6 @@ print(json.dumps(summary_of(read_run(run))))
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from verl_gradalign.files import without_nan
@@ -29,7 +28,9 @@ def summary_of(run: RunData, top: int | None = None) -> dict[str, Any]:
         "num_rows": run.steps.num_rows,
         "verdict": verdict,
         "headline": headline,
-        "findings": [asdict(finding) for finding in findings_of(run)],
+        "findings": [
+            {"topic": f.area, "verdict": f.level, "text": f.message, "remedy": f.remedy} for f in findings_of(run)
+        ],
         "missing": run.missing,
         "accuracy": [
             dict(zip(("data_source", "before", "after", "first_step", "last_step"), result, strict=True))

@@ -10,9 +10,7 @@ The file is a .npz archive: arrays as they are, everything else as one JSON text
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["file_fingerprint", "flat", "load_state", "read_identity", "require_same", "save_state"]
+from verl_gradalign.files import replacing
+
+__all__ = ["flat", "load_state", "read_identity", "require_same", "save_state"]
 
 FORMAT = 1
 TEXT = "text"
@@ -31,15 +31,10 @@ REMEDY = "Remedy: delete the file to start the selection afresh from this checkp
 
 def save_state(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write the state and what it belongs to. After a crash there is the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     text = {"format": FORMAT, "identity": dict(identity), "state": _without_arrays(state, arrays)}
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
+    with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **{TEXT: np.array(json.dumps(text))}, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -76,15 +71,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         result |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: json.loads(json.dumps(value))}
     return result
-
-
-def file_fingerprint(path: Path) -> str:
-    """Return a hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _without_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -9,12 +9,13 @@ Each has the structure of a published regime: what is wrong with the pool, and w
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_gradalign.data.tasks import FAMILIES, GUESS, ROTATION, SHARING_FAMILIES, write_splits
+from verl_gradalign.files import atomic_folder
 
 __all__ = ["MINIATURES", "WARM_UP_STEPS", "Miniature", "prepare_policy", "write_miniature"]
 
@@ -103,11 +104,8 @@ def prepare_policy(
         from verl_gradalign.toy.model import build_tiny_model
         from verl_gradalign.toy.warmup import warm_up
 
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        # 230,000 parameters learn the seven families in two minutes.
-        untrained = build_tiny_model(unfinished / "untrained", hidden_size=96, num_layers=2, intermediate_size=256)
-        warm_up(untrained, unfinished / "warm", num_steps, progress=progress, families=FAMILIES)
-        (unfinished / "warm").rename(folder)
-        shutil.rmtree(unfinished)
+        with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory() as untrained:
+            # 230,000 parameters learn the seven families in two minutes.
+            build_tiny_model(untrained, hidden_size=96, num_layers=2, intermediate_size=256)
+            warm_up(untrained, unfinished, num_steps, progress=progress, families=FAMILIES)
     return folder

@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_gradalign.files import file_fingerprint, replace_file
 from verl_gradalign.integration.checks import read_config
-from verl_gradalign.integration.offline.store import replace_file
 from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, find_checkpoint
 from verl_gradalign.integration.run_identity import installed_versions
-from verl_gradalign.selection.state_file import file_fingerprint, flat
+from verl_gradalign.selection.state_file import flat
 
 __all__ = ["own_overrides", "plan_of", "require_same_plan"]
 

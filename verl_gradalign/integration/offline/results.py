@@ -23,8 +23,8 @@ from omegaconf import DictConfig
 from verl.utils import hf_tokenizer
 
 from verl_gradalign.config import GradAlignConfig, LogConfig
-from verl_gradalign.files import without_nan
-from verl_gradalign.integration.offline.store import Measured, ScoringStore, joined_scores, replace_file
+from verl_gradalign.files import replace_file, without_nan
+from verl_gradalign.integration.offline.store import Measured, ScoringStore, joined_scores
 from verl_gradalign.integration.offline.task import ScoringTask, num_kept
 from verl_gradalign.integration.prompts import UNKNOWN_SOURCE, ground_truth, prompt_text
 from verl_gradalign.integration.run_identity import about_run, installed_versions

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -29,12 +28,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.errors import refuse
+from verl_gradalign.files import atomic_folder
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.offline.results import write_results
 from verl_gradalign.integration.offline.store import Measured, ScoringStore
-from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint, refuse_option
+from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint
 from verl_gradalign.integration.offline.trainer import check_scoring, needs_whole_pool, trusted_names
 
 __all__ = ["run_scoring"]
@@ -84,7 +85,7 @@ def _alone(task: ScoringTask) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             why = "another process is scoring into it"
-            refuse_option("--output", task.output, why, "wait for it, or end it")
+            refuse("--output", task.output, why, "wait for it, or end it")
         os.set_inheritable(lock.fileno(), True)
         yield
 
@@ -112,7 +113,7 @@ def _check(task: ScoringTask, verl_config: DictConfig, checkpoint: Checkpoint | 
     check_data(config, verl_config)
     num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
     if checkpoint is not None and checkpoint.num_ranks != num_ranks:
-        refuse_option(
+        refuse(
             "--model",
             task.model,
             f"was saved by {checkpoint.num_ranks} ranks, and verl loads it on as many only, not on {num_ranks}",
@@ -144,14 +145,11 @@ def _merge(checkpoint: Checkpoint, model: Path, log_path: Path) -> None:
     """Have verl merge the shards into a whole model, rounded: the actor loads the exact shards afterwards."""
     if model.exists():
         return
-    unfinished = model.with_name("model.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(unfinished)]
-    with log_path.open("ab") as log:
+    with atomic_folder(model) as unfinished, log_path.open("ab") as log:
+        command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(unfinished)]
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    _require_success(done.returncode, log_path)
-    unfinished.rename(model)
+        _require_success(done.returncode, log_path)
 
 
 def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, Any]], None]) -> None:

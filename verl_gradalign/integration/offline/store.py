@@ -13,7 +13,6 @@ are not stored, so they are tried again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from verl_gradalign.files import replace_file
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.types import ProblemScores
 
-__all__ = ["ROLLOUTS", "Measured", "Member", "ScoringStore", "joined_scores", "replace_file"]
+__all__ = ["ROLLOUTS", "Measured", "Member", "ScoringStore", "joined_scores"]
 
 ROLLOUTS = pa.schema(
     [
@@ -172,14 +172,6 @@ def joined_scores(parts: Sequence[Measured]) -> ProblemScores | None:
         direction_norm=scores[0].direction_norm,
         half_dot_P2=torch.cat(halves) if len(halves) == len(scores) else None,
     )
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _number(path: Path) -> int:

@@ -11,15 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.config import CurriculumConfig
+from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import score_of
 
-__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept", "refuse_option"]
+__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept"]
 
 RESPONSES_PER_CHUNK = 512
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -87,24 +87,22 @@ def check_task(task: ScoringTask) -> None:
     overridden = {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in task.overrides)}
     for key in overridden:
         if key in OPTIONS:
-            refuse_option(key, overridden[key], "is set by an option of this command", f"use {OPTIONS[key]} for it")
+            refuse(key, overridden[key], "is set by an option of this command", f"use {OPTIONS[key]} for it")
     if score.rank is None:
-        refuse_option(
-            "--score", task.score, "draws problems without looking at them", "use a score that ranks, e.g. cosine"
-        )
+        refuse("--score", task.score, "draws problems without looking at them", "use a score that ranks, e.g. cosine")
     has_trusted = bool(task.trusted) or "gradalign.validation.sets" in overridden
     if score.needs_direction and not has_trusted:
         why = f"score {task.score} needs a trusted set"
-        refuse_option("--trusted", None, why, "name a file, or use a score without one, e.g. --score learnalign")
+        refuse("--trusted", None, why, "name a file, or use a score without one, e.g. --score learnalign")
     if task.trusted and not score.needs_direction:
         why = f"score {task.score} does not look at a trusted set"
-        refuse_option("--trusted", ", ".join(map(str, task.trusted)), why, "leave it out, or use --score cosine")
+        refuse("--trusted", ", ".join(map(str, task.trusted)), why, "leave it out, or use --score cosine")
     for option, value, least in (
         ("--responses", task.responses, 2),
         ("--trusted-responses", task.trusted_responses, 2),
     ):
         if value is not None and value < least:
-            refuse_option(option, value, f"must be at least {least}: advantages compare responses", "use 8 or more")
+            refuse(option, value, f"must be at least {least}: advantages compare responses", "use 8 or more")
     prompt_key = overridden.get("data.prompt_key", "prompt")
     num_problems = sum(_check_file("--pool", path, prompt_key) for path in task.pool)
     for path in task.trusted:
@@ -113,7 +111,7 @@ def check_task(task: ScoringTask) -> None:
     CurriculumConfig(keep=task.keep)
     if num_kept(task.keep, num_problems) > num_problems:
         why = f"the pool has {num_problems} problems only"
-        refuse_option("--keep", int(task.keep), why, "use a smaller number, or a share such as 0.25")
+        refuse("--keep", int(task.keep), why, "use a smaller number, or a share such as 0.25")
     _check_model(task.model)
 
 
@@ -135,7 +133,7 @@ def find_checkpoint(model: Path) -> Checkpoint | None:
         missing = set(range(num_ranks)) - {int(match[2]) for match in found if int(match[1]) == num_ranks}
         if missing or not (folder / "huggingface" / "config.json").is_file():
             what = f"the shards of ranks {sorted(missing)} of {num_ranks}" if missing else "huggingface/config.json"
-            refuse_option("--model", folder, f"lacks {what}", "copy the checkpoint again, whole")
+            refuse("--model", folder, f"lacks {what}", "copy the checkpoint again, whole")
         return Checkpoint(folder.resolve(), num_ranks)
     return None
 
@@ -143,7 +141,7 @@ def find_checkpoint(model: Path) -> Checkpoint | None:
 def _check_file(option: str, path: Path, prompt_key: str) -> int:
     """Return the rows of a Parquet file; raise ValueError if it has none, or no prompts."""
     if not path.is_file():
-        refuse_option(option, path, "no such file", "give the path of a Parquet file in verl's schema")
+        refuse(option, path, "no such file", "give the path of a Parquet file in verl's schema")
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowException as error:
@@ -151,9 +149,9 @@ def _check_file(option: str, path: Path, prompt_key: str) -> int:
     with file:
         if prompt_key not in file.schema_arrow.names:
             why = f"has no column {prompt_key!r}, only {', '.join(file.schema_arrow.names)}"
-            refuse_option(option, path, why, "add it, or set data.prompt_key after --")
+            refuse(option, path, why, "add it, or set data.prompt_key after --")
         if not file.metadata.num_rows:
-            refuse_option(option, path, "is empty", "give a file with problems")
+            refuse(option, path, "is empty", "give a file with problems")
         return int(file.metadata.num_rows)
 
 
@@ -165,20 +163,14 @@ def _check_schemas(pool: Sequence[Path]) -> None:
         if not schema.equals(first):
             different = {f.name for f in {*schema, *first} if f not in schema or f not in first}
             why = f"its columns are not those of {pool[0]}: {', '.join(sorted(different)) or 'another order'}"
-            refuse_option("--pool", path, why, "write the files with one schema, or score them apart")
+            refuse("--pool", path, why, "write the files with one schema, or score them apart")
 
 
 def _check_model(model: Path) -> None:
     if find_checkpoint(model) is None and not (model / "config.json").is_file():
-        refuse_option(
+        refuse(
             "--model",
             model,
             "is neither a folder with config.json nor one of verl's checkpoints (global_step_<n>)",
             "give one of them; a model of the hub is fetched with `hf download NAME --local-dir FOLDER`",
         )
-
-
-def refuse_option(option: str, value: Any, why: str, remedy: str) -> None:
-    """Raise the ValueError that all checks of the command raise."""
-    shown = option if value is None else f"{option} {value}" if option.startswith("--") else f"{option}={value}"
-    raise ValueError(f"{shown}: {why}. Remedy: {remedy}.")

@@ -24,8 +24,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
+from verl_gradalign.files import replace_file
 from verl_gradalign.integration.offline.rows import PARTITION, load_rows, read_rows
-from verl_gradalign.integration.offline.store import Measured, Member, ScoringStore, replace_file
+from verl_gradalign.integration.offline.store import Measured, Member, ScoringStore
 from verl_gradalign.integration.prompts import PromptTable, problems_of
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
