@@ -265,9 +265,9 @@ def test_a_plugin_that_cannot_load_says_so_and_leaves_verl_usable():
 
 def test_a_hook_that_fails_is_reported_and_breaks_nothing_of_verls():
     code = """
-    import sys
     import verl
-    sys.modules["hydra.plugins.search_path_plugin"] = None
+    import verl_gradalign.plugin
+    verl_gradalign.plugin.search_path_plugin = None
     import hydra.core.plugins
     print("hydra is there")
     """
