@@ -7,9 +7,10 @@ share the processes of one series; a launch of its own is for what processes are
 
 from __future__ import annotations
 
-import os
 import subprocess
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,25 @@ def scheduled(workplace: Workplace, schedule: str, num_steps: int = NUM_STEPS) -
     ]
 
 
+def made(path: Path, write: Callable[[Path], object]) -> Path:
+    """Return the path, written at most once and all at once: launches side by side may need the same file."""
+    if not path.exists():
+        unfinished = path.with_suffix(f".{threading.get_native_id()}")
+        write(unfinished)
+        unfinished.replace(path)
+    return path
+
+
 def rewritten(workplace: Workplace, file: str, name: str, change: Callable[[dict], None]) -> Path:
     """Return a copy of one of the files, each row changed in place."""
-    path = workplace.root / f"{name}.parquet"
-    if not path.exists():
+
+    def write(path: Path) -> None:
         rows = pq.read_table(workplace.files[file]).to_pylist()
         for row in rows:
             change(row)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(workplace.files[file])), unfinished)
-        unfinished.replace(path)
-    return path
+        pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(workplace.files[file])), path)
+
+    return made(workplace.root / f"{name}.parquet", write)
 
 
 def clean(row: dict) -> None:
@@ -95,23 +104,22 @@ def trusted_sets(workplace: Workplace) -> str:
     for name, members in (("good", rows[:16]), ("strange", rows[16:])):
         for row in members:
             row["data_source"] = row["data_source"] if name == "good" else "somebody/elses"
-        path = workplace.root / f"{name}.parquet"
-        pq.write_table(pa.Table.from_pylist(members, schema=pq.read_schema(workplace.files["trusted"])), path)
+        table = pa.Table.from_pylist(members, schema=pq.read_schema(workplace.files["trusted"]))
+        path = made(workplace.root / f"{name}.parquet", partial(pq.write_table, table))
         sets.append(f"{{name: {name}, files: ['{path}'], weight: 2.0, n: 4}}")
     return f"gradalign.validation.sets=[{', '.join(sets)}]"
 
 
 def failing_reward(workplace: Workplace) -> Path:
     """Return a reward function that raises for every third problem of the pool."""
-    path = workplace.root / "failing_reward.py"
-    path.write_text(
+    text = (
         "from verl_gradalign.data.rewards import compute_score as score\n"
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
         "    if extra_info['split'] == 'pool' and extra_info['index'] % 3 == 0:\n"
         "        raise RuntimeError('this reward always fails')\n"
         "    return score(data_source, solution_str, ground_truth, extra_info, **kwargs)\n"
     )
-    return path
+    return made(workplace.root / "failing_reward.py", lambda path: path.write_text(text))
 
 
 def anonymous_pool(workplace: Workplace) -> Path:
@@ -121,9 +129,8 @@ def anonymous_pool(workplace: Workplace) -> Path:
         row["extra_info"] = {"corrupted": False, "index": 7}
     info = pa.field("extra_info", pa.struct([("corrupted", pa.bool_()), ("index", pa.int64())]))
     fields = [info if f.name == "extra_info" else f for f in pq.read_schema(workplace.files["pool"])]
-    path = workplace.root / "anonymous.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), path)
-    return path
+    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+    return made(workplace.root / "anonymous.parquet", partial(pq.write_table, table))
 
 
 def series_runs(workplace: Workplace) -> dict[str, list[str]]:

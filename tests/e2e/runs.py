@@ -133,11 +133,19 @@ class Workplace:
         plan = root / "series.json"
         plan.write_text(json.dumps(members), encoding="utf-8")
         command = [sys.executable, "-m", "verl_gradalign.cpu.series", str(plan)]
-        done = subprocess.run(
-            command, env=cpu_environment(), cwd=root, capture_output=True, text=True, timeout=3 * TIMEOUT_S, check=False
-        )
-        output = done.stdout + done.stderr
-        (root / "series.log").write_text(output, encoding="utf-8")
+        log = root / "series.log"
+        # One file for both: Ray prints what workers warn of to stderr, and it belongs to the run that it was said in.
+        with log.open("wb") as file:
+            done = subprocess.run(
+                command,
+                env=cpu_environment(),
+                cwd=root,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=3 * TIMEOUT_S,
+                check=False,
+            )
+        output = log.read_text(encoding="utf-8", errors="replace")
         assert done.returncode == 0, output[-6000:]
         return {run: self._member(root, run, output) for run in runs}
 

@@ -48,6 +48,7 @@ def run(workplace: Workplace) -> Run:
         f"trainer.total_training_steps={NUM_STEPS}",
         # Large enough that the first update shows in every log-probability.
         "actor_rollout_ref.actor.optim.lr=2e-3",
+        batched=False,
     )
     command[command.index("+platform=cpu")] = "+platform=cpu_vllm"
     environment |= {
