@@ -22,6 +22,8 @@ from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.selection_log import read_selection_log
 
 TIMEOUT_S = 500
+# verl's default, which launches of their own have: runs of the series are compared with theirs.
+ROLLOUT_SEED = 42
 REPOSITORY = Path(__file__).resolve().parents[2]
 # One call generates what a step asks for: as verl's own agent loop does (test_series.py), with fewer processes.
 BATCHED = [
@@ -125,7 +127,7 @@ class Workplace:
                 {
                     "folder": str(root / run),
                     "done": str(root / f"{run}.done"),
-                    "seed": 0,
+                    "seed": ROLLOUT_SEED,
                     "overrides": [*self.overrides(folder), *overrides],
                     "may_fail": run in may_fail,
                 }
