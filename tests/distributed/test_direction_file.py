@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A direction saved from one kind of sharding is the same in every other, on one rank and on two.
+"""Every rank gets its part of a direction back from its own disk; another kind of sharding is refused, or the same.
 
 Two processes run all cases, on a model with odd shapes under every kind of sharding, and on verl's engines:
 
@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from verl_gradalign.probe.direction import Direction, compute_direction, require_same_shards
-from verl_gradalign.probe.direction_file import load_direction, save_direction
+from verl_gradalign.probe.direction_file import REMEDY, load_direction, rank_file, save_direction
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.sharding import DirectionGather, trainable_placements
 from verl_gradalign.types import ProblemRows
@@ -53,6 +53,9 @@ VERL = {
     "adapters": ("qwen3", True, ("fsdp", "fsdp-orig", "fsdp2", "plain")),
 }
 """Name -> (model, whether adapters alone are trained, engines, among them the plain model)."""
+REFUSED = "refused"
+SAME = [{"fsdp-on-2", "fsdp-hybrid-1x2"}, {"fsdp-orig-on-2", "fsdp-orig-hybrid-1x2"}, {"fsdp2", "fsdp2-offloaded"}]
+"""Under FSDP1 a single replica's ranks hold the same elements as without replicas; offloading moves no element."""
 SENDERS = [("odd", name) for name in WRAPPINGS] + [(f"verl-{name}", e) for name in VERL for e in VERL[name][2]]
 
 
@@ -171,31 +174,49 @@ def build_engines(name: str, root: Path) -> tuple[dict[str, Party], dict[str, Pa
 def exchange(
     folder: Path, make_parties: Callable[[Path], tuple[dict[str, Party], dict[str, Party]]], root: Path
 ) -> dict[str, Any]:
-    """Return {sender: {receiver: what is wrong with what it loaded, on any rank}}. Collective."""
+    """Return {sender: {receiver: what is wrong with what it loaded, on any rank, or REFUSED}}. Collective."""
     senders, receivers = make_parties(root)
+    rank = dist.get_rank()
     measured: dict[str, Any] = {}
     for sender, party in senders.items():
-        path = folder / f"{sender}.pt"
+        # A folder of each rank's own, as on machines that share no disk.
+        path = rank_file(folder / sender / f"disk-of-{rank}", rank, NUM_RANKS)
         with party.mode():
             sent = party.direction()
-            save_direction(party.module, sent, path, is_writer=dist.get_rank() == 0)
+            if rank == 0:
+                save_direction(party.module, sent, path)
+        with party.mode():
+            if rank == 1:
+                save_direction(party.module, sent, path)  # no rank takes part in another's
             wholes = gather_all(party.module, sent)
-        dist.barrier()  # the writer has written
         measured[sender] = {}
         for receiver, other in receivers.items():
-            with other.mode():
-                received = load_direction(other.module, path)
-                if dist.get_rank() == 0:
-                    load_direction(other.module, path)  # the other rank does not take part
-                wrong = [*differences(gather_all(other.module, received), wholes)]
-            if receiver == sender:
-                wrong += shard_differences(received, sent)
-            if replace(received, shards=()) != replace(sent, shards=()):
-                wrong.append("numbers")
-            of_ranks: list[Any] = [None] * NUM_RANKS
-            dist.all_gather_object(of_ranks, wrong)
-            measured[sender][receiver] = sum(of_ranks, [])
+            measured[sender][receiver] = sum(of_all_ranks(received_by(other, path, sent, wholes)), [])
     return measured
+
+
+def received_by(other: Party, path: Path, sent: Direction, wholes: dict[str, Tensor]) -> list[str]:
+    """Return what is wrong with what the party loaded on this rank; REFUSED where a rank could not load. Collective."""
+    with other.mode():
+        received, refusal = None, ""
+        try:
+            received = load_direction(other.module, path)
+        except ValueError as error:
+            refusal = str(error)
+            assert str(path) in refusal and REMEDY in refusal, refusal
+        if any(of_all_ranks(refusal)):
+            return [REFUSED]
+        assert received is not None
+        wrong = [*differences(gather_all(other.module, received), wholes), *shard_differences(received, sent)]
+    if replace(received, shards=()) != replace(sent, shards=()):
+        wrong.append("numbers")
+    return wrong
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None] * NUM_RANKS
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_all(module: nn.Module, direction: Direction) -> dict[str, Tensor]:
@@ -278,13 +299,22 @@ def exchanged(root: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("models", "sender"), SENDERS)
-def test_a_direction_saved_under_one_sharding_is_the_same_under_every_other(
+def test_ranks_without_a_common_disk_get_their_shards_back_bit_for_bit(
     exchanged: dict[str, Any], models: str, sender: str
 ) -> None:
     assert "error" not in exchanged[models], exchanged[models]["error"]
+    assert exchanged[models][sender][sender] == []
+
+
+@pytest.mark.parametrize(("models", "sender"), SENDERS)
+def test_another_kind_of_sharding_is_refused_with_file_and_remedy_unless_its_shards_are_the_same(
+    exchanged: dict[str, Any], models: str, sender: str
+) -> None:
     found = exchanged[models][sender]
     assert set(found) == {name for kind, name in SENDERS if kind == models}
-    assert found == dict.fromkeys(found, [])
+    accepted = {name for name, wrong in found.items() if set(wrong) != {REFUSED}}
+    assert accepted == {sender}.union(*(same for same in SAME if sender in same))
+    assert all(found[name] == [] for name in accepted)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run's selection lies beside verl's checkpoint, and what it belongs to.
 
-`global_step_<n>/gradalign.npz` holds the state, `global_step_<n>/actor/gradalign_direction.pt` the direction; both are
-written before verl writes `latest_checkpointed_iteration.txt`, which makes the checkpoint the one to resume from.
+`global_step_<n>/gradalign.npz` holds the state; each rank keeps its shards of the direction beside its weights, in
+`global_step_<n>/actor` (`probe.direction_file`). Both are written before verl writes
+`latest_checkpointed_iteration.txt`, which makes the checkpoint the one to resume from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from verl_gradalign.selection.state_file import read_identity, require_same
 __all__ = [
     "about_run",
     "check_resume",
-    "direction_file",
+    "direction_folder",
     "identity",
     "installed_versions",
     "resume_folder",
@@ -55,9 +56,12 @@ def state_file(folder: Path) -> Path:
     return folder / "gradalign.npz"
 
 
-def direction_file(folder: Path) -> Path:
-    """Return where a checkpoint's direction lies: in the actor's folder, which verl removes when it is outdated."""
-    return folder / "actor" / "gradalign_direction.pt"
+def direction_folder(folder: Path) -> Path:
+    """Return where each rank keeps its part of a checkpoint's direction: the actor's folder, on the rank's machine.
+
+    verl removes it when it is outdated.
+    """
+    return folder / "actor"
 
 
 def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from verl_gradalign.integration.rollouts import add_values
 from verl_gradalign.integration.run_identity import (
     about_run,
     check_resume,
-    direction_file,
+    direction_folder,
     identity,
     resume_folder,
     state_file,
@@ -213,10 +213,11 @@ class ChoosesProblems(_Trainer):
     def _save_checkpoint(self) -> None:
         """Write the selection's state first: verl's tracker file, written last, makes both valid at once."""
         folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
-        direction = direction_file(folder)
-        direction.unlink(missing_ok=True)
-        if self._score.needs_direction and self._needs_stored_direction():
-            self.actor_rollout_wg.gradalign_save_direction(str(direction))
+        if self._score.needs_direction:
+            # Also where none is to be kept: what an earlier run has left there must go.
+            self.actor_rollout_wg.gradalign_save_direction(
+                str(direction_folder(folder)), self._needs_stored_direction()
+            )
         save_state(state_file(folder), self._identity, self._selector.state())
         super()._save_checkpoint()
 
@@ -230,14 +231,29 @@ class ChoosesProblems(_Trainer):
         folder = resume_folder(self.config)
         if folder is None or not self.global_steps or not state_file(folder).exists():
             return
-        direction = direction_file(folder)
-        if direction.exists():
-            self.actor_rollout_wg.gradalign_load_direction(str(direction), self.gradalign.direction.offload)
-        self._selector.restore(load_state(state_file(folder)), has_direction=direction.exists())
+        has_direction = self._score.needs_direction and self._needs_stored_direction() and self._load_direction(folder)
+        self._selector.restore(load_state(state_file(folder)), has_direction)
         # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
         self._selector.forget(self._selector.in_flight() - set(restored))
         logger.info("resumed the selection of step %d from %s", self.global_steps, state_file(folder))
+
+    def _load_direction(self, folder: Path) -> bool:
+        """Have every rank load its part of the direction; return whether there is one.
+
+        Raises: ValueError if some ranks have a part and others have none.
+        """
+        where = direction_folder(folder)
+        # The workers' answer, not the driver's: their disks may be other disks.
+        loaded = self.actor_rollout_wg.gradalign_load_direction(str(where), self.gradalign.direction.offload)
+        if any(loaded) and not all(loaded):
+            missing = [rank for rank, is_loaded in enumerate(loaded) if not is_loaded]
+            raise ValueError(
+                f"{where} has no gradalign_direction file for ranks {missing} of {len(loaded)}, but has the others'. "
+                "Remedy: start the ranks on the machines that wrote them, as verl's own checkpoint asks for, or delete "
+                "the checkpoint's gradalign_direction files on all machines to make a new direction."
+            )
+        return all(loaded)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int

@@ -15,7 +15,13 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
 from verl_gradalign.probe.call import ScoringReply, ScoringRequest, measure
 from verl_gradalign.probe.direction import Direction, on_cpu
-from verl_gradalign.probe.direction_file import load_direction, save_direction
+from verl_gradalign.probe.direction_file import (
+    has_direction,
+    load_direction,
+    rank_file,
+    remove_directions,
+    save_direction,
+)
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
 
@@ -52,19 +58,24 @@ class GradAlignWorker(ActorRolloutRefWorker):
         return reply
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def gradalign_save_direction(self, path: str) -> bool:
-        """Write the stored direction to a file that all ranks can read; return whether there is one. Collective."""
-        if self._direction is not None:
+    def gradalign_save_direction(self, folder: str, is_kept: bool) -> None:
+        """Write this rank's shards of the stored direction into a folder; if it is not kept, only remove old ones."""
+        remove_directions(Path(folder), self.rank, self.world_size)
+        if is_kept and self._direction is not None:
             with scoring_mode(self.actor.engine):
-                save_direction(self.actor.engine.module, self._direction, Path(path), is_writer=self.rank == 0)
-        return self._direction is not None
+                path = rank_file(Path(folder), self.rank, self.world_size)
+                save_direction(self.actor.engine.module, self._direction, path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def gradalign_load_direction(self, path: str, offload: bool) -> None:
-        """Take the direction from a file, whatever number of ranks wrote it. Raises ValueError if it does not fit."""
+    def gradalign_load_direction(self, folder: str, offload: bool) -> bool:
+        """Take this rank's shards from a folder; return whether they are there. Raises ValueError if they misfit."""
+        if not has_direction(Path(folder), self.rank, self.world_size):
+            return False
         with scoring_mode(self.actor.engine):
-            direction = load_direction(self.actor.engine.module, Path(path))
+            path = rank_file(Path(folder), self.rank, self.world_size)
+            direction = load_direction(self.actor.engine.module, path)
         self._direction = on_cpu(direction) if offload else direction
+        return True
 
 
 def use_own_workers(role_worker_mapping: dict[Any, Any]) -> None:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A direction as one file that any number of ranks and any kind of sharding can read.
-
-It holds whole parameters by their names in the unwrapped model, so that a run goes on from it after it was stopped. It
-does not decide when to save, nor where; and it does not store for which trusted set the direction was made.
+"""A direction as one file per rank, with this rank's shards: beside verl's own, which lie on each rank's machine.
 
     with leave_no_trace(module):
-        save_direction(module, direction, path, is_writer=rank == 0)
-        direction = load_direction(module, path)
+        save_direction(module, direction, rank_file(folder, rank, world_size))
+        direction = load_direction(module, rank_file(folder, rank, world_size))
+
+No rank needs another's file, or another's disk. As with verl's weights, only the model sharded in the same way reads
+them. It does not decide when to save, nor where; and it does not store for which trusted set the direction was made.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,90 +19,114 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from verl_gradalign.files import replacing
 from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.gradient import trainable_parameters
-from verl_gradalign.probe.sharding import DirectionGather, Placement, trainable_placements
+from verl_gradalign.probe.sharding import shard_layout
 
-__all__ = ["load_direction", "save_direction"]
+__all__ = ["has_direction", "load_direction", "rank_file", "remove_directions", "save_direction"]
 
-VERSION = 1
-"""Of the layout {"version", "numbers": {field of Direction: its value}, "tensors": {parameter: its direction}}. Readers
-ignore numbers they do not know and take defaults for those that are missing; raise it where that would be wrong."""
-REMEDY = "delete the file to make a new direction"
+VERSION = 2
+"""Of {"version", "numbers": {field of Direction: its value}, "layout": `sharding.shard_layout`, "shards": {parameter:
+tensor or None}}. Readers ignore numbers they do not know and take defaults for those that are missing; raise it where
+that would be wrong. Version 1 was one file of whole parameters, `WHOLE`, which rank 0 wrote and all ranks read."""
+WHOLE = "gradalign_direction.pt"
+RANK_FILE = re.compile(r"gradalign_direction_world_size_(\d+)_rank_(\d+)\.pt")
+REMEDY = "Remedy: delete the checkpoint's gradalign_direction files to make a new direction"
 
 
-def save_direction(module: nn.Module, direction: Direction, path: Path, is_writer: bool) -> None:
-    """Write the direction to `path`, replacing what is there. Collective over the shard group; call it while sharded.
+def rank_file(folder: Path, rank: int, world_size: int) -> Path:
+    """Return where a rank's shards lie in the folder of the actor's checkpoint, named as verl names its own."""
+    return folder / f"gradalign_direction_world_size_{world_size}_rank_{rank}.pt"
 
-    Parameters are gathered one at a time, under FSDP1 one flat parameter at a time. Only the writer keeps them, in CPU
-    memory until the file is complete; the other ranks return before that. Where the direction has no gradient of a
-    parameter, zeros are written. The file replaces the old one as a whole: a run killed meanwhile leaves the old one,
-    and at most a file with `.unfinished` after its name.
 
-    Units: the file and the writer's CPU memory take 4 bytes per trainable parameter in float32, 8 in float64.
-    Raises: RuntimeError if the direction was made for other parameters or shards; OSError on the writer if it cannot
-        write.
+def has_direction(folder: Path, rank: int, world_size: int) -> bool:
+    """Return whether this rank can see its shards.
+
+    Raises: ValueError if there are only files of another number of ranks, or of an earlier version.
     """
-    gather = DirectionGather(module, direction, next(module.parameters()).device)
-    tensors = {}
-    for name, placement in _named_placements(module).items():
-        whole = gather(placement)
-        if is_writer:
-            # A copy: what was gathered can be a view of a whole layer, which would be written in its stead.
-            tensors[name] = whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if is_writer:
-        numbers = {field.name: getattr(direction, field.name) for field in fields(Direction) if field.name != "shards"}
-        _write({"version": VERSION, "numbers": numbers, "tensors": tensors}, path)
+    if rank_file(folder, rank, world_size).exists():
+        return True
+    if (folder / WHOLE).exists():
+        raise ValueError(
+            f"{folder / WHOLE} has version 1, one file for all ranks, but version {VERSION}, one file per rank, is "
+            f"needed. {REMEDY}, or resume with the verl-gradalign that wrote it"
+        )
+    saved = [(path.name, int(match[1])) for path, match in _rank_files(folder) if int(match[1]) != world_size]
+    if saved:
+        name, saved_size = saved[0]
+        raise ValueError(
+            f"{folder / name} was written by one of {saved_size} ranks, but {world_size} ranks run now. {REMEDY}, or "
+            f"resume on {saved_size} ranks, as verl's own checkpoint asks for"
+        )
+    return False
+
+
+def remove_directions(folder: Path, rank: int, world_size: int) -> None:
+    """Remove what earlier runs saved in the folder. Each rank removes its part, so that none waits for another."""
+    (folder / WHOLE).unlink(missing_ok=True)
+    for path, match in _rank_files(folder):
+        # By rank: another rank may have written its own file already.
+        if int(match[2]) % world_size == rank:
+            path.unlink(missing_ok=True)
+
+
+def save_direction(module: nn.Module, direction: Direction, path: Path) -> None:
+    """Write this rank's shards to `path`, replacing what is there; call it while sharded. No rank waits for another.
+
+    The file replaces the old one as a whole: a run killed meanwhile leaves the old one, and at most a file with
+    `.unfinished` after its name.
+
+    Units: 4 bytes per trainable number of this rank in float32, 8 in float64.
+    Raises: RuntimeError if the direction was made for other parameters or shards; OSError if it cannot write.
+    """
+    require_same_shards(module, direction)
+    names = [name for name, _ in trainable_parameters(module)]
+    numbers = {field.name: getattr(direction, field.name) for field in fields(Direction) if field.name != "shards"}
+    # Clones: a shard can be a view of a larger tensor, which torch.save would write in its stead.
+    shards = [None if shard is None else shard.detach().cpu().clone() for shard in direction.shards]
+    _write(
+        {
+            "version": VERSION,
+            "numbers": numbers,
+            "layout": shard_layout(module),
+            "shards": dict(zip(names, shards, strict=True)),
+        },
+        path,
+    )
 
 
 def load_direction(module: nn.Module, path: Path) -> Direction:
-    """Return the direction in the file as this rank's shards; call it while sharded. No rank waits for another.
+    """Return the direction in this rank's file; call it while sharded. No rank waits for another.
 
-    The shards are as `compute_direction` makes them in this module, whatever it was saved from: in number, order,
-    shape, dtype and device, with zeros in padding. Every rank maps the file and copies its own shards only. The values
-    are not checked for damage, which would take reading the whole file on every rank.
+    The shards are on the parameters' device, in their dtype. The values are not checked for damage.
 
-    Raises: FileNotFoundError without the file; ValueError if it is not a complete direction, or is one of other
-        parameters than are trainable in `module`, with the remedy.
+    Raises: FileNotFoundError without the file; ValueError, with the remedy, if it is not a complete direction, or was
+        saved of other parameters, or of other parts of them, than this rank has in `module`.
     """
     content = _read(path)
-    placements = _named_placements(module)
-    _require_same_parameters(placements, content["tensors"], path)
-    parameters = [parameter for _, parameter in trainable_parameters(module)]
-    shards: list[Tensor | None] = [None] * len(parameters)
-    for name, placement in placements.items():
-        index, whole = placement.parameter, content["tensors"][name]
-        parameter = parameters[index]
-        if placement.handle is None:
-            shards[index] = _copy_like(parameter, _local_part(parameter, whole))
-        elif placement.handle._use_orig_params:
-            piece, _ = _flat_piece(placement, whole)
-            # A rank without any of a parameter has no gradient of it.
-            shards[index] = None if piece is None else _copy_like(parameter, piece.view(parameter.shape))
-        else:
-            flat = shards[index]
-            if flat is None:
-                flat = shards[index] = torch.zeros_like(parameter, requires_grad=False)
-            piece, offset = _flat_piece(placement, whole)
-            if piece is not None:
-                flat[offset : offset + piece.numel()] = piece
+    _require_same_layout(shard_layout(module), content["layout"], path)
+    shards: list[Tensor | None] = []
+    for name, parameter in trainable_parameters(module):
+        if name not in content["shards"]:
+            raise ValueError(f"{path} cannot be read as a direction (it lacks the shard of {name}). {REMEDY}")
+        saved = content["shards"][name]
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if saved is not None and saved.shape != local.shape:
+            raise ValueError(f"{path} cannot be read as a direction ({name} has shape {tuple(saved.shape)}). {REMEDY}")
+        # A copy: the file's memory is not kept.
+        shards.append(None if saved is None else saved.to(local.device, local.dtype, copy=True))
     known = {field.name for field in fields(Direction)} - {"shards"}
     numbers = {name: value for name, value in content["numbers"].items() if name in known}
-    direction = Direction(shards=tuple(shards), **numbers)
-    require_same_shards(module, direction)
-    return direction
+    return Direction(shards=tuple(shards), **numbers)
 
 
-def _named_placements(module: nn.Module) -> dict[str, Placement]:
-    """Return one placement of each trainable parameter, by a name that is the same under every kind of sharding."""
-    uses: dict[tuple[int, int], list[Placement]] = {}
-    for placement in trainable_placements(module):
-        uses.setdefault(placement.identity, []).append(placement)
-    # One name of a tied parameter, whatever the order of its uses.
-    return {min(use.name for use in of_one): of_one[0] for of_one in uses.values()}
+def _rank_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return every rank's file in the folder, with its world size and rank."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [(path, match) for path in paths if (match := RANK_FILE.fullmatch(path.name))]
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
@@ -116,57 +141,26 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch and pickle raise nearly every kind, OSError too, depending on what is damaged
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a direction ({reason}); {REMEDY}") from error
+        raise ValueError(f"{path} cannot be read as a direction ({reason}). {REMEDY}") from error
     if not isinstance(content, dict) or "version" not in content:
-        raise ValueError(f"{path} cannot be read as a direction (it has no version); {REMEDY}")
+        raise ValueError(f"{path} cannot be read as a direction (it has no version). {REMEDY}")
     if content["version"] != VERSION:
-        raise ValueError(f"{path} has version {content['version']!r}, but version {VERSION} is needed; {REMEDY}")
-    tensors, numbers = content.get("tensors"), content.get("numbers")
-    are_tensors = isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    if not are_tensors or not isinstance(numbers, dict) or not isinstance(numbers.get("norm"), float):
-        raise ValueError(f"{path} cannot be read as a direction (it lacks the norm or the tensors); {REMEDY}")
+        raise ValueError(f"{path} has version {content['version']!r}, but version {VERSION} is needed. {REMEDY}")
+    shards, layout, numbers = content.get("shards"), content.get("layout"), content.get("numbers")
+    are_shards = isinstance(shards, dict) and all(isinstance(shard, Tensor | None) for shard in shards.values())
+    has_norm = isinstance(numbers, dict) and isinstance(numbers.get("norm"), float)
+    if not (are_shards and has_norm and isinstance(layout, dict)):
+        raise ValueError(f"{path} cannot be read as a direction (it lacks the norm, layout or shards). {REMEDY}")
     return content
 
 
-def _require_same_parameters(placements: Mapping[str, Placement], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError, naming the first culprit, unless the file has the model's trainable parameters."""
-    for name, placement in placements.items():
-        if name not in tensors:
-            raise ValueError(f"{name} is trainable, but {path} has no direction for it; {REMEDY}")
-        shape = tensors[name].shape
-        if shape != placement.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(placement.shape)}, but its direction in {path} has {tuple(shape)}; {REMEDY}"
-            )
-    for name in tensors:
-        if name not in placements:
-            raise ValueError(f"{path} has a direction for {name}, which is no trainable parameter; {REMEDY}")
-
-
-def _local_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Return this rank's part of `whole` if it is sharded as `parameter` is, as a view."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    mesh, part = parameter.device_mesh, whole
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_replicate():
-            continue
-        if type(placement) is not Shard:  # a subclass would be cut in another order
-            raise RuntimeError(f"a direction cannot be cut as {placement} of {parameter.placements} asks for")
-        chunks = part.chunk(mesh.size(axis), placement.dim)
-        rank = mesh.get_local_rank(axis)
-        part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
-    return part
-
-
-def _flat_piece(placement: Placement, whole: Tensor) -> tuple[Tensor | None, int]:
-    """Return what this rank's shard of an FSDP1 flat parameter has of `whole`, and where in the shard that begins."""
-    where = placement.handle.flat_param._shard_param_infos[placement.view]
-    if not where.in_shard:
-        return None, 0
-    return whole.flatten()[where.intra_param_start_idx : where.intra_param_end_idx + 1], where.offset_in_shard
-
-
-def _copy_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """Return a copy of `part` with the parameter's dtype, on its device; the file's memory is not kept."""
-    return part.to(parameter.device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+def _require_same_layout(current: Mapping[str, str], saved: Mapping[str, str], path: Path) -> None:
+    """Raise ValueError, naming the first parameter that differs, unless this rank holds the same parts of the same."""
+    for name, part in current.items():
+        if name not in saved:
+            raise ValueError(f"{name} is trainable, but {path} has no direction for it. {REMEDY}")
+        if saved[name] != part:
+            raise ValueError(f"this rank has of {name} {part}, but in {path} {saved[name]}. {REMEDY}")
+    for name in saved:
+        if name not in current:
+            raise ValueError(f"{path} has a direction for {name}, which is no trainable parameter. {REMEDY}")

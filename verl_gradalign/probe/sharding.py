@@ -88,6 +88,37 @@ def trainable_placements(root: nn.Module) -> list[Placement]:
     return placements
 
 
+def shard_layout(root: nn.Module) -> dict[str, str]:
+    """Return, in words, which part of each trainable parameter this rank holds. Equal words mean equal parts.
+
+    Call it while sharded. The number of ranks is in it as far as it decides a part.
+    """
+    parameters = [parameter for _, parameter in trainable_parameters(root)]
+    uses: dict[tuple[int, int], list[Placement]] = {}
+    for placement in trainable_placements(root):
+        uses.setdefault(placement.identity, []).append(placement)
+    # One name of a tied parameter, whatever the order of its uses: untied, it has two.
+    return {
+        min(use.name for use in of_one): _part(of_one[0], parameters[of_one[0].parameter]) for of_one in uses.values()
+    }
+
+
+def _part(placement: Placement, parameter: nn.Parameter) -> str:
+    shape = tuple(placement.shape)
+    if placement.handle is not None:
+        where = placement.handle.flat_param._shard_param_infos[placement.view]
+        if not where.in_shard:
+            return f"nothing of shape {shape}"
+        first, last = where.intra_param_start_idx, where.intra_param_end_idx
+        # Original parameters are shards of their own; else it matters where in the flat one they begin.
+        place = "" if placement.handle._use_orig_params else f", from {where.offset_in_shard} of the flat parameter"
+        return f"elements {first} to {last} of shape {shape}{place}"
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, ", ".join(str(axis) for axis in parameter.placements)
+        return f"place {mesh.get_coordinate()} of mesh {tuple(mesh.shape)} cut by {placements} of shape {shape}"
+    return f"all of shape {shape}"
+
+
 class DirectionGather:
     """Puts together the whole of a parameter's direction from the shards of all ranks, one layer at a time.
 
