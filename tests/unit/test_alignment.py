@@ -381,6 +381,20 @@ def test_the_state_decides_the_next_selection(tmp_path, monkeypatch):
     assert resumed.requests[0].audited == whole.requests[1].audited
 
 
+def test_without_the_saved_direction_its_age_is_known_until_a_step_that_scores(tmp_path, monkeypatch):
+    make = lambda: Step(tmp_path, monkeypatch, dots=[0.1, 0.9, -0.5, 0.3, 0.8, 0.0])  # noqa: E731
+    unbroken, resumed = make(), make()
+    unbroken.run(1)
+    resumed.selector.restore(unbroken.selector.state(), has_direction=False)
+    unscored = Draw(tuple(range(NUM_CANDIDATES)), 0)
+    for step in (unbroken, resumed):
+        assert step.run(2, draw=unscored)[1]["gradalign/direction/age"] == 1
+    assert resumed.selector.needs_trusted(3) and not resumed.selector.has_direction
+    degenerate = resumed.run(3, trusted_live=False)[1]
+    assert degenerate["gradalign/direction/degenerate"] == 1 and "gradalign/direction/age" not in degenerate
+    assert resumed.run(4)[1]["gradalign/direction/age"] == 0 and resumed.selector.has_direction
+
+
 def test_a_hundred_thousand_candidates_are_ranked_kept_and_logged_in_a_second(tmp_path, monkeypatch):
     """Scores given: the actor's reply is there."""
     num = 100_000

@@ -83,6 +83,7 @@ class AlignmentSelector:
         self._in_flight: dict[str, Problem] = {}
         self._draw = Draw((), 0)
         self._direction_step: int | None = None
+        self._is_direction_lost = False
         self._num_scorings = 0
         self._has_warned = False
         self.last_selection_s = 0.0
@@ -96,7 +97,8 @@ class AlignmentSelector:
         """Return whether the trusted sets must be rolled out in `step`: there is no direction, or it is stale."""
         if not self._score.needs_direction:
             return False
-        return self._direction_step is None or step - self._direction_step >= self._config.direction.refresh_interval
+        made = self._direction_step
+        return made is None or not self.has_direction or step - made >= self._config.direction.refresh_interval
 
     def expect(self, draw: Draw) -> None:
         """Announce what the step rolls out."""
@@ -121,7 +123,7 @@ class AlignmentSelector:
 
     @property
     def has_direction(self) -> bool:
-        return self._direction_step is not None
+        return self._direction_step is not None and not self._is_direction_lost
 
     def is_trusted(self, uid: str) -> bool:
         """Return whether a problem in flight is a trusted one."""
@@ -158,7 +160,8 @@ class AlignmentSelector:
         metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
         self.last_selection_s = time.perf_counter() - started
         metrics["seconds/selection"] = self.last_selection_s
-        if self._direction_step is not None:
+        # A step that scores nothing trains on what the direction chose, though it was not saved with a checkpoint.
+        if self._direction_step is not None and (self.has_direction or not self._draw.is_scored):
             metrics["direction/age"] = step - self._direction_step
         return kept, named(metrics)
 
@@ -173,8 +176,8 @@ class AlignmentSelector:
         }
 
     def restore(self, state: Mapping[str, Any], has_direction: bool) -> None:
-        """Continue from a checkpoint's state. Without the direction's file a new one is made in the next step."""
-        self._direction_step = state["direction_step"] if has_direction else None
+        """Continue from a checkpoint's state. Without the direction a new one is made in the next step that scores."""
+        self._direction_step, self._is_direction_lost = state["direction_step"], not has_direction
         self._num_scorings = state["num_scorings"]
         self._chooser.restore(state["chooser"])
         if self._curriculum is not None:
@@ -207,7 +210,7 @@ class AlignmentSelector:
         live = [g for g in groups if g.is_live]
         reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
         if reply is not None and reply.is_fresh:
-            self._direction_step = step
+            self._direction_step, self._is_direction_lost = step, False
             self._chooser.note_direction(reply.reports[COMBINED].half_cosine)
         scores = None if reply is None else reply.scores
         return self._chooser.choose(groups, scores, self._draw.num_kept, step), reply
