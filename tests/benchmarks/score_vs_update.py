@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -31,6 +32,10 @@ from tests.benchmarks.cases import SWEEPS, X_AXES, Case
 from tests.benchmarks.counting import count_collectives, peak_bytes
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.estimators import ESTIMATORS
+
+if not torch.cuda.is_available():
+    # Before verl is imported, here and in the ranks that this program spawns: it has no platform otherwise.
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 BASELINE = "backward"
 
