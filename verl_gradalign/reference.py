@@ -51,7 +51,7 @@ not in this list is refused when it is logged. All of them go to every logger of
 into the `metrics` table of the selection log. A metric appears in the steps that it is measured in: without a scored
 candidate there is no score. `<...>` stands for a word of the run's own.
 
-What they mean for your run is told in [Read the report](read_report.md); the symbols are those of the
+What they mean for your run stands in [Read the report](read_report.md); the symbols are those of the
 [README](../../README.md#scores): v the direction, g the gradient of a problem's loss.
 """
 

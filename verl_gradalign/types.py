@@ -49,7 +49,7 @@ class ProblemRows:
     longest_row: int
     """Tokens of the problem's longest row, over all ranks, prompt included."""
     is_split: bool = False
-    """Whether the problem's halves are told apart, to measure reliability; the same on every rank."""
+    """Whether the problem's halves are distinguished, to measure reliability; the same on every rank."""
     halves: tuple[int, ...] = ()
     """If split: 0 or 1 for each row on this rank, rows of half 0 first."""
     scale: float = 1.0

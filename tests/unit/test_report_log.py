@@ -182,7 +182,7 @@ def test_parts_merged_while_they_are_read_are_read_once(tmp_path):
     for rows in pieces:
         seen += rows["step"].to_pylist()
     assert sorted(seen) == sorted(read_selection_log(tmp_path)["step"].to_pylist())
-    assert reader.troubles() == [line for line in reader.troubles() if "cannot be read" not in line]
+    assert reader.warnings() == [line for line in reader.warnings() if "cannot be read" not in line]
 
 
 def test_rows_without_step_or_problem_are_counted_and_left_out(folder):

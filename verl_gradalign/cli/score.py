@@ -28,7 +28,7 @@ Examples:
   VERL_PLATFORM=cpu verl-gradalign score --pool pool.parquet --score accuracy_greedy --model tiny
   --output scores --json -- +platform=cpu
 
-The same command goes on with a scoring that was interrupted. Exit code: 0 done, 1 verl failed, 2 bad input.
+The same command resumes a scoring that was interrupted. Exit code: 0 done, 1 verl failed, 2 bad input.
 """
 
 
@@ -90,7 +90,7 @@ def score(
 
 @contextmanager
 def _bars(console: Console, status: Status) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show how far a run is; yields what is told of it (`GradAlignScoringTrainer`)."""
+    """Show how far a run is; yields what receives it (`GradAlignScoringTrainer`)."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console)
     rolled_out = progress.add_task("rolled out", total=None)

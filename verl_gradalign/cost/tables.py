@@ -61,7 +61,7 @@ def assumptions(setting: Setting) -> str:
     return (
         f"An estimate for batches of {setting.train_batch_size} problems x {n} responses, {schedule}, "
         f"{setting.trusted_problems} trusted problems x {setting.validation_n or n} responses {refresh}, "
-        f"{setting.prompt_tokens:.4g} prompt and {setting.response_tokens:.4g} response tokens in the mean, "
+        f"{setting.prompt_tokens:.4g} prompt and {setting.response_tokens:.4g} response tokens on average, "
         f"{setting.live_share:.0%} of the problems live, estimator {setting.estimator or 'none'}, "
         f"checkpointing {'on' if setting.has_checkpointing else 'off'}, micro-batches of "
         f"{setting.micro_batch_tokens:,} positions per GPU, all parameters trained with AdamW, fully sharded."

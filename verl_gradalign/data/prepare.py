@@ -2,8 +2,8 @@
 """From data sets as they are published to the files that verl trains and tests on: what `verl-gradalign prepare` does.
 
 The output folder gets train.parquet, trusted.parquet and test.parquet (the last two if asked for; all tests in one
-file, told apart by data_source) and manifest.json: what was asked for, what was found, kept and left out, and SHA-256
-hashes. Equal arguments and inputs give equal files. The folder appears at the end, complete, or not at all.
+file, distinguished by data_source) and manifest.json: what was asked for, what was found, kept and left out, and
+SHA-256 hashes. Equal arguments and inputs give equal files. The folder appears at the end, complete, or not at all.
 
     plan = PreparationPlan(train=("gsm8k",), trusted=("gsm8k:64",), test=("gsm8k",), origins={"gsm8k": "path/to/gsm8k"})
     manifest = prepare(plan, Path("data/gsm8k"))

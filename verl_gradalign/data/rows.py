@@ -106,7 +106,7 @@ def _split_named_by(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, whose format is told by its ending; blank lines are passed over.
+    """Yield the rows of a file, whose format follows from its ending; blank lines are passed over.
 
     Raises: ValueError naming file and line (or row) for an unknown ending, broken contents, or text that is not UTF-8.
     """

@@ -141,7 +141,7 @@ def _read_countdown(row: Row) -> tuple[str, str]:
     return problem.question, problem.truth
 
 
-AMC_ID = "AI-MO/aimo-validation-amc"  # AMC 12 of 2022 and 2023, told apart by url
+AMC_ID = "AI-MO/aimo-validation-amc"  # AMC 12 of 2022 and 2023, distinguished by url
 SOURCES = {
     source.name: source
     for source in (

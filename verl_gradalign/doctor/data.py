@@ -150,7 +150,7 @@ def _prompt_lengths(
 def _check_lengths(area: str, lengths: list[int], verl_config: DictConfig, findings: Findings) -> None:
     most = verl_config.data.max_prompt_length
     num_over = sum(length > most for length in lengths)
-    text = f"prompts take {statistics.fmean(lengths):.0f} tokens in the mean, {max(lengths)} at most"
+    text = f"prompts take {statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most"
     if not num_over:
         findings.add(area, "ok", f"{text}, of data.max_prompt_length={most}")
         return

@@ -61,7 +61,7 @@ def compare(comparison: Comparison, console: Console) -> Path:
     """Run what is not done yet, and return the path of the summary.
 
     Raises: ValueError for what cannot be run; RuntimeError with the end of the output if a run fails. What is done
-        stays done: the same call goes on from there.
+        stays done: the same call resumes from there.
     """
     output = comparison.output.resolve()
     runs = plan_runs(comparison.regime, comparison.methods, comparison.seeds, output)
@@ -80,7 +80,7 @@ def compare(comparison: Comparison, console: Console) -> Path:
 
 
 def _check_same(comparison: Comparison, output: Path) -> None:
-    """Refuse to go on with other settings than the runs that are there were made with."""
+    """Refuse to continue with other settings than the runs that are there were made with."""
     settings = {
         "regime": comparison.regime,
         "overrides": list(comparison.overrides),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs a comparison is made of, and how each is told to verl.
+"""Which runs a comparison is made of, and how each is given to verl.
 
 for run in plan_runs("unreliable_mini", methods=METHODS, seeds=[0, 1, 2], output=Path("outputs/unreliable_mini")):
     run.folder, run.overrides

@@ -66,10 +66,10 @@ def owners_of(problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudg
     return owners
 
 
-def deal(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
+def keys_by_rank(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
     """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
 
-    Spread rows are dealt in turn, each problem starting one rank further on, so no rank is always the one with most.
+    Spread rows go to the ranks in turn, each problem starting one rank further on, so no rank is always the one with most.
     """
     return [
         [
@@ -81,11 +81,11 @@ def deal(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size:
 
 
 def build_shares(
-    problems: Sequence[ProblemKeys], dealt: Sequence[Sequence[str]], positions: Mapping[str, int]
+    problems: Sequence[ProblemKeys], mine_of: Sequence[Sequence[str]], positions: Mapping[str, int]
 ) -> tuple[ProblemRows, ...]:
-    """Return one rank's `ProblemRows`, given its dealt keys and the position of each key in its row table."""
+    """Return one rank's `ProblemRows`, given its keys and the position of each key in its row table."""
     shares = []
-    for problem, mine in zip(problems, dealt, strict=True):
+    for problem, mine in zip(problems, mine_of, strict=True):
         half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
         shares.append(
             ProblemRows(
@@ -139,16 +139,16 @@ def build_requests(
     dp_size = max(dp_rank_of) + 1
     owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
     owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size))
-    dealt = [deal(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
+    assigned = [keys_by_rank(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
     spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
     metas, requests = [], []
     for dp_rank in dp_rank_of:
-        keys = [key for table in dealt for keys in table[dp_rank] for key in keys if key != spare] + [spare]
+        keys = [key for table in assigned for keys in table[dp_rank] for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
         metas.append(
             KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
         )
-        shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, dealt, strict=True)]
+        shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, assigned, strict=True)]
         requests.append(request.with_shares(dict(zip(names, shares[:-1], strict=True)), shares[-1]))
     return metas, requests
 

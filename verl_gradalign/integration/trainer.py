@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 SAMPLER_PATH = "pkg://verl_gradalign.integration.sampler"
 
 
-class ChoosesProblems(_Trainer):
+class SelectionTrainer(_Trainer):
     """Rolls out more candidates than it trains on, and the trusted sets; trains on the best.
 
     Mixed into a trainer of verl. `verl_mode` is that trainer's name, `sampler_class` what waits for its groups.
@@ -292,7 +292,7 @@ class ChoosesProblems(_Trainer):
 
 
 @register_trainer("gradalign")
-class GradAlignTrainer(ChoosesProblems, PPOTrainerSync):
+class GradAlignTrainer(SelectionTrainer, PPOTrainerSync):
     """Synchronous: a step's candidates are rolled out, chosen among and trained on before the next step's begin."""
 
     verl_mode = "sync"
@@ -300,7 +300,7 @@ class GradAlignTrainer(ChoosesProblems, PPOTrainerSync):
 
 
 @register_trainer("gradalign_colocate_async")
-class GradAlignColocateAsyncTrainer(ChoosesProblems, PPOTrainerColocateAsync):
+class GradAlignColocateAsyncTrainer(SelectionTrainer, PPOTrainerColocateAsync):
     """Asynchronous on the training devices: chooses among the oldest finished groups while others are in flight."""
 
     verl_mode = "colocate_async"

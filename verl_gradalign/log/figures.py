@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 __all__ = ["PALETTE", "alignments", "composition_over_time", "curves", "score_against_success", "thinned"]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24", "#4D4D4D")
-"""Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white."""
+"""Okabe and Ito's colours, distinguishable with any colour vision, without the yellow that is lost on white."""
 GREY = "#8A8A8A"
 INK = "#222222"
 

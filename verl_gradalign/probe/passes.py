@@ -25,7 +25,7 @@ from verl_gradalign.types import ProblemRows
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole problems that one rank runs together; none where it only keeps other ranks company."""
+    """Whole problems that one rank runs together; none where it only runs as many passes as other ranks."""
 
     problems: tuple[int, ...]
     """Positions in the scoring call's sequence of problems."""
@@ -54,9 +54,9 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
         rows = tuple(row for index in chosen for row in problems[index].rows)
         rows_per_problem = tuple(len(problems[index].rows) for index in chosen)
         batches.append(MicroBatch(chosen, rows, rows_per_problem, tuple(parts_of(problems[i]) for i in chosen)))
-    company = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
+    padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
-    return batches + [company] * (num_batches - len(batches))
+    return batches + [padding] * (num_batches - len(batches))
 
 
 def parts_of(problem: ProblemRows) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class RowWeights:
 
 
 def problem_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
-    """Return the coefficients as weights, and scale 1 for each *part*, where responses are not told apart.
+    """Return the coefficients as weights, and scale 1 for each *part*, where responses are not distinguished.
 
     Shapes: (rows, width), (parts,), (parts,); on the CPU.
     """
@@ -99,7 +99,7 @@ def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: to
     """Return weights such that weight * scale is the coefficient, with weight 1 on every token where that is possible.
 
     It is where all tokens of a row have one coefficient, as under group-relative advantages; then the row's gradient
-    is that of log pi(y), whatever its advantage, zero included. Rows that keep company have scale and weight 0.
+    is that of log pi(y), whatever its advantage, zero included. Padding rows have scale and weight 0.
 
     Shapes: (rows, width), (rows,), (rows,); on the CPU.
     """

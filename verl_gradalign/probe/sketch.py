@@ -67,10 +67,10 @@ def sketched_scores(
         exceeds the budget; RuntimeError as `ghost.tapped_scores`.
     Source: LearnAlign (arXiv 2506.11480) section 3; the two-sided projection is LoGra's (arXiv 2405.13954).
     """
-    assert rank >= 2 and rank % 2 == 0, "ProbeConfig sees to it"
+    assert rank >= 2 and rank % 2 == 0, "checked by ProbeConfig"
     _require_fitting(engine, problems)
     sketcher = Sketcher(sketch_points(engine.module), rank, seed)
-    # Halves are not told apart: each problem counts as one row.
+    # Halves are not distinguished: each problem counts as one row.
     whole = [replace(problem, is_split=False, halves=()) for problem in problems]
     sketches, norm_P = sketch_gradients(engine, whole, sketcher)
     is_known_P = norm_P.isfinite() & (norm_P > 0)

@@ -192,7 +192,7 @@ def _vectors_per_position(point: TapPoint, delta: Tensor, shape: tuple[int, int]
     """Return how many vectors the layer saw at each position, e.g. one per attention head."""
     if tuple(delta.shape[:2]) != shape:
         raise RuntimeError(
-            f"{point.name} put out a tensor of shape {tuple(delta.shape)} in a pass over {shape} (lines, "
+            f"{point.name} returned a tensor of shape {tuple(delta.shape)} in a pass over {shape} (lines, "
             "positions), so its gradient cannot be cut at problem boundaries. Remedy: set gradalign.estimator=backward "
             "(exact) or finite_difference."
         )

@@ -4,7 +4,7 @@
     reader = LogReader("checkpoints/project/run/gradalign")
     for rows in reader.batches("selection", SELECTION):
         ...
-    print(reader.troubles())
+    print(reader.warnings())
 
 It reads while the run goes on: parts that are merged meanwhile are found again, and no row is given twice.
 """
@@ -67,7 +67,7 @@ class LogReader:
             if not has_vanished:
                 return
 
-    def troubles(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return a sentence on each kind of thing that was missing or unreadable so far."""
         found = []
         set_aside = sorted(path.name for path in self.folder.glob("*.damaged"))
@@ -86,9 +86,9 @@ class LogReader:
             )
         if self._num_bad_rows:
             found.append(f"Left out: {_count(self._num_bad_rows, 'row')} without step, problem or name.")
-        return found + self._metadata_troubles()
+        return found + self._metadata_warnings()
 
-    def _metadata_troubles(self) -> list[str]:
+    def _metadata_warnings(self) -> list[str]:
         found = []
         newer = [about["format"] for about in self.abouts if about["format"] > FORMAT]
         if newer:
@@ -108,7 +108,7 @@ class LogReader:
         """Yield a part's rows, but for the steps in `read`."""
         schema = TABLES[table]
         texts = [field.name for field in schema if pa.types.is_string(field.type)] if table != "samples" else []
-        with part.path.open("rb") as source:  # so that a part that has gone is told from one that is damaged
+        with part.path.open("rb") as source:  # so that a part that has gone is distinguished from one that is damaged
             footer = pq.read_schema(source)
             extra = [name for name in footer.names if name.startswith(EXTRA)] if table == "selection" else []
             lacking = [name for name in REQUIRED[table] if name not in footer.names]

@@ -111,7 +111,7 @@ def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> Ru
         metrics.add(table)
         tell(f"{run.name}: metrics of {len(metrics.steps):,} steps")
     about = reader.abouts[-1] if reader.abouts else {}
-    missing = [*reader.troubles(), *_missing(run.folder, reader.abouts, steps.steps, metrics.steps)]
+    missing = [*reader.warnings(), *_missing(run.folder, reader.abouts, steps.steps, metrics.steps)]
     problems = sums.problems()
     return RunData(
         run.name, run.folder, about, missing, steps, reasons, columns, points, find_suspects(problems), metrics, reader

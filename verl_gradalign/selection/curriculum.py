@@ -136,9 +136,9 @@ class Curriculum:
         """
         assert step == self._step, f"the selection of step {step} came in step {self._step}"
         kept_ids = np.asarray(kept, dtype=np.int64)
-        strangers = kept_ids[~np.isin(kept_ids, self._drawn)]
-        if len(strangers):
-            raise ValueError(f"step {step} kept {len(strangers)} problems that it did not draw: {strangers[:5]}")
+        not_drawn = kept_ids[~np.isin(kept_ids, self._drawn)]
+        if len(not_drawn):
+            raise ValueError(f"step {step} kept {len(not_drawn)} problems that it did not draw: {not_drawn[:5]}")
         if self.is_selecting(step) and not 0 < len(np.unique(kept_ids)) == len(kept_ids):
             raise ValueError(f"step {step} kept {len(kept_ids)} problems; at least one is needed, and none twice")
         if not self._is_waiting:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what an offline scoring is asked for to verl's configuration, and what must be the same to go on with it.
+"""From what an offline scoring is asked for to verl's configuration, and what must be the same to resume it.
 
 config = compose_run(own_overrides(task, model, checkpoint))
 require_same_plan(task.state, plan_of(task, config))

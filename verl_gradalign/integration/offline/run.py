@@ -50,7 +50,7 @@ AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 def run_scoring(
     task: ScoringTask, command: Sequence[str], watch: Callable[[Mapping[str, Any]], None]
 ) -> dict[str, Any]:
-    """Score what is not scored yet, write the results, and return the summary. `watch` is told of the progress.
+    """Score what is not scored yet, write the results, and return the summary. `watch` receives the progress.
 
     Raises: ValueError for what cannot be scored, before anything starts; RuntimeError with the end of verl's output if
         it fails. What is done stays done.
@@ -180,7 +180,7 @@ def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, An
 def _require_success(returncode: int, log_path: Path) -> None:
     if returncode:
         raise RuntimeError(
-            f"verl failed (exit {returncode}); its whole output is in {log_path}, and the same command goes on from "
+            f"verl failed (exit {returncode}); its whole output is in {log_path}, and the same command resumes from "
             f"what is done\n{_end_of(log_path.read_text(errors='replace'))}"
         )
 

@@ -6,7 +6,7 @@
     store.write_measured(Measured(...))
 
 A file is written beside its place and renamed, so it is complete or absent, and a scoring that was killed at any moment
-goes on from the files that are there. A rollout file holds whole groups, whichever finished first; groups that failed
+resumes from the files that are there. A rollout file holds whole groups, whichever finished first; groups that failed
 are not stored, so they are tried again.
 """
 

@@ -65,7 +65,7 @@ class ScoringTask:
 
     @property
     def state(self) -> Path:
-        """The folder with everything that an interrupted scoring goes on from."""
+        """The folder with everything that an interrupted scoring resumes from."""
         return self.output.resolve() / "state"
 
     @property

@@ -30,7 +30,7 @@ from verl_gradalign.integration.offline.store import Measured, Member, ScoringSt
 from verl_gradalign.integration.prompts import PromptTable, problems_of
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
-from verl_gradalign.integration.trainer import ChoosesProblems
+from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.curriculum import Draw
@@ -91,7 +91,7 @@ class PoolScorer(AlignmentSelector):
 
 
 @register_trainer("gradalign_score")
-class GradAlignScoringTrainer(ChoosesProblems, PPOTrainerSync):
+class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
     """Rolls out and scores the pool once. Its own settings are the block `scoring`: folder, chunk, checkpoint."""
 
     verl_mode = "sync"

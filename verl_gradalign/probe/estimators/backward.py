@@ -2,7 +2,7 @@
 """The reference estimator: one ordinary backward pass for each problem, on all ranks together.
 
 Exact on whatever the engine can train, at the compute of an update over the same tokens plus one round of parameter
-communication for each problem (two for one whose halves are told apart). It cannot tell responses apart.
+communication for each problem (two for one whose halves are distinguished). It cannot distinguish responses.
 
     scores = BackwardEstimator().score(engine, candidates, direction)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the rows of problems are dealt to data-parallel ranks, and what each rank is asked for."""
+"""How the rows of problems are assigned to data-parallel ranks, and what each rank is asked for."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from verl_gradalign.integration.requests import (
     audited_problems,
     build_requests,
     build_shares,
-    deal,
+    keys_by_rank,
     owners_of,
     token_budget,
 )
@@ -41,27 +41,27 @@ def make_problems(groups: list[list[int]]) -> list[ProblemKeys]:
 
 @settings(deadline=None)
 @given(groups=groups_of_lengths, dp_size=world_sizes, data=st.data())
-def test_each_key_is_dealt_to_exactly_one_rank(groups, dp_size, data):
+def test_each_key_is_assigned_to_exactly_one_rank(groups, dp_size, data):
     problems = make_problems(groups)
     owners = data.draw(st.lists(st.none() | st.integers(0, dp_size - 1), min_size=len(groups), max_size=len(groups)))
-    dealt = deal(problems, owners, dp_size)
-    assert len(dealt) == dp_size
+    assigned = keys_by_rank(problems, owners, dp_size)
+    assert len(assigned) == dp_size
     for i, problem in enumerate(problems):
-        assert sorted(key for rank in dealt for key in rank[i]) == sorted(problem.keys)
+        assert sorted(key for rank in assigned for key in rank[i]) == sorted(problem.keys)
         if owners[i] is not None:
-            assert tuple(dealt[owners[i]][i]) == problem.keys
+            assert tuple(assigned[owners[i]][i]) == problem.keys
 
 
 @settings(deadline=None)
 @given(groups=groups_of_lengths, dp_size=world_sizes)
-def test_spread_rows_are_dealt_evenly_each_problem_one_rank_further_on(groups, dp_size):
+def test_spread_rows_are_assigned_evenly_each_problem_one_rank_further_on(groups, dp_size):
     problems = make_problems(groups)
-    dealt = deal(problems, [None] * len(problems), dp_size)
+    assigned = keys_by_rank(problems, [None] * len(problems), dp_size)
     for i, problem in enumerate(problems):
-        counts = [len(rank[i]) for rank in dealt]
+        counts = [len(rank[i]) for rank in assigned]
         assert max(counts) - min(counts) <= 1 and max(counts) <= math.ceil(len(problem.keys) / dp_size)
         for k, key in enumerate(problem.keys):
-            assert key in dealt[(k + i) % dp_size][i]
+            assert key in assigned[(k + i) % dp_size][i]
 
 
 @settings(deadline=None)
@@ -93,7 +93,7 @@ def test_shares_say_the_same_of_each_problem_on_all_ranks(groups, dp_size, is_wh
     problems = make_problems(groups)
     owners = [i % dp_size if is_whole else None for i in range(len(problems))]
     shares_by_rank = []
-    for mine in deal(problems, owners, dp_size):
+    for mine in keys_by_rank(problems, owners, dp_size):
         table = [key for keys in mine for key in keys]
         shares = build_shares(problems, mine, {key: row for row, key in enumerate(table)})
         assert [table[row] for share in shares for row in share.rows] == table
