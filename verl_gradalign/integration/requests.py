@@ -69,7 +69,7 @@ def owners_of(problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudg
 def keys_by_rank(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
     """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
 
-    Spread rows go to the ranks in turn, each problem starting one rank further on, so no rank is always the one with most.
+    Spread rows go to the ranks in turn, each problem starting one rank further on: no rank always has the most rows.
     """
     return [
         [
