@@ -243,11 +243,11 @@ def test_a_function_of_the_users_is_loaded_from_a_module():
     assert score_of("verl_gradalign.selection.scores:learnability").rank is not None
 
 
-def test_the_readmes_own_score_works(tmp_path):
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_pages_own_score_works(tmp_path):
+    text = (Path(__file__).parents[2] / "recipes" / "how_to" / "own_score.md").read_text(encoding="utf-8")
     block = next(b for b in text.split("```python\n")[1:] if "def promising" in b).split("```")[0]
     path = tmp_path / "my_scores.py"
     path.write_text(block)
     m = make_pool(3).measurements()
     assert score_of(f"{path}:promising").rank(m, OPTIONS).shape == (7,)
-    assert score_of(f"{path}:sure").needs_response_derivatives
+    assert score_of(f"{path}:agreeing").needs_response_derivatives
