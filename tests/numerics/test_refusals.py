@@ -140,7 +140,7 @@ class Transposing(nn.Module):
 
 
 def test_a_layer_whose_output_does_not_begin_with_lines_and_positions_is_named() -> None:
-    refused(with_layers(Transposing()), "ghost", RuntimeError, "model.norm.1.inner put out", "estimator=backward")
+    refused(with_layers(Transposing()), "ghost", RuntimeError, "model.norm.1.inner returned", "estimator=backward")
 
 
 @pytest.mark.parametrize("estimator", WHOLE)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.fsdp import local_part
 from verl_gradalign.probe.gradient import clear_gradients, local_grad, require_no_gradients, trainable_parameters
 from verl_gradalign.types import ProblemRows
 
@@ -117,7 +117,7 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
     if len(parameters) != len(direction.shards):
         raise RuntimeError(_count_mismatch([name for name, _ in parameters], len(direction.shards)))
     for (name, parameter), shard in zip(parameters, direction.shards, strict=True):
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_part(parameter)
         if shard is not None and shard.shape != local.shape:
             raise RuntimeError(
                 f"{name}: this rank's shard has shape {tuple(local.shape)} but the direction's has "

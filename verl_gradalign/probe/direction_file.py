@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from verl_gradalign.files import replacing
 from verl_gradalign.probe.direction import Direction, require_same_shards
+from verl_gradalign.probe.fsdp import local_part
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.sharding import shard_layout
 
@@ -113,7 +113,7 @@ def load_direction(module: nn.Module, path: Path) -> Direction:
         if name not in content["shards"]:
             raise ValueError(f"{path} cannot be read as a direction (it lacks the shard of {name}). {REMEDY}")
         saved = content["shards"][name]
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_part(parameter)
         if saved is not None and saved.shape != local.shape:
             raise ValueError(f"{path} cannot be read as a direction ({name} has shape {tuple(saved.shape)}). {REMEDY}")
         # A copy: the file's memory is not kept.

@@ -13,15 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-from torch.distributed.tensor import DTensor
+
+from verl_gradalign.probe.fsdp import abandon_pass, flat_handles, local_part, reshard
 
 __all__ = [
     "all_parameters",
@@ -30,7 +27,6 @@ __all__ = [
     "local_grad",
     "require_no_dropout",
     "require_no_gradients",
-    "reshard",
     "trainable_parameters",
 ]
 
@@ -46,8 +42,7 @@ def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def local_grad(parameter: nn.Parameter) -> Tensor | None:
     """Return this rank's shard of the parameter's gradient, without a copy; None if there is none."""
-    grad = parameter.grad
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+    return None if parameter.grad is None else local_part(parameter.grad)
 
 
 def clear_gradients(module: nn.Module) -> None:
@@ -103,7 +98,8 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _abandon_pass(module)
+        abandon_pass(module)
+        clear_gradients(module)
         raise
     finally:
         for parameter, grad, requires_grad in gradients:
@@ -119,7 +115,7 @@ def all_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return every parameter of the module, FSDP1's flat ones included."""
     # Under FSDP1 with use_orig_params=True the flat parameter, whose .grad the originals' .grad are views of, is not
     # among module.parameters().
-    flat = [handle.flat_param for _, handle in _fsdp1_handles(module)]
+    flat = [handle.flat_param for handle in flat_handles(module)]
     return list({id(parameter): parameter for parameter in [*module.parameters(), *flat]}.values())
 
 
@@ -135,81 +131,3 @@ def _save_generators() -> Callable[[], None]:
             torch.cuda.set_rng_state(cuda_state)
 
     return restore
-
-
-def _fsdp1_handles(module: nn.Module) -> list[tuple[FSDP, Any]]:
-    return [(unit, unit._handle) for unit in FSDP.fsdp_modules(module) if unit._handle is not None]
-
-
-def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
-    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-
-
-def reshard(module: nn.Module) -> None:
-    """Reshard every FSDP unit between two passes, so that modules show their shards and the next pass reads them.
-
-    A forward pass leaves the root unsharded: FSDP2 then shows the unsharded parameters, FSDP1 the shards, but computes
-    with the copy it has. FSDP2's `reshard` is not recursive.
-    """
-    for unit in _fsdp2_units(module):
-        unit.reshard()
-    for _, handle in _fsdp1_handles(module):
-        # Before its first pass a handle has not yet set its shard apart.
-        if hasattr(handle.flat_param, "_local_shard"):
-            handle.reshard(handle.uses_sharded_strategy)
-            handle.post_reshard()
-
-
-def _abandon_pass(module: nn.Module) -> None:
-    """Bring FSDP back to the state between two passes after a pass was cut short anywhere."""
-    units = _fsdp2_units(module)
-    if units:
-        _abandon_pass_fsdp2(units)
-    for unit, handle in _fsdp1_handles(module):
-        # Before its first pass there is nothing to abandon.
-        if hasattr(handle.flat_param, "_local_shard"):
-            _abandon_pass_fsdp1(unit, handle)
-    clear_gradients(module)
-
-
-def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:
-    root = units[0]
-    root.set_requires_gradient_sync(True)
-    # Public since torch 2.13; before, an interrupted FSDP2 pass cannot be recovered from with public calls.
-    # Before the first pass nobody is root yet, and there is nothing to recover from.
-    if hasattr(root, "reset_iter_state") and root._get_fsdp_state()._is_root is not None:
-        root.reset_iter_state()
-    for unit in units:
-        unit.reshard()
-        state = unit._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            for shard in group.fsdp_params if group is not None else ():
-                # Micro-batches before the last one accumulate here, out of sight of `.grad`, and reset_iter_state
-                # (torch 2.13) keeps it: without this the next training step would add the abandoned gradient.
-                shard.unsharded_accumulated_grad = None
-                if hasattr(shard, "_unsharded_param"):
-                    shard._unsharded_param.grad = None
-
-
-def _abandon_pass_fsdp1(unit: FSDP, handle: Any) -> None:
-    """Do what FSDP1's own end-of-backward callback does, except keep the gradient."""
-    flat_param = handle.flat_param
-    if hasattr(flat_param, "_post_backward_hook_state"):
-        flat_param._post_backward_hook_state[-1].remove()
-        del flat_param._post_backward_hook_state
-    flat_param._post_backward_called = False
-    flat_param.grad = None
-    # Before the reshard, which does less in the middle of a forward.
-    handle._training_state = HandleTrainingState.IDLE
-    # Unconditional: with use_orig_params the shard can be in place while the modules still show views of the whole.
-    handle.reshard(handle.uses_sharded_strategy)
-    handle.post_reshard()
-    if hasattr(flat_param, "_saved_grad_shard"):
-        del flat_param._saved_grad_shard
-    handle._ran_pre_backward_hook = handle._needs_pre_backward_unshard = handle._prefetched = False
-    handle._post_forward_index = None
-    unit.training_state = TrainingState.IDLE
-    if unit._is_root:
-        unit._post_backward_callback_queued = False  # type: ignore[assignment]
-        unit._exec_order_data.next_iter()

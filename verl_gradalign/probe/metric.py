@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from verl_gradalign.probe.direction import Direction, Shards, combined, inner, mapped, summed_gradient
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.fsdp import local_part
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.sharding import trainable_placements
 from verl_gradalign.types import ProblemRows
@@ -51,8 +51,7 @@ def with_adam_metric(direction: Direction, engine: GradientEngine, optimizer: to
         divisor = None
         if shard is not None:
             group = groups[id(parameter)]
-            moment = state["exp_avg_sq"]
-            moment = (moment.to_local() if isinstance(moment, DTensor) else moment).to(shard.device)
+            moment = local_part(state["exp_avg_sq"]).to(shard.device)
             divisor = (moment / (1 - group["betas"][1] ** float(state["step"]))).sqrt().add_(group["eps"])
         divisors.append(divisor)
     return _divided(direction, engine, tuple(divisors))

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.tensor import DTensor
 
+from verl_gradalign.probe.fsdp import data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.log_probs import token_log_probs
 from verl_gradalign.probe.passes import largest_of_ranks, size_of
@@ -125,20 +122,3 @@ def response_log_probs(
     place_M = torch.cat([torch.arange(length) + index * width for index, (_, length) in enumerate(spans)])
     flat = log_prob_M.new_zeros(len(spans) * width)
     return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
-
-
-def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
-    """Return the group that FSDP shards the module over, None if it is not sharded.
-
-    Raises: ValueError for hybrid sharding, whose replicas this engine does not know how to deal problems to.
-    """
-    if isinstance(module, FSDP):
-        if module.sharding_strategy.name.startswith(("HYBRID", "_HYBRID")):
-            raise ValueError("PlainEngine shards over one group of ranks; use FULL_SHARD instead of hybrid sharding")
-        return module.process_group
-    if isinstance(module, FSDPModule):
-        mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
-        if mesh.ndim != 1:
-            raise ValueError(f"PlainEngine shards over one group of ranks; the device mesh has {mesh.ndim} axes")
-        return mesh.get_group()
-    return None

@@ -29,7 +29,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import require_no_gradients, reshard
+from verl_gradalign.probe.fsdp import reshard
+from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.layer_rules import (
     LayerCall,
     LayerRule,
@@ -41,7 +42,8 @@ from verl_gradalign.probe.layer_rules import (
     without_padding_index,
 )
 from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, size_of
-from verl_gradalign.probe.taps import TapPoint, tap_points, tapped
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
+from verl_gradalign.probe.taps import tapped
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
 

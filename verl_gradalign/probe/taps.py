@@ -15,61 +15,22 @@ Shape legend: R rows, P problems, N positions, H hidden features.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, rule_of
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.sharding import Placement, trainable_placements
+from verl_gradalign.probe.sharding import Placement
+from verl_gradalign.probe.tap_points import TapPoint
 from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`sharding.DirectionGather`) or truncated."""
-
-
-@dataclass(frozen=True)
-class TapPoint:
-    """A layer with trainable parameters, and the rule for it."""
-
-    name: str
-    module: nn.Module
-    rule: LayerRule
-    placements: tuple[Placement, ...]
-
-
-def tap_points(root: nn.Module) -> list[TapPoint]:
-    """Return the layers to tap: all that have trainable parameters, each parameter covered exactly once.
-
-    Raises: ValueError that names the layers without a rule, and what to do. Call it while sharded.
-    """
-    by_module: dict[int, list[Placement]] = defaultdict(list)
-    for placement in trainable_placements(root):
-        by_module[id(placement.module)].append(placement)
-    points, uncovered = [], []
-    for placements in by_module.values():
-        module = placements[0].module
-        rule = rule_of(module)
-        if rule is None:
-            uncovered += [f"{p.name} ({type(module).__name__})" for p in placements]
-            continue
-        name = placements[0].name.rpartition(".")[0] or type(module).__name__
-        points.append(TapPoint(name, module, rule, tuple(placements)))
-    if uncovered:
-        raise ValueError(
-            f"no layer rule covers {', '.join(uncovered[:5])}{' and more' if len(uncovered) > 5 else ''}: the scores "
-            "would miss their gradient. Remedy: set gradalign.estimator=backward (exact) or finite_difference, or "
-            "register a rule (probe.layer_rules.register_layer_rule)."
-        )
-    if not points:
-        raise ValueError("the model has no trainable parameter; there is no gradient to score")
-    return points
 
 
 @contextmanager

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, without_padding_index
-
-if TYPE_CHECKING:
-    from verl_gradalign.probe.taps import TapPoint
+from verl_gradalign.probe.tap_points import TapPoint
 
 
 class TiedWeight:

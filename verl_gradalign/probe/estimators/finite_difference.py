@@ -19,12 +19,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import reshard, trainable_parameters
+from verl_gradalign.probe.fsdp import local_part, reshard
+from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -90,8 +90,7 @@ def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
 def _parameter_norm(engine: GradientEngine) -> float:
     """Return |theta| of the trainable parameters over all shards. Collective."""
     squares = [
-        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().double().square().sum()
-        for _, parameter in trainable_parameters(engine.module)
+        local_part(parameter).detach().double().square().sum() for _, parameter in trainable_parameters(engine.module)
     ]
     total = torch.stack(squares).sum()
     if engine.shard_group is not None:
@@ -111,7 +110,7 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
     reshard(module)
     require_same_shards(module, direction)
     require_full_precision(module)
-    locals_ = [_local(parameter) for _, parameter in trainable_parameters(module)]
+    locals_ = [local_part(parameter).detach() for _, parameter in trainable_parameters(module)]
     originals = [local.clone() for local in locals_]
 
     def move(step: float) -> None:
@@ -137,7 +136,3 @@ def require_full_precision(module: nn.Module) -> None:
                 f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
                 "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
             )
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()

@@ -32,7 +32,7 @@ from verl_gradalign.probe.layer_rules import (
 )
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.sharding import DirectionGather, Placement
-from verl_gradalign.probe.taps import TapPoint, tap_points
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 OVERSAMPLING = 8
