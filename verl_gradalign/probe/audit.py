@@ -47,6 +47,7 @@ def audited_scores(
     Raises: ValueError if a problem is larger than the budget and `oversized` is `stop`.
     """
     exact = BackwardEstimator()
+    # By the whole problem's size, which all ranks know: each takes the same decision without asking.
     too_large: list[int] = []
     if estimator.needs_whole_problems:
         too_large = [i for i, problem in enumerate(problems) if not engine.budget.holds([size_of(problem)])]

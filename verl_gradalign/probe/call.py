@@ -113,8 +113,10 @@ def _direction_for(
     if request.set_weights:
         sets = [TrustedRows(name, w, request.trusted[name]) for name, w in request.set_weights.items()]
         plain, reports = trusted_direction(engine, sets, request.direction, stored)
+    # A degenerate direction is not kept: the last good one stays for the steps to come.
     fresh = None if plain is None or plain.is_degenerate else plain
     may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
+    # `fresh` is kept without the metric, which is that of this step's moments or candidates.
     used = fresh if fresh is not None else stored if may_use_stored else None
     if used is not None and request.direction.metric == "adam":
         used = with_adam_metric(used, engine, optimizer)

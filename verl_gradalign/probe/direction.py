@@ -201,6 +201,7 @@ def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for a, b in zip(first, second, strict=True):
         if a is not None and b is not None:
+            # Only the sum is in float64: copies of both in float64 would take four shards' memory.
             total += torch.sum(a * b.to(a.device, non_blocking=True), dtype=torch.float64).to(device)
     if engine.shard_group is not None:
         torch.distributed.all_reduce(total, group=engine.shard_group)

@@ -90,6 +90,7 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
 
     Not restored: parameters and buffers, which a backward pass does not change.
     """
+    # First: an unsharded module shows temporary parameters, whose `.grad` is not the one to set aside.
     reshard(module)
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in all_parameters(module)]
     training_flags = [(submodule, submodule.training) for submodule in module.modules()]

@@ -78,6 +78,7 @@ def rule_of(module: nn.Module) -> LayerRule | None:
     A subclass with a `forward` of its own (Gemma's scaled embedding) computes something else than its base's rule is
     for. Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon.
     """
+    # A forward bound to the instance (a patched kernel) computes what no rule of its class is for.
     if "forward" in vars(module):
         return None
     for base in type(module).__mro__:
@@ -118,6 +119,7 @@ def embedding(call: LayerCall) -> LayerScores:
 
     row_N = call.layout.row_of_position(delta_NH.device)
     problem_N = call.layout.problem_of_row(delta_NH.device)[row_N]
+    # A token that occurs twice has one row of gradient, whose square is of the sum: rows are added up before squaring.
     key_N = problem_N * module.num_embeddings + call.input
     key_U, place_N = key_N.unique(return_inverse=True)
     grad_UH = delta_NH.new_zeros(len(key_U), delta_NH.shape[-1])

@@ -186,6 +186,7 @@ def _squared_norms(values_PF: Tensor) -> Tensor:
 
 def _multiply(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the matrix product (or batch of them) accumulated and returned in `dtype`."""
+    # Half precision multiplied, float32 added up: what tensor cores do, without a float32 copy of the factors.
     if first.dtype == dtype:
         return first @ second
     return (torch.mm if first.dim() == 2 else torch.bmm)(first, second, out_dtype=dtype)

@@ -55,6 +55,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
         rows_per_problem = tuple(len(problems[index].rows) for index in chosen)
         batches.append(MicroBatch(chosen, rows, rows_per_problem, tuple(parts_of(problems[i]) for i in chosen)))
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
+    # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
     num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
     return batches + [padding] * (num_batches - len(batches))
 
@@ -109,6 +110,7 @@ def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: to
     for index, row in enumerate(batch.rows if batch.problems else ()):
         coefficient_T, mask_T = (t.to(dtype) for t in engine.coefficients(row))
         chosen = coefficient_T[mask_T.bool()]
+        # Exactly: where a response has one advantage and one weight, its coefficients are equal bit for bit.
         gives_R[index] = bool((chosen == chosen[:1]).all())
         scale_R[index] = chosen[0] if gives_R[index] and len(chosen) else 1.0
         weight_RT[index, : len(mask_T)] = mask_T if gives_R[index] else coefficient_T
@@ -159,6 +161,7 @@ class ProblemSums:
         """Return the sums over all ranks. Collective."""
         sums = self._sums
         if engine.data_group is not None:
+            # On the model's device: NCCL reduces nothing that lies in CPU memory.
             sums = sums.to(next(engine.module.parameters()).device)
             torch.distributed.all_reduce(sums, group=engine.data_group)
             sums = sums.cpu()

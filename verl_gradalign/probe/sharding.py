@@ -110,6 +110,7 @@ class DirectionGather:
         if placement.handle is not None:
             return self._views(placement.handle)[placement.view or 0]
         parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
+        # The parameter was unused, so no rank has a gradient of it, and none gathers.
         if shard is None:
             return torch.zeros(placement.shape, device=self._device)
         return gather_whole(parameter, shard.to(self._device, non_blocking=True))

@@ -57,6 +57,7 @@ class TiedWeight:
     def cross_term(self, point: TapPoint, call: LayerCall) -> LayerScores:
         """Return 2 <G_head, G_embedding> when the embedding is reached, zeros before."""
         none = LayerScores(torch.zeros_like(call.scale_R), call.scale_R.new_zeros(call.layout.num_problems))
+        # The head's backward comes first, the embedding's last: the rows wait for it.
         if point is self._head:
             self._head_rows_NH = self._rows_of_head_gradient(call)
         if point is not self._embedding:

@@ -135,5 +135,6 @@ def _averaged(engine: GradientEngine, fresh: Direction, previous: Direction | No
     before = ema * (1 - ema**previous.num_refreshes)
     now = 1 - ema
     terms = [(before * previous.norm, previous.shards), (now * fresh.norm, fresh.shards)]
+    # The fresh one first: sums are formed on the first term's device, and the previous one may lie in CPU memory.
     average = combined([(factor / (before + now), shards) for factor, shards in reversed(terms)])
     return replace(unit_direction(engine, average), num_refreshes=num_refreshes)

@@ -55,12 +55,14 @@ class BackwardEstimator:
             if problem.is_split:
                 engine.backward([problem.half(0)])
                 sum_P3[index, 0] = dot_with_gradient(engine, direction)
+                # The norm is that of both halves together, so the first one's gradient waits for the second's.
                 first = take_gradient(engine.module)
                 problem = problem.half(1)
             engine.backward([problem])
             sum_P3[index, 1] = dot_with_gradient(engine, direction)
             sum_P3[index, 2] = squared_gradient_norm(engine, first)
             clear_gradients(engine.module)
+        # Once for all problems: a reduction for each would make all ranks wait for each other as often.
         if engine.shard_group is not None:
             torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
         sum_P3 = sum_P3.cpu()

@@ -54,8 +54,10 @@ class FiniteDifferenceEstimator:
             if a problem exceeds the budget.
         """
         step = self._relative_step * _parameter_norm(engine)
+        # Planned once, for both passes: log-probs in half precision depend on the shape of their batch.
         batches = micro_batches(engine, problems)
         with torch.no_grad(), perturbation(engine.module, direction) as move:
+            # All batches at one step, then all at the other: each move reshards the model and rewrites its parameters.
             move(step)
             above = [_row_sums(engine, batch) for batch in batches]
             move(-step)
@@ -111,12 +113,14 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
     require_same_shards(module, direction)
     require_full_precision(module)
     locals_ = [local_part(parameter).detach() for _, parameter in trainable_parameters(module)]
+    # Clones: taking the step back by arithmetic would not give the same bits.
     originals = [local.clone() for local in locals_]
 
     def move(step: float) -> None:
         reshard(module)
         for local, original, shard in zip(locals_, originals, direction.shards, strict=True):
             if shard is not None:
+                # From the original, not from where the last move ended: no rounding adds up.
                 torch.add(original, shard.to(original), alpha=step, out=local)
 
     try:

@@ -86,6 +86,7 @@ def tapped_scores(
             weigh = row_weights if per_response else problem_weights
             weights = weigh(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
             taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
+            # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             scores = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
@@ -101,6 +102,7 @@ def tapped_scores(
     return ProblemScores(
         uid=tuple(problem.uid for problem in problems),
         dot_P=reduced.dot_P,
+        # A tied weight's cross term, or rounding, can take a norm of zero below it.
         norm_P=reduced.squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
         num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
         response_derivative_PR=reduced.derivative_PR if per_response else None,

@@ -91,6 +91,7 @@ def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
     rank = min(rank, *matrix_OI.shape)
     width = min(rank + OVERSAMPLING, *matrix_OI.shape)
     with torch.random.fork_rng(devices=[matrix_OI.device] if matrix_OI.device.type == "cuda" else []):
+        # One seed for all ranks: they decompose the same matrix and must not have to exchange the result.
         torch.manual_seed(0)
         left_OK, value_K, right_IK = torch.svd_lowrank(matrix_OI, q=width, niter=POWER_ITERATIONS)
     left_OK, value_K, right_IK = left_OK[:, :rank], value_K[:rank], right_IK[:, :rank]
