@@ -19,7 +19,7 @@ from tests.benchmarks.cases import Case, draw_problems, save_model
 from tests.distributed.engines import make_row_table
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, coefficient_loss, scoring_mode
-from verl_gradalign.integration.requests import ProblemKeys, build_shares, deal, owners_of
+from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
@@ -87,7 +87,7 @@ class VerlBench:
 
     def _rows(self, problems: list[ProblemKeys], owners: list[int | None]) -> tuple[list[list[str]], list[TokenRow]]:
         """Return this rank's keys by problem, and the rows of all these keys."""
-        mine = deal(problems, owners, self._case.num_ranks)[dist.get_rank()]
+        mine = keys_by_rank(problems, owners, self._case.num_ranks)[dist.get_rank()]
         places = [key.split("_") for keys in mine for key in keys]
         return mine, [self._problems[int(problem)][int(row)] for problem, row, _ in places]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems dealt to ranks as the trainer deals them, and scored on verl's engine.
+"""Problems assigned to ranks as the trainer assigns them, and scored on verl's engine.
 
 with scoring(engine, CANDIDATES, "ghost", budget) as call:
     scores = call.score(call.direction())
@@ -21,7 +21,7 @@ from tests.numerics.problems import TEMPERATURE, Problem
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
-from verl_gradalign.integration.requests import ProblemKeys, build_shares, deal, owners_of
+from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.planning import TokenBudget
@@ -98,7 +98,7 @@ def keys_of(kind: str, index: int, problem: Problem) -> ProblemKeys:
 def deal_rows(
     trusted: Sequence[Problem], candidates: Sequence[Problem], estimator: str, budget: TokenBudget
 ) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
-    """Return this rank's row table, spare row last, and its shares, dealt as the trainer deals them."""
+    """Return this rank's row table, spare row last, and its shares, assigned as the trainer assigns them."""
     tables = [
         [keys_of(kind, index, problem) for index, problem in enumerate(problems)]
         for kind, problems in (("t", trusted), ("c", candidates))
@@ -109,11 +109,11 @@ def deal_rows(
             responses.update(zip(named.keys, problem, strict=True))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     owners: list[list[int | None]] = [[None] * len(trusted), owners_of(tables[1], estimator, budget, world_size)]
-    dealt = [deal(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]
+    assigned = [keys_by_rank(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]
     spare = min(responses, key=lambda key: responses[key].num_tokens)
-    keys = [key for mine in dealt for keys in mine for key in keys if key != spare] + [spare]
+    keys = [key for mine in assigned for keys in mine for key in keys if key != spare] + [spare]
     positions = {key: position for position, key in enumerate(keys)}
-    trusted_shares, candidate_shares = (build_shares(*pair, positions) for pair in zip(tables, dealt, strict=True))
+    trusted_shares, candidate_shares = (build_shares(*pair, positions) for pair in zip(tables, assigned, strict=True))
     return make_row_table([responses[key] for key in keys]), trusted_shares, candidate_shares
 
 
