@@ -18,20 +18,21 @@ from pathlib import Path
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.selection_log import read_selection_log
 
-# Two processes sum the same float32 gradients in orders of their own, and updates carry the rounding on.
-RTOL, ATOL = 1e-3, 1e-4
+# Two processes sum the same float32 gradients in orders of their own, and updates carry the rounding on: raise --rtol
+# to what two runs of one version differ by.
+RTOL, ATOL = 1e-6, 1e-9
 # What depends on the machine, or is rounding itself.
 OF_THE_MACHINE = ("seconds", "timing", "perf/", "share_of_step", "canary", "memory", "throughput", "_diff_")
 
 
-def differs(old: object, new: object) -> bool:
+def differs(old: object, new: object, rtol: float) -> bool:
     """Return whether two values differ by more than rounding."""
     if isinstance(old, float) and isinstance(new, float):
-        return not (math.isclose(old, new, rel_tol=RTOL, abs_tol=ATOL) or (math.isnan(old) and math.isnan(new)))
+        return not (math.isclose(old, new, rel_tol=rtol, abs_tol=ATOL) or (math.isnan(old) and math.isnan(new)))
     return old != new
 
 
-def differences(old: Path, new: Path) -> list[str]:
+def differences(old: Path, new: Path, rtol: float) -> list[str]:
     """Return a line for every value that differs between two runs."""
     found = []
     rows, others = (read_selection_log(run / "gradalign").to_pylist() for run in (old, new))
@@ -39,15 +40,17 @@ def differences(old: Path, new: Path) -> list[str]:
         found.append(f"the selection log has {len(rows)} and {len(others)} rows")
     for row, other in zip(rows, others, strict=False):
         for name in row.keys() | other.keys():
-            if differs(row.get(name), other.get(name)):
+            if differs(row.get(name), other.get(name), rtol):
                 where = f"step {row['step']}, problem {row['problem_id']}"
                 found.append(f"{where}: {name} {row.get(name)} -> {other.get(name)}")
     lines, theirs = (list(read_metrics(run / "metrics.jsonl")) for run in (old, new))
-    for (step, metrics), (_, others_metrics) in zip(lines, theirs, strict=False):
+    for (step, metrics), (other_step, others_metrics) in zip(lines, theirs, strict=False):
+        if step != other_step:
+            found.append(f"a line of metrics is of step {step} and {other_step}")
         for name in sorted(metrics.keys() | others_metrics.keys()):
             if not any(word in name for word in OF_THE_MACHINE):
                 values = metrics.get(name), others_metrics.get(name)
-                if differs(*values):
+                if differs(*values, rtol):
                     found.append(f"step {step}: {name} {values[0]} -> {values[1]}")
     if len(lines) != len(theirs):
         found.append(f"{len(lines)} and {len(theirs)} lines of metrics")
@@ -60,11 +63,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument("--rtol", type=float, default=RTOL, help="relative difference that counts as rounding")
     arguments = parser.parse_args()
     names = sorted(path.parent.name for path in arguments.old.glob("*/metrics.jsonl"))
     if not names:
         parser.error(f"no runs below {arguments.old}")
-    found = [line for name in names for line in differences(arguments.old / name, arguments.new / name)]
+    found = [line for name in names for line in differences(arguments.old / name, arguments.new / name, arguments.rtol)]
     print("\n".join(found[:100]))
     return int(bool(found))
 
