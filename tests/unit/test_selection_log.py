@@ -254,5 +254,8 @@ def test_a_log_that_an_earlier_version_wrote_is_read_and_reported(tmp_path):
     assert all(name in table.column_names for name in ("problem_id", "score", "dot", "norm", "success_rate", "reason"))
     (run,) = [read_run(found) for found in find_runs([folder])]
     assert summary_of(run)["num_rows"] == table.num_rows and run.key("gradalign.score", None) == "random"
+    samples = pq.read_table(folder / "samples-00000001.parquet").to_pylist()
+    assert len(samples) == 6 and all(row["prompt"] and row["answer"] for row in samples)
+    assert run.metrics.mean("gradalign/kept") == 4.0
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<html" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from math import isnan
 
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.findings import GOOD, NOTE, PROBLEM, WATCH, Finding
 from verl_gradalign.report.run import RunData
 
@@ -102,7 +103,7 @@ def _estimator(run: RunData) -> list[Finding]:
     found = []
     error, limit = (
         run.metrics.most("gradalign/probe/canary/relative_error"),
-        run.key("gradalign.probe.canary_threshold", 0.05),
+        run.key("gradalign.probe.canary_threshold", ProbeConfig.canary_threshold),
     )
     if not isnan(error):
         text = f"The estimator's largest error against exact backward passes was {error:.1e} of the gradient's norm."
