@@ -256,6 +256,7 @@ def test_a_log_that_an_earlier_version_wrote_is_read_and_reported(tmp_path):
     assert summary_of(run)["num_rows"] == table.num_rows and run.key("gradalign.score", None) == "random"
     samples = pq.read_table(folder / "samples-00000001.parquet").to_pylist()
     assert len(samples) == 6 and all(row["prompt"] and row["answer"] for row in samples)
-    assert run.metrics.mean("gradalign/kept") == 4.0
+    logged = {row["name"]: row["value"] for row in pq.read_table(folder / "metrics-00000001.parquet").to_pylist()}
+    assert logged["gradalign/kept"] == 4.0 and run.metrics.steps == {1, 2, 3}
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<html" in page
