@@ -100,7 +100,7 @@ def _packages(findings: Findings) -> None:
 
 
 def _plugin(findings: Findings) -> None:
-    """Whether verl finds the entry point; what it registers is asked in `integration.doctor`."""
+    """Whether verl finds the entry point; what it registers is asked in `doctor.configuration`."""
     names = [entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")]
     if "gradalign" not in names:
         findings.add(

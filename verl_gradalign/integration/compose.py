@@ -2,7 +2,7 @@
 """verl's configuration from overrides, as `python -m verl.trainer.main_ppo` composes it.
 
 with composing():
-    config = validated(compose_run(["+gradalign=cosine", ...]))
+    config = validate(compose_run(["+gradalign=cosine", ...]))
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 First all problems are answered, the trusted ones before the others, and written to a folder group by group as they
 finish. Then the rollout sleeps, and the actor scores what was written, by the calls that training makes. Everything
-that is in the folder is not done again (`scoring_store.py`); what is kept is decided from it later
-(`scoring_results.py`). The command is `verl-gradalign score`.
+that is in the folder is not done again (`store.py`); what is kept is decided from it later
+(`results.py`). The command is `verl-gradalign score`.
 """
 
 from __future__ import annotations
