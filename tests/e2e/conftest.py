@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.launches import LAUNCHES
-from tests.e2e.runs import Run, Workplace
+from tests.e2e.runs import NUM_PLACES, Run, Workplace
 from verl_gradalign.data.tasks import write_task_files
-
-# Two launches on two cores: starting is mostly imports, on one thread of several processes.
-NUM_PLACES = 2
 
 
 @pytest.fixture(scope="session")

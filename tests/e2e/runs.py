@@ -18,10 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.cpu.series import BEGINS
+from verl_gradalign.experiments.compare import cpu_environment as shared_environment
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.selection_log import read_selection_log
 
 TIMEOUT_S = 500
+# Two launches on two cores: starting is mostly imports, on one thread of several processes.
+NUM_PLACES = 2
 # verl's default, which launches of their own have: runs of the series are compared with theirs.
 ROLLOUT_SEED = 42
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -159,17 +162,12 @@ class Workplace:
 
 
 def cpu_environment() -> dict[str, str]:
-    """Return the environment of a launch that shares two cores with another."""
+    """Return the environment of a launch that shares the cores with another."""
     return {
         **os.environ,
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **shared_environment(num_series=NUM_PLACES),
         # Ray's workers import agent loops and rewards of these tests by name.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-        "TOKENIZERS_PARALLELISM": "false",
-        # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
-        "TQ_NUM_THREADS": "1",
         "WANDB_MODE": "offline",
     }
 
