@@ -7,31 +7,24 @@ import pytest
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler
+from verl_gradalign.selection.groups import Problem
 
 
 class Chooser:
     """Takes everything; candidates begin with c, trusted problems with t."""
 
-    def __init__(self, in_flight, num_candidates, has_direction=True):
-        self.in_flight, self.num_candidates, self.has_direction = set(in_flight), num_candidates, has_direction
+    def __init__(self, buffer, uids, num_candidates, has_direction=True):
         self.asked = []
+        self.in_flight = InFlight()
+        trusted_set = {"c": None, "t": "trusted"}
+        self.in_flight.add(Problem(uid, int(uid[1:]), "tasks", trusted_set[uid[0]]) for uid in uids)
+        self.in_flight.num_candidates, self.in_flight.waits_for_trusted = num_candidates, not has_direction
+        buffer.attach(self.in_flight, self.choose)
 
-    @property
-    def num_in_flight(self):
-        return len(self.in_flight)
-
-    def is_trusted(self, uid):
-        return uid.startswith("t")
-
-    def trusted_in_flight(self):
-        return {uid for uid in self.in_flight if self.is_trusted(uid)}
-
-    def forget(self, uids):
-        self.in_flight -= set(uids)
-
-    def select(self, batch, uids, failed, batch_size, step):
-        self.asked.append((sorted(uids), sorted(failed), batch_size, step))
+    def choose(self, batch, uids, failed, step):
+        self.asked.append((sorted(uids), sorted(failed), step))
         return batch, {"gradalign/kept": 1.0}
 
 
@@ -70,16 +63,15 @@ def no_transfer_queue(monkeypatch):
 
 def test_a_synchronous_selection_is_among_all_groups_of_the_step_failed_ones_included():
     buffer = make(GradAlignSampler, "sync")
-    chooser = Chooser(["c1", "c2", "t1"], 2)
-    buffer.attach(chooser)
+    chooser = Chooser(buffer, ["c1", "c2", "t1"], 2)
     finish(buffer, ["c1", "c2", "t1"], failed=["c2"])
     batch, metrics = buffer.sample(3, "train", 1)
-    assert chooser.asked == [(["c1", "c2", "t1"], ["c2"], 1, 3)] and metrics["gradalign/kept"] == 1.0
+    assert chooser.asked == [(["c1", "c2", "t1"], ["c2"], 3)] and metrics["gradalign/kept"] == 1.0
 
 
 def test_dapos_filter_never_takes_a_trusted_group_and_surplus_candidates_give_way(monkeypatch):
     buffer = make(GradAlignSampler, "sync", filter_groups_metric="reward", train_batch_size=2)
-    buffer.attach(Chooser(["c1", "c2", "t1"], 2))
+    Chooser(buffer, ["c1", "c2", "t1"], 2)
     monkeypatch.setattr(ReplayBuffer, "_dapo_filtered_keys", lambda *_: ({"c1", "t1"}, Counter()))
     assert buffer._dapo_filtered_keys("train")[0] == {"c1"}
     finish(buffer, ["c1", "c2", "c3", "t1"])
@@ -90,17 +82,15 @@ def test_dapos_filter_never_takes_a_trusted_group_and_surplus_candidates_give_wa
 
 def test_an_asynchronous_selection_takes_the_oldest_candidates_and_leaves_the_others_in_flight():
     buffer = make(GradAlignAsyncSampler, "colocate_async")
-    chooser = Chooser(["c1", "c2", "c3", "t1"], num_candidates=2)
-    buffer.attach(chooser)
+    chooser = Chooser(buffer, ["c1", "c2", "c3", "t1"], num_candidates=2)
     finish(buffer, ["c1", "c2", "c3"], steps={"c1": 3, "c2": 2, "c3": 2})
     buffer.sample(3, "train", 1)
-    assert chooser.asked == [(["c2", "c3"], [], 1, 3)]  # the trusted group is not finished, and not waited for
+    assert chooser.asked == [(["c2", "c3"], [], 3)]  # the trusted group is not finished, and not waited for
 
 
 def test_the_first_direction_is_waited_for():
     buffer = make(GradAlignAsyncSampler, "colocate_async")
-    chooser = Chooser(["c1", "t1"], num_candidates=1, has_direction=False)
-    buffer.attach(chooser)
+    chooser = Chooser(buffer, ["c1", "t1"], num_candidates=1, has_direction=False)
     finish(buffer, ["c1"])
     buffer._sync_metadata_from_transfer_queue()
     assert not buffer._has_enough_samples(1, "train", 1, {"c1"})
@@ -111,13 +101,13 @@ def test_the_first_direction_is_waited_for():
 
 def test_stale_candidates_are_evicted_and_replaced_but_trusted_groups_stay():
     buffer = make(GradAlignAsyncSampler, "colocate_async")
-    buffer.attach(Chooser(["c1", "c2", "t1"], 1))
+    chooser = Chooser(buffer, ["c1", "c2", "t1"], 1)
     finish(buffer, ["c1", "c2", "t1"], steps={"c1": 1, "c2": 4, "t1": 1}, failed=["t1"])
     buffer._sync_metadata_from_transfer_queue()
     stale, _, failed, _ = buffer._terminal_eviction_reasons(4, "train")
     assert stale == {"c1"} and failed == set()
     buffer._clear_groups("train", stale)
-    assert buffer._selector.in_flight == {"c2", "t1"}
+    assert {problem.uid for problem in chooser.in_flight} == {"c2", "t1"}
 
 
 @pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])

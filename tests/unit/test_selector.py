@@ -7,6 +7,7 @@ import logging
 import math
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
-from verl_gradalign.integration import selector as alignment
+from verl_gradalign.integration import rollouts, selector
+from verl_gradalign.integration.in_flight import InFlight
+from verl_gradalign.integration.selector import AlignmentSelector
+from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import log_columns
 from verl_gradalign.log.run_log import StepRecorder
 from verl_gradalign.log.selection_log import SelectionLog, read_selection_log
@@ -66,8 +70,10 @@ class OneSource:
         return ["tasks"] * NUM_CANDIDATES
 
 
-class Step:
-    """A selector on given groups, and what it asked of the actor, the trainer and TransferQueue."""
+class Step(SelectionTrainer):
+    """A trainer's step on given groups, without verl's trainer below it: what it asks of actor and TransferQueue."""
+
+    verl_mode = "sync"
 
     def __init__(
         self, tmp_path, monkeypatch, dots, diagnostics=None, probe=None, values=None, half_dots=None, **direction
@@ -75,25 +81,27 @@ class Step:
         self.requests, self.cleared, self.slept, self.completed = [], [], 0, []
         self.dots, self.half_dots, self.diagnostics = dots, half_dots, diagnostics or {}
         self.half_cosine = 0.5
-        config = GradAlignConfig.from_mapping(
+        self.gradalign = config = GradAlignConfig.from_mapping(
             {"validation": {"files": ["trusted"]}, "direction": direction, "probe": probe or {}}
             | {"log": {"sample_problems": 0}}
             | (values or {})
         )
         self.log_folder = tmp_path / "log"
-        self.curriculum = None
+        self._curriculum = None
         if config.schedule != "step":
-            self.curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
+            self._curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
         recorder = StepRecorder(config, SelectionLog(self.log_folder), problems=OneSource(), decode=str)
-        self.verl = copy.deepcopy(VERL)
-        self.selector = alignment.AlignmentSelector(config, self.verl, recorder, self, NUM_CANDIDATES, self.curriculum)
-        self.selector.attach_workers(self.score, dp_rank_of=[0])
+        self._notes = SimpleNamespace(recorder=recorder)
+        self.config = copy.deepcopy(VERL)
+        self._in_flight = InFlight()
+        self._selector = AlignmentSelector(config, self.config, NUM_CANDIDATES)
+        self.actor_rollout_wg = SimpleNamespace(gradalign_score=self.score, _query_dispatch_info=lambda _: [0])
         self.monkeypatch = monkeypatch
 
     def free_rollout(self):
         self.slept += 1
 
-    def complete(self, batch):
+    def _complete(self, batch):
         self.completed.append(len(batch.keys))
 
     def score(self, metas, requests):
@@ -119,13 +127,13 @@ class Step:
         groups = [*candidates, trusted]
         self.groups, self.cleared = {group.problem.uid: group for group in groups}, []
         read = lambda problems, *_: [self.groups[problem.uid] for problem in problems]  # noqa: E731
-        self.monkeypatch.setattr(alignment, "read_groups", read)
-        self.monkeypatch.setattr(alignment.tq, "kv_clear", lambda keys, partition_id: self.cleared.extend(keys))
-        self.selector.expect(draw or Draw(tuple(g.problem.problem_id for g in candidates), NUM_KEPT))
-        self.selector.register([g.problem for g in groups])
+        self.monkeypatch.setattr(rollouts, "read_groups", read)
+        self.monkeypatch.setattr(rollouts.tq, "kv_clear", lambda keys, partition_id: self.cleared.extend(keys))
+        self._draw = draw or Draw(tuple(g.problem.problem_id for g in candidates), NUM_KEPT)
+        self._in_flight.add(g.problem for g in groups)
         keys = [key for group in groups for key in group.keys]
         batch = KVBatchMeta(keys=keys, tags=[{"seq_len": 10, "response_len": 3}] * len(keys), partition_id="train")
-        kept, metrics = self.selector.select(batch, list(self.groups), set(), NUM_KEPT, step)
+        kept, metrics = self._choose(batch, list(self.groups), set(), step)
         self.kept_keys = kept.keys
         assert sorted([*kept.keys, *self.cleared]) == sorted(keys)
         return {key.split("_")[0] for key in kept.keys}, metrics
@@ -198,9 +206,9 @@ def test_nothing_to_train_on_is_an_error_that_counts_the_reasons(tmp_path, monke
 
 def test_the_refresh_interval_decides_when_the_trusted_set_is_rolled_out(tmp_path, monkeypatch):
     step = Step(tmp_path, monkeypatch, dots=[0.0] * NUM_CANDIDATES, refresh_interval=3)
-    assert step.selector.needs_trusted(1)
+    assert step._selector.needs_trusted(1)
     step.run(1)
-    assert [step.selector.needs_trusted(s) for s in (2, 3, 4)] == [False, False, True]
+    assert [step._selector.needs_trusted(s) for s in (2, 3, 4)] == [False, False, True]
 
 
 def test_the_request_carries_what_was_configured(tmp_path, monkeypatch):
@@ -240,7 +248,7 @@ def test_a_canary_within_the_configured_threshold_is_a_metric(tmp_path, monkeypa
 
 def test_oversized_problems_are_warned_of_once_and_counted_always(tmp_path, monkeypatch, caplog):
     step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES, {"oversized": 2.0})
-    with caplog.at_level(logging.WARNING, logger=alignment.__name__):
+    with caplog.at_level(logging.WARNING, logger=selector.__name__):
         counts = [step.run(number)[1]["gradalign/probe/oversized"] for number in (1, 2)]
     assert counts == [2.0, 2.0]
     warnings = [record.getMessage() for record in caplog.records if "larger than a micro-batch" in record.getMessage()]
@@ -318,17 +326,17 @@ def test_scores_of_rewards_alone_ask_nothing_of_the_actor(tmp_path, monkeypatch)
     groups[:4] = [dataclasses.replace(g, rewards=(1.0, 0.0, 0.0, 0.0)) for g in groups[:4]]
     kept, metrics = step.run(1, groups)
     assert kept == {"c4", "c5"} and not step.requests and not step.slept
-    assert not step.selector.needs_trusted(1) and "gradalign/direction/age" not in metrics
+    assert not step._selector.needs_trusted(1) and "gradalign/direction/age" not in metrics
 
 
 def test_a_round_trains_on_one_batch_of_what_it_keeps_and_then_on_what_is_scheduled(tmp_path, monkeypatch):
     values = {"schedule": "round", "oversample": 1.5, "curriculum": {"steps_per_round": 2}}
     step = Step(tmp_path, monkeypatch, [0.1, 0.9, -0.5, 0.3, 0.8, 0.2], values=values)
-    draw = step.curriculum.draw(1)
+    draw = step._curriculum.draw(1)
     assert draw.is_scored and draw.num_kept == 4
     trained, metrics = step.run(1, draw=draw)
     assert metrics["gradalign/kept"] == 4 and len(trained) == NUM_KEPT and trained <= {"c1", "c3", "c4", "c5"}
-    draw = step.curriculum.draw(2)
+    draw = step._curriculum.draw(2)
     groups = [make_group(f"c{i}", i) for i in draw.problem_ids]
     trained_later, metrics = step.run(2, groups, draw=draw)
     assert trained | trained_later == {"c1", "c3", "c4", "c5"}
@@ -348,15 +356,15 @@ def test_a_critic_and_a_colocated_reward_model_are_asked_before_groups_are_read(
     step = Step(tmp_path, monkeypatch, [0.0] * NUM_CANDIDATES)
     step.run(1)
     assert not step.completed
-    step.verl.algorithm.adv_estimator = "gae"
+    step.config.algorithm.adv_estimator = "gae"
     step.run(2)
-    step.verl.algorithm.adv_estimator = "grpo"
-    step.verl.reward.reward_model.enable = True
+    step.config.algorithm.adv_estimator = "grpo"
+    step.config.reward.reward_model.enable = True
     step.run(3)
     assert step.completed == [7 * NUM_RESPONSES] * 2
     # Rewards are read in every step, values only where advantages are.
     step.run(4, draw=Draw(tuple(range(NUM_CANDIDATES)), 0))
-    step.verl.reward.reward_model.enable, step.verl.algorithm.adv_estimator = False, "gae"
+    step.config.reward.reward_model.enable, step.config.algorithm.adv_estimator = False, "gae"
     step.run(5, draw=Draw(tuple(range(NUM_CANDIDATES)), 0))
     assert step.completed == [7 * NUM_RESPONSES] * 3
 
@@ -367,11 +375,11 @@ def test_the_state_decides_the_next_selection(tmp_path, monkeypatch):
     whole, broken = make(), make()
     whole.run(1)
     broken.run(1)
-    state = broken.selector.state()
+    state = broken._selector.state()
     resumed, without_direction = make(), make()
-    resumed.selector.restore(state, has_direction=True)
-    without_direction.selector.restore(state, has_direction=False)
-    assert not resumed.selector.needs_trusted(2) and without_direction.selector.needs_trusted(2)
+    resumed._selector.restore(state, has_direction=True)
+    without_direction._selector.restore(state, has_direction=False)
+    assert not resumed._selector.needs_trusted(2) and without_direction._selector.needs_trusted(2)
     for step in (whole, resumed):
         step.dots = [0.5, -0.9, 0.5, 0.3, 0.1, 0.9]
     (kept, metrics), (kept_again, metrics_again) = whole.run(2), resumed.run(2)
@@ -385,14 +393,14 @@ def test_without_the_saved_direction_its_age_is_known_until_a_step_that_scores(t
     make = lambda: Step(tmp_path, monkeypatch, dots=[0.1, 0.9, -0.5, 0.3, 0.8, 0.0])  # noqa: E731
     unbroken, resumed = make(), make()
     unbroken.run(1)
-    resumed.selector.restore(unbroken.selector.state(), has_direction=False)
+    resumed._selector.restore(unbroken._selector.state(), has_direction=False)
     unscored = Draw(tuple(range(NUM_CANDIDATES)), 0)
     for step in (unbroken, resumed):
         assert step.run(2, draw=unscored)[1]["gradalign/direction/age"] == 1
-    assert resumed.selector.needs_trusted(3) and not resumed.selector.has_direction
+    assert resumed._selector.needs_trusted(3) and not resumed._selector.has_direction
     degenerate = resumed.run(3, trusted_live=False)[1]
     assert degenerate["gradalign/direction/degenerate"] == 1 and "gradalign/direction/age" not in degenerate
-    assert resumed.run(4)[1]["gradalign/direction/age"] == 0 and resumed.selector.has_direction
+    assert resumed.run(4)[1]["gradalign/direction/age"] == 0 and resumed._selector.has_direction
 
 
 def test_a_hundred_thousand_candidates_are_ranked_kept_and_logged_in_a_second(tmp_path, monkeypatch):

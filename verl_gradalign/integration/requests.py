@@ -131,7 +131,8 @@ def build_requests(
 ) -> tuple[list[KVBatchMeta], list[ScoringRequest]]:
     """Return what each worker receives: the keys of its rows, and `request` with its share of the problems.
 
-    `trusted` holds each trusted set's live groups by the set's name; `request.set_weights` says which sets there are.
+    `trusted` holds each trusted set's groups by the set's name; `request.set_weights` says which sets are measured. Of
+    all groups only the live ones are: the others' gradients are zero.
     """
     length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
     names = list(request.set_weights)
@@ -154,4 +155,5 @@ def build_requests(
 
 
 def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:
-    return [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves) for g in groups]
+    live = [g for g in groups if g.is_live]
+    return [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves) for g in live]

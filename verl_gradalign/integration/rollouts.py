@@ -20,7 +20,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.selection.groups import Group, Problem, halved, keys_by_uid
+from verl_gradalign.selection.groups import Group, Problem, halved, keys_by_uid, natural_order, session_of
 from verl_gradalign.selection.scores import score_of
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
@@ -86,6 +86,52 @@ def read_groups(
         )
         for p in problems
     ]
+
+
+def read_step(
+    taken: Sequence[Problem],
+    batch: KVBatchMeta,
+    failed: set[str],
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    is_scored: bool = True,
+) -> tuple[list[Group], dict[str, list[Group]]]:
+    """Return the groups of the candidates, and those of each trusted set that was rolled out; see `read_groups`."""
+
+    def read(name: str | None) -> list[Group]:
+        # Apart: advantages may be normalised over all that they are computed with.
+        members = [problem for problem in taken if problem.trusted_set == name]
+        return read_groups(members, batch, failed, config, verl_config, is_scored) if members else []
+
+    trusted = {s.name: read(s.name) for s in config.validation.trusted_sets()}
+    return read(None), {name: groups for name, groups in trusted.items() if groups}
+
+
+def needs_completion(config: GradAlignConfig, verl_config: DictConfig, is_scored: bool) -> bool:
+    """Return whether rows lack what is read of them: a colocated reward model's rewards, or a critic's values."""
+    reward_model = verl_config.reward.reward_model
+    is_colocated = reward_model.enable and not reward_model.enable_resource_pool
+    return is_colocated or (is_scored and needs_values(config, verl_config))
+
+
+def keep_rows(batch: KVBatchMeta, groups: Sequence[Group], num_sessions: int) -> KVBatchMeta:
+    """Clear every row that does not belong to one of the groups, and return the rest in the groups' order.
+
+    A candidate may have more responses than training takes: its first `num_sessions` are kept.
+    """
+    rows = [sorted(group.keys, key=natural_order) for group in groups]
+    kept = [key for keys in rows for key in keys if session_of(key) < num_sessions]
+    cleared = sorted(set(batch.keys) - set(kept))
+    if cleared:
+        tq.kv_clear(keys=cleared, partition_id=batch.partition_id)
+    return batch.select_keys(kept)
+
+
+def read_responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
+    """Return the token ids of some trajectories' responses."""
+    return list(
+        tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["responses"])["responses"].unbind()
+    )
 
 
 def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samplers that verl asks for a training batch: wait for the candidates, then let the selector choose.
+"""The samplers that verl asks for a training batch: wait for the candidates, then let the trainer choose.
 
 Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes of this package set it by themselves.
 `sampler_kwargs`: `poll_interval_s`, how often running rollouts are looked at; `filter_groups_metric`, DAPO's.
@@ -8,11 +8,13 @@ Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from verl_gradalign.integration.in_flight import InFlight
 
 SEPARATE_ASYNC_REFUSED = (
     "trainer.v1.trainer_mode=separate_async: selection is not supported there. Its rollout devices are never idle and "
@@ -22,41 +24,9 @@ SEPARATE_ASYNC_REFUSED = (
 )
 
 
-class Selector(Protocol):
-    """What the trainer attaches: it knows the problems in flight and chooses among finished groups."""
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates that a selection is among."""
-        ...
-
-    @property
-    def num_in_flight(self) -> int:
-        """Problems, candidates and trusted, that were sent to the rollout and not yet taken."""
-        ...
-
-    @property
-    def has_direction(self) -> bool:
-        """Whether candidates could be scored without the trusted problems in flight."""
-        ...
-
-    def is_trusted(self, uid: str) -> bool:
-        """Whether a problem in flight is a trusted one."""
-        ...
-
-    def trusted_in_flight(self) -> set[str]:
-        """Trusted problems that were sent to the rollout and not yet taken."""
-        ...
-
-    def forget(self, uids: Iterable[str]) -> None:
-        """Take back problems whose groups were evicted."""
-        ...
-
-    def select(
-        self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], batch_size: int, step: int
-    ) -> tuple[KVBatchMeta, dict[str, float]]:
-        """Return the rows to train on, and metrics. Everything else of `uids` is cleared from TransferQueue."""
-        ...
+Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
+"""Of a batch of finished groups, their uids, which of them failed, and the step: the rows to train on, and metrics.
+All other rows of the batch are cleared from TransferQueue."""
 
 
 def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
@@ -72,57 +42,64 @@ def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
     return options
 
 
-def _require(selector: Selector | None) -> Selector:
-    if selector is None:
-        raise RuntimeError(
-            "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with its "
-            "trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
-        )
-    return selector
+class _Attached:
+    """What both samplers have beside verl's replay buffer: the trainer's function that chooses."""
+
+    _in_flight: InFlight | None = None
+    _choose: Choose | None = None
+    _taken: Sequence[str] = ()
+
+    def attach(self, in_flight: InFlight, choose: Choose) -> None:
+        """Connect the sampler to its trainer, which does this once."""
+        self._in_flight, self._choose = in_flight, choose
+
+    def _attached(self) -> tuple[InFlight, Choose]:
+        if self._in_flight is None or self._choose is None:
+            raise RuntimeError(
+                "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with "
+                "its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
+            )
+        return self._in_flight, self._choose
+
+    def _without_trusted(self, uids: Iterable[str]) -> set[str]:
+        return {uid for uid in uids if self._in_flight is None or not self._in_flight.is_trusted(uid)}
 
 
-class GradAlignSampler(ReplayBuffer):
+class GradAlignSampler(_Attached, ReplayBuffer):
     """verl's synchronous replay buffer, whose training batches are chosen by alignment."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**_options(kwargs, train_batch_size=True))
-        self._selector: Selector | None = None
-        self._taken: list[str] = []
-
-    def attach(self, selector: Selector) -> None:
-        """Give the sampler its selector; the trainer does this once."""
-        self._selector = selector
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own.
 
-        Raises: RuntimeError if no selector is attached, or nothing was generated at all.
+        Raises: RuntimeError if no trainer is attached, or nothing was generated at all.
         """
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
-        selector = _require(self._selector)
-        batch, metrics = super().sample(global_steps, partition_id, selector.num_in_flight)
-        failed = set(self.failure_keys[partition_id])
-        kept, own_metrics = selector.select(batch, self._taken, failed, batch_size, global_steps)
+        in_flight, choose = self._attached()
+        batch, metrics = super().sample(global_steps, partition_id, len(in_flight))
+        kept, own_metrics = choose(batch, list(self._taken), set(self.failure_keys[partition_id]), global_steps)
         return kept, {**metrics, **own_metrics}
 
     def _dapo_filtered_keys(self, partition_id: str) -> tuple[set[str], Counter[float]]:
         """Leave trusted groups alone: they are not trained on, and a new prompt would not replace them."""
         filtered, counts = super()._dapo_filtered_keys(partition_id)
-        return _without_trusted(self._selector, filtered), counts
+        return self._without_trusted(filtered), counts
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
         """Take all trusted groups, and candidates up to the number asked for."""
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
-        if partition_id == "train" and self._selector is not None:
-            uids.sort(key=lambda uid: not self._selector.is_trusted(uid))
+        if partition_id == "train" and (in_flight := self._in_flight) is not None:
+            uids.sort(key=lambda uid: not in_flight.is_trusted(uid))
             self._taken = uids = uids[:batch_size]
         return uids[:batch_size], snapshot, steps
 
 
-class GradAlignAsyncSampler(ReplayBufferAsync):
+class GradAlignAsyncSampler(_Attached, ReplayBufferAsync):
     """verl's asynchronous replay buffer: chooses among the oldest finished candidates while others are generated.
 
     Staleness is verl's: groups beyond `max_off_policy_threshold` are evicted and replaced before the choice. Trusted
@@ -131,21 +108,14 @@ class GradAlignAsyncSampler(ReplayBufferAsync):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**_options(kwargs, train_batch_size=False))
-        self._selector: Selector | None = None
-        self._taken: list[str] = []
-
-    def attach(self, selector: Selector) -> None:
-        """Give the sampler its selector; the trainer does this once."""
-        self._selector = selector
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own."""
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
-        selector = _require(self._selector)
-        batch, metrics = super().sample(global_steps, partition_id, selector.num_candidates)
-        failed = set(self.failure_keys[partition_id])
-        kept, own_metrics = selector.select(batch, self._taken, failed, batch_size, global_steps)
+        in_flight, choose = self._attached()
+        batch, metrics = super().sample(global_steps, partition_id, in_flight.num_candidates)
+        kept, own_metrics = choose(batch, list(self._taken), set(self.failure_keys[partition_id]), global_steps)
         return kept, {**metrics, **own_metrics}
 
     def _terminal_eviction_reasons(
@@ -153,36 +123,32 @@ class GradAlignAsyncSampler(ReplayBufferAsync):
     ) -> tuple[set[str], set[str], set[str], Counter[float]]:
         """Evict candidates only: a trusted group that failed or is old is still an answer."""
         stale, filtered, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
-        stale, filtered, failed = (_without_trusted(self._selector, uids) for uids in (stale, filtered, failed))
+        stale, filtered, failed = (self._without_trusted(uids) for uids in (stale, filtered, failed))
         return stale, filtered, failed, counts
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)
-        if partition_id == "train" and self._selector is not None:
-            self._selector.forget(uids)
+        if partition_id == "train" and self._in_flight is not None:
+            self._in_flight.take(uids)
 
     def _has_enough_samples(
         self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]
     ) -> bool:
-        if partition_id != "train" or self._selector is None:
+        if partition_id != "train" or self._in_flight is None:
             return super()._has_enough_samples(global_steps, partition_id, batch_size, sampleable_keys)
-        candidates = _without_trusted(self._selector, sampleable_keys)
+        candidates = self._without_trusted(sampleable_keys)
         if not super()._has_enough_samples(global_steps, partition_id, batch_size, candidates):
             return False
-        return self._selector.has_direction or self._selector.trusted_in_flight() <= sampleable_keys
+        return not self._in_flight.waits_for_trusted or self._in_flight.trusted() <= sampleable_keys
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
         """Take the oldest candidates, and the trusted groups if all of them are there."""
-        if partition_id != "train" or self._selector is None:
+        if partition_id != "train" or self._in_flight is None:
             return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
-        candidates = _without_trusted(self._selector, sampleable_keys)
+        candidates = self._without_trusted(sampleable_keys)
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, candidates, batch_size)
-        trusted = self._selector.trusted_in_flight()
+        trusted = self._in_flight.trusted()
         self._taken = [*uids, *(sorted(trusted) if trusted <= sampleable_keys else ())]
         return self._taken, snapshot, steps
-
-
-def _without_trusted(selector: Selector | None, uids: Iterable[str]) -> set[str]:
-    return {uid for uid in uids if selector is None or not selector.is_trusted(uid)}

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +28,10 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
-from verl_gradalign.integration.rollouts import add_values
+from verl_gradalign.integration.requests import build_requests
+from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
 from verl_gradalign.integration.run_identity import (
     about_run,
     check_resume,
@@ -39,8 +45,13 @@ from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.worker import use_own_workers
 from verl_gradalign.log.columns import StepSeconds
 from verl_gradalign.log.run_log import RunNotes
+from verl_gradalign.metrics import named
+from verl_gradalign.probe.call import ScoringReply
+from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.select import REASONS
 from verl_gradalign.selection.state_file import load_state, save_state
 
 if TYPE_CHECKING:
@@ -61,7 +72,6 @@ class SelectionTrainer(_Trainer):
 
     verl_mode: str
     sampler_class: type[GradAlignSampler] | type[GradAlignAsyncSampler]
-    selector_class: type[AlignmentSelector] = AlignmentSelector
 
     def __init__(self, config: DictConfig) -> None:
         self.gradalign = read_config(config)
@@ -78,8 +88,10 @@ class SelectionTrainer(_Trainer):
                 f"sampler from verl_gradalign.integration.sampler.{self.sampler_class.__name__}."
             )
         self._score = score_of(self.gradalign.score)
+        self._in_flight = InFlight()
+        self._draw = Draw((), 0)
         self._is_asleep = False
-        self._sending_s = 0.0
+        self._sending_s = self._selection_s = 0.0
 
     @property
     def trainer_mode(self) -> str:
@@ -109,10 +121,8 @@ class SelectionTrainer(_Trainer):
         folder = Path(self.config.trainer.default_local_dir) / "gradalign"
         has_wandb = "wandb" in self.config.trainer.logger
         self._notes = RunNotes(self.gradalign, folder, about_run(self.config), has_wandb, self._pool, self._decode)
-        self._selector = self.selector_class(
-            self.gradalign, self.config, self._notes.recorder, self, self._pool.num_rows, self._curriculum
-        )
-        self.replay_buffer.attach(self._selector)
+        self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
+        self.replay_buffer.attach(self._in_flight, self._choose)
 
     def _decode(self, token_ids: Any) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -126,12 +136,10 @@ class SelectionTrainer(_Trainer):
         use_own_workers(self.role_worker_mapping)
 
     def on_init_end(self) -> None:
-        """Connect the selector to the actor, now that there is one."""
+        """Refuse, before anything is rolled out, an actor that cannot be scored."""
         super().on_init_end()
-        workers = self.actor_rollout_wg
         if self._score.needs_gradients:
-            workers.gradalign_check(self.gradalign.estimator, self.gradalign.probe)
-        self._selector.attach_workers(workers.gradalign_score, list(workers._query_dispatch_info("actor")))
+            self.actor_rollout_wg.gradalign_check(self.gradalign.estimator, self.gradalign.probe)
 
     def prepare_step(self) -> dict[str, Any]:
         """Send the step's problems, and the trusted sets when the direction is stale, to the rollout."""
@@ -141,22 +149,22 @@ class SelectionTrainer(_Trainer):
         return {}
 
     def _send_problems(self) -> None:
-        step, is_scored = self.global_steps, False
+        step = self.global_steps
         if self._curriculum is None:
             batch = self._next_train_batch()
-            self._selector.expect(Draw(tuple(problem.problem_id for problem in problems_of(batch)), 0))
+            self._draw = Draw(tuple(problem.problem_id for problem in problems_of(batch)), 0)
         else:
-            draw = self._curriculum.draw(step)
-            is_scored = draw.is_scored
-            self._selector.expect(draw)
-            is_larger = is_scored and self.gradalign.schedule != "step"
-            batch = self._candidates(draw.problem_ids, self.gradalign.curriculum.n if is_larger else None)
+            self._draw = self._curriculum.draw(step)
+            is_larger = self._draw.is_scored and self.gradalign.schedule != "step"
+            batch = self._candidates(self._draw.problem_ids, self.gradalign.curriculum.n if is_larger else None)
         self._submit_batch_to_rollout(batch)
-        if is_scored and self._selector.needs_trusted(step) and not self._selector.trusted_in_flight():
+        if self._draw.is_scored and self._selector.needs_trusted(step) and not self._in_flight.trusted():
             for name, (table, n) in self._trusted.items():
                 trusted = table.batch(table.problem_ids.tolist(), step, n or self._rollout_n)
-                self._selector.register(problems_of(trusted, name))
+                self._in_flight.add(problems_of(trusted, name))
                 self._submit_batch_to_rollout(trusted)
+        self._in_flight.num_candidates = len(self._draw.problem_ids)
+        self._in_flight.waits_for_trusted = not self._selector.has_direction
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step.
@@ -165,7 +173,7 @@ class SelectionTrainer(_Trainer):
         """
         if self._curriculum is None:
             batch = super()._next_train_batch(num_prompts)
-            self._selector.register(problems_of(batch))
+            self._in_flight.add(problems_of(batch))
             return batch
         further = self._curriculum.refill(num_prompts or self.config.data.train_batch_size)
         if not further:
@@ -182,8 +190,64 @@ class SelectionTrainer(_Trainer):
 
     def _candidates(self, problem_ids: tuple[int, ...], n: int | None) -> TensorDict:
         batch = self._pool.batch(problem_ids, self.global_steps, n or self._rollout_n)
-        self._selector.register(problems_of(batch))
+        self._in_flight.add(problems_of(batch))
         return batch
+
+    def _choose(
+        self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], step: int
+    ) -> tuple[KVBatchMeta, dict[str, float]]:
+        """Carry out the step's selection, for the sampler: return the rows to train on and metrics.
+
+        Raises: RuntimeError if no group can be trained on.
+        """
+        started = time.perf_counter()
+        taken = self._in_flight.take(uids)
+        if self.verl_mode == "sync":
+            self._in_flight.retain(())  # what was not taken has been evicted
+        config, is_scored = self.gradalign, self._draw.is_scored
+        if batch.keys and needs_completion(config, self.config, is_scored):
+            self.free_rollout()
+            self._complete(batch)
+        groups, trusted = read_step(taken, batch, failed, config, self.config, is_scored)
+        reply = self._measure_groups(batch, groups, trusted, step) if is_scored else None
+        choice = self._selector.choose(groups, reply, self._draw, step, is_planned=self._curriculum is not None)
+        # Before rows are cleared: the log shows some of the responses.
+        read = partial(read_responses, batch.partition_id)
+        metrics = self._notes.recorder.record(step, read, groups, choice, reply, trusted)
+        kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
+        if not kept.keys:
+            reasons = Counter(REASONS[code] for code in choice.selection.reason_P)
+            raise RuntimeError(
+                f"none of {len(groups)} candidate groups can be trained on: {dict(reasons)}. Remedy: look for errors "
+                "of the rollout or of the reward function above this message."
+            )
+        metrics |= self._selector.direction_age(step, is_scored)
+        metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
+        metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
+        return kept, named(metrics)
+
+    def _measure_groups(
+        self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
+    ) -> ScoringReply | None:
+        """Have the actor measure the live groups. None if there is nothing to measure, or no direction to be had."""
+        request = self._selector.request(groups, trusted, step)
+        if request is None:
+            return None
+        self.free_rollout()
+        workers = self.actor_rollout_wg
+        dp_rank_of = list(workers._query_dispatch_info("actor"))
+        reply: ScoringReply = workers.gradalign_score(*build_requests(batch, trusted, groups, dp_rank_of, request))[0]
+        self._selector.note_reply(reply, step)
+        return reply
+
+    def _trained(self, groups: Sequence[Group], choice: Choice, step: int) -> list[Group]:
+        """Return the groups that are trained on in this step, in the order in which they were sent."""
+        kept = [groups[place] for place in sorted(choice.selection.kept)]
+        if self._curriculum is None or self.gradalign.schedule == "step" or not self._draw.is_scored or not kept:
+            return kept
+        best_first = [groups[place].problem.problem_id for place in choice.selection.kept]
+        trained = set(self._curriculum.keep(step, best_first))
+        return [group for group in kept if group.problem.problem_id in trained]
 
     def free_rollout(self) -> None:
         """Put the rollout replicas to sleep before scoring, as verl does after sampling."""
@@ -196,7 +260,7 @@ class SelectionTrainer(_Trainer):
         self.free_rollout()
         self._is_asleep = False
 
-    def complete(self, batch: KVBatchMeta) -> None:
+    def _complete(self, batch: KVBatchMeta) -> None:
         """Add rewards of a colocated reward model, and a critic's values, to the rows of all candidates."""
         if self.reward_loop_manager.reward_loop_worker_handles is None:
             super()._compute_reward_colocate(batch)
@@ -218,7 +282,10 @@ class SelectionTrainer(_Trainer):
             self.actor_rollout_wg.gradalign_save_direction(
                 str(direction_folder(folder)), self._needs_stored_direction()
             )
-        save_state(state_file(folder), self._identity, self._selector.state())
+        curriculum = None if self._curriculum is None else self._curriculum.state()
+        in_flight = [asdict(problem) for problem in self._in_flight]
+        state = {**self._selector.state(), "curriculum": curriculum, "in_flight": in_flight}
+        save_state(state_file(folder), self._identity, state)
         super()._save_checkpoint()
 
     def _needs_stored_direction(self) -> bool:
@@ -232,10 +299,14 @@ class SelectionTrainer(_Trainer):
         if folder is None or not self.global_steps or not state_file(folder).exists():
             return
         has_direction = self._score.needs_direction and self._needs_stored_direction() and self._load_direction(folder)
-        self._selector.restore(load_state(state_file(folder)), has_direction)
+        state = load_state(state_file(folder))
+        self._selector.restore(state, has_direction)
+        if self._curriculum is not None:
+            self._curriculum.restore(state["curriculum"])
+        self._in_flight.add(Problem(**values) for values in state["in_flight"])
         # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
-        self._selector.forget(self._selector.in_flight() - set(restored))
+        self._in_flight.retain(restored)
         logger.info("resumed the selection of step %d from %s", self.global_steps, state_file(folder))
 
     def _load_direction(self, folder: Path) -> bool:
@@ -262,8 +333,8 @@ class SelectionTrainer(_Trainer):
         seconds = StepSeconds(
             step=timing_raw["step"],
             # verl's sampling waits for the groups and then has them chosen among.
-            rollout=max(0.0, self._sending_s + timing_raw["gen"] - self._selector.last_selection_s),
-            selection=self._selector.last_selection_s,
+            rollout=max(0.0, self._sending_s + timing_raw["gen"] - self._selection_s),
+            selection=self._selection_s,
             update=timing_raw.get("update_actor", 0.0),
         )
         metrics.update(self._notes.end_step(global_steps, metrics, seconds, self.logger))

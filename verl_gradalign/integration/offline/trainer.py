@@ -13,8 +13,8 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import transfer_queue as tq
 from omegaconf import DictConfig
@@ -28,17 +28,13 @@ from verl_gradalign.files import replace_file
 from verl_gradalign.integration.offline.rows import PARTITION, load_rows, read_rows
 from verl_gradalign.integration.offline.store import Measured, Member, ScoringStore
 from verl_gradalign.integration.prompts import PromptTable, problems_of
+from verl_gradalign.integration.rollouts import read_step
 from verl_gradalign.integration.sampler import GradAlignSampler
-from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
 from verl_gradalign.probe.trusted import COMBINED
-from verl_gradalign.selection.curriculum import Draw
-from verl_gradalign.selection.groups import Group, Problem
+from verl_gradalign.selection.groups import Problem
 from verl_gradalign.selection.scores import score_of
-
-if TYPE_CHECKING:
-    from verl_gradalign.probe.call import ScoringReply
 
 logger = logging.getLogger(__name__)
 
@@ -64,39 +60,12 @@ class ScoringSampler(GradAlignSampler):
         return self._materialize_batch(PARTITION, uids, snapshot), uids, failed
 
 
-class PoolScorer(AlignmentSelector):
-    """Measures groups as a step of training does, without choosing among them."""
-
-    def measure(
-        self, batch: KVBatchMeta, problems: Sequence[Problem], step: int
-    ) -> tuple[list[Group], dict[str, list[Group]], ScoringReply | None]:
-        """Return the candidates' groups, those of the trusted sets, and what the actor measured.
-
-        Without trusted problems the direction of an earlier call is used. None: there was nothing to measure.
-        Raises: RuntimeError if the trusted problems give no direction.
-        """
-        self.expect(Draw(tuple(p.problem_id for p in problems if p.trusted_set is None), 1))
-        groups = self._read([p for p in problems if p.trusted_set is None], batch, set())
-        trusted = self._read_trusted(problems, batch, set())
-        live = [g for g in groups if g.is_live]
-        reply = self._measure(batch, live, trusted, step) if self._score.needs_gradients else None
-        if trusted and (reply is None or not reply.is_fresh):
-            raise RuntimeError(
-                "the trusted set gives no direction: all of its groups are right, wrong or failed, or its gradient is "
-                "not finite. Remedy: use trusted problems of mixed difficulty, or raise --trusted-responses."
-            )
-        if trusted:
-            self._direction_step = step
-        return groups, trusted, reply
-
-
 @register_trainer("gradalign_score")
 class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
     """Rolls out and scores the pool once. Its own settings are the block `scoring`: folder, chunk, checkpoint."""
 
     verl_mode = "sync"
     sampler_class = ScoringSampler
-    selector_class = PoolScorer
 
     def __init__(self, config: DictConfig) -> None:
         check_scoring(config)
@@ -199,8 +168,13 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
     ) -> Measured:
         """Put rows back into TransferQueue, have them scored, and clear them."""
         batch, problems = load_rows(rows)
-        assert isinstance(self._selector, PoolScorer), "as selector_class says"
-        groups, trusted, reply = self._selector.measure(batch, problems, step)
+        groups, trusted = read_step(problems, batch, set(), self.gradalign, self.config)
+        reply = self._measure_groups(batch, groups, trusted, step)
+        if trusted and (reply is None or not reply.is_fresh):
+            raise RuntimeError(
+                "the trusted set gives no direction: all of its groups are right, wrong or failed, or its gradient is "
+                "not finite. Remedy: use trusted problems of mixed difficulty, or raise --trusted-responses."
+            )
         tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
         metrics = {} if reply is None else reply_metrics(reply, len(self._trusted) > 1)
         if trusted:
