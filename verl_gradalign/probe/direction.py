@@ -5,7 +5,8 @@ It does not decide which problems are trusted, nor when the direction is refresh
 
     with leave_no_trace(engine.module):
         direction = compute_direction(engine, trusted)
-    if direction.is_degenerate: ...
+        gather = DirectionGather(engine.module, direction, device)
+        direction_OI = gather(trainable_placements(engine.module)[0])        # collective
 """
 
 from __future__ import annotations
@@ -13,27 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.fsdp import local_part
-from verl_gradalign.probe.gradient import clear_gradients, local_grad, require_no_gradients, trainable_parameters
+from verl_gradalign.probe.fsdp import Placement, flat_handles, gather_flat, gather_whole, local_part
+from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients, trainable_parameters
 from verl_gradalign.types import ProblemRows
 
-__all__ = [
-    "Direction",
-    "compute_direction",
-    "dot_with_gradient",
-    "on_cpu",
-    "require_same_shards",
-    "no_direction",
-    "squared_gradient_norm",
-    "summed_gradient",
-    "unit_direction",
-]
+Shards = tuple[Tensor | None, ...]
+"""One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
+shard; None where this rank had no gradient."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,7 @@ class Direction:
     """v / |v|, sharded as the gradient is."""
 
     shards: Shards
-    """One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
-    shard; None where this rank had no gradient. All zeros if the direction is degenerate."""
+    """All zeros if the direction is degenerate."""
     norm: float
     """|v| before it was normalised, over all shards, in units of the gradient (gradient scale removed)."""
     num_refreshes: int = 1
@@ -65,15 +58,19 @@ def compute_direction(engine: GradientEngine, problems: Sequence[ProblemRows]) -
 
 
 def summed_gradient(engine: GradientEngine, problems: Sequence[ProblemRows]) -> Shards:
-    """Return the summed gradient of `problems`, in units of `.grad`; the gradients are None afterwards. Collective.
-
-    Raises: ValueError without problems; RuntimeError if gradients are present on entry.
-    """
+    """Return the summed gradient of `problems`, in units of `.grad`. Collective; otherwise as `compute_direction`."""
     if not problems:
         raise ValueError("the trusted set is empty; give at least one problem to take the direction from")
     require_no_gradients(engine.module)
     engine.backward(problems)
     return take_gradient(engine.module)
+
+
+def take_gradient(module: nn.Module) -> Shards:
+    """Return the module's gradient, detached from it: every `.grad` is None afterwards."""
+    grads = [parameter.grad for _, parameter in trainable_parameters(module)]
+    clear_gradients(module)
+    return tuple(None if grad is None else local_part(grad).detach() for grad in grads)
 
 
 def unit_direction(engine: GradientEngine, gradient: Shards, scale: float = 1.0) -> Direction:
@@ -93,19 +90,9 @@ def no_direction(module: nn.Module) -> Direction:
     return Direction(shards=(None,) * len(trainable_parameters(module)), norm=0.0)
 
 
-def dot_with_gradient(engine: GradientEngine, direction: Direction) -> Tensor:
-    """Return <.grad, v / |v|> over this rank's shards, a float64 scalar on the parameters' device.
-
-    Units: those of `.grad`; multiply by `engine.gradient_scale` after summing over `engine.shard_group`.
-    Raises: RuntimeError if the direction was made for other parameters or shards.
-    """
-    require_same_shards(engine.module, direction)
-    products = []
-    for (_, parameter), shard in zip(trainable_parameters(engine.module), direction.shards, strict=True):
-        grad = local_grad(parameter)
-        if grad is not None and shard is not None:
-            products.append(torch.sum(grad * shard.to(grad.device, non_blocking=True), dtype=torch.float64))
-    return _total(products, engine)
+def on_cpu(direction: Direction) -> Direction:
+    """Return the direction with its shards in CPU memory; they are brought back where they are used."""
+    return replace(direction, shards=mapped(Tensor.cpu, direction.shards))
 
 
 def require_same_shards(root: nn.Module, direction: Direction) -> None:
@@ -113,9 +100,18 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
 
     Call it while the module is sharded.
     """
-    parameters = trainable_parameters(root)
-    if len(parameters) != len(direction.shards):
-        raise RuntimeError(_count_mismatch([name for name, _ in parameters], len(direction.shards)))
+    parameters, num_shards = trainable_parameters(root), len(direction.shards)
+    if len(parameters) != num_shards:
+        names = [name for name, _ in parameters]
+        culprit = (
+            f"{names[num_shards]} is trainable now but has no shard in the direction"
+            if len(names) > num_shards
+            else f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
+        )
+        raise RuntimeError(
+            f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
+            "recompute the direction (compute_direction) after changing what is trained"
+        )
     for (name, parameter), shard in zip(parameters, direction.shards, strict=True):
         local = local_part(parameter)
         if shard is not None and shard.shape != local.shape:
@@ -126,60 +122,13 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
             )
 
 
-def on_cpu(direction: Direction) -> Direction:
-    """Return the direction with its shards in CPU memory; they are brought back where they are used."""
-    return replace(direction, shards=mapped(lambda shard: shard.cpu(), direction.shards))
-
-
-def squared_gradient_norm(engine: GradientEngine, besides: Shards | None = None) -> Tensor:
-    """Return |.grad + besides|^2 over this rank's shards, a float64 scalar on the parameters' device.
-
-    Units: those of `.grad` squared; multiply by `engine.gradient_scale` squared after summing over the shard group.
-    """
-    terms = []
-    for index, (_, parameter) in enumerate(trainable_parameters(engine.module)):
-        grad, other = local_grad(parameter), None if besides is None else besides[index]
-        if grad is not None or other is not None:
-            whole = other if grad is None else grad if other is None else grad + other
-            terms.append(torch.sum(whole * whole, dtype=torch.float64))  # type: ignore[operator]
-    return _total(terms, engine)
-
-
-def _total(terms: list[Tensor], engine: GradientEngine) -> Tensor:
-    if terms:
-        return torch.stack(terms).sum()
-    # A rank may hold no shard at all; it still takes part in the reduction.
-    device = next(engine.module.parameters()).device
-    return torch.zeros((), dtype=torch.float64, device=device)
-
-
-def _count_mismatch(names: list[str], num_shards: int) -> str:
-    if len(names) > num_shards:
-        culprit = f"{names[num_shards]} is trainable now but has no shard in the direction"
-    else:
-        culprit = f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
-    return (
-        f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
-        "recompute the direction (compute_direction) after changing what is trained"
-    )
-
-
-Shards = tuple[Tensor | None, ...]
-"""In the order of `trainable_parameters`, each of its parameter's local shape."""
-
-
-def take_gradient(module: nn.Module) -> Shards:
-    """Return the module's gradient, detached from it: every `.grad` is None afterwards."""
-    shards = tuple(
-        None if (grad := local_grad(parameter)) is None else grad.detach()
-        for _, parameter in trainable_parameters(module)
-    )
-    clear_gradients(module)
-    return shards
+def mapped(function: Callable[[Tensor], Tensor], shards: Shards) -> Shards:
+    """Return the function of every shard there is."""
+    return tuple(None if shard is None else function(shard) for shard in shards)
 
 
 def combined(terms: Sequence[tuple[float, Shards]]) -> Shards:
-    """Return the sum of factor times shards, in new tensors."""
+    """Return the sum of factor times shards, in new tensors, on the first term's devices."""
     total: list[Tensor | None] = [None] * len(terms[0][1])
     for factor, shards in terms:
         for index, shard in enumerate(shards):
@@ -189,20 +138,56 @@ def combined(terms: Sequence[tuple[float, Shards]]) -> Shards:
     return tuple(total)
 
 
-def mapped(function: Callable[[Tensor], Tensor], shards: Shards) -> Shards:
-    """Return the function of every shard there is."""
-    return tuple(None if shard is None else function(shard) for shard in shards)
+def local_products(first: Shards, second: Shards) -> list[Tensor]:
+    """Return the inner product of each of this rank's shards that both have, as float64 scalars."""
+    return [
+        # Only the sum is in float64: copies of both in float64 would take four shards' memory.
+        torch.sum(a * b.to(a.device, non_blocking=True), dtype=torch.float64)
+        for a, b in zip(first, second, strict=True)
+        if a is not None and b is not None
+    ]
 
 
 def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
     """Return the inner product over all shards of all ranks, summed in float64. Collective."""
-    device = next(engine.module.parameters()).device
     # A rank may hold no shard at all; it still takes part in the reduction.
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for a, b in zip(first, second, strict=True):
-        if a is not None and b is not None:
-            # Only the sum is in float64: copies of both in float64 would take four shards' memory.
-            total += torch.sum(a * b.to(a.device, non_blocking=True), dtype=torch.float64).to(device)
+    total = torch.zeros((), dtype=torch.float64, device=next(engine.module.parameters()).device)
+    for product in local_products(first, second):
+        total += product.to(total.device)
     if engine.shard_group is not None:
         torch.distributed.all_reduce(total, group=engine.shard_group)
     return total.item()
+
+
+class DirectionGather:
+    """Puts together the whole of a parameter's direction from the shards of all ranks, one layer at a time.
+
+    FSDP1 flattens a layer's parameters into one tensor; the tensor gathered last is kept, because a layer's parameters
+    are asked for one after another.
+    """
+
+    def __init__(self, root: nn.Module, direction: Direction, device: torch.device) -> None:
+        require_same_shards(root, direction)
+        self._parameters = [parameter for _, parameter in trainable_parameters(root)]
+        self._shards = direction.shards
+        self._shard_of = {id(p): shard for p, shard in zip(self._parameters, self._shards, strict=True)}
+        # During a pass a flat parameter is unsharded; what it measures now is its shard.
+        self._flat_shapes = {id(handle): handle.flat_param.shape for handle in flat_handles(root)}
+        # A rank without any shard of a flat parameter still gathers it, in the dtype of the others.
+        dtype = next((shard.dtype for shard in self._shards if shard is not None), torch.float32)
+        self._like = torch.zeros(0, dtype=dtype, device=device)
+        self._last: tuple[Any, tuple[Tensor, ...]] = (None, ())
+
+    def __call__(self, placement: Placement) -> Tensor:
+        """Return v of the placement's whole parameter on the device. Collective: every rank asks for the same."""
+        handle = placement.handle
+        if handle is not None:
+            if self._last[0] is not handle:
+                self._last = (None, ())  # freed before the next one is gathered
+                self._last = (handle, gather_flat(handle, self._flat_shapes[id(handle)], self._shard_of, self._like))
+            return self._last[1][placement.view or 0]
+        parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
+        # The parameter was unused, so no rank has a gradient of it, and none gathers.
+        if shard is None:
+            return torch.zeros(placement.shape, device=self._like.device)
+        return gather_whole(parameter, shard.to(self._like.device, non_blocking=True))

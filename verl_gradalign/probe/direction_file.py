@@ -22,16 +22,13 @@ from torch import Tensor, nn
 
 from verl_gradalign.files import replacing
 from verl_gradalign.probe.direction import Direction, require_same_shards
-from verl_gradalign.probe.fsdp import local_part
+from verl_gradalign.probe.fsdp import local_part, shard_layout
 from verl_gradalign.probe.gradient import trainable_parameters
-from verl_gradalign.probe.sharding import shard_layout
-
-__all__ = ["has_direction", "load_direction", "rank_file", "remove_directions", "save_direction"]
 
 VERSION = 2
-"""Of {"version", "numbers": {field of Direction: its value}, "layout": `sharding.shard_layout`, "shards": {parameter:
-tensor or None}}. Readers ignore numbers they do not know and take defaults for those that are missing; raise it where
-that would be wrong. Version 1 was one file of whole parameters, `WHOLE`, which rank 0 wrote and all ranks read."""
+"""Of {"version", "numbers": {field of Direction: its value}, "layout": fsdp.shard_layout, "shards": {parameter: tensor
+or None}}. Readers ignore numbers they do not know and take defaults for those that are missing; raise it where that
+would be wrong. Version 1 was one file of whole parameters, `WHOLE`, which rank 0 wrote and all ranks read."""
 WHOLE = "gradalign_direction.pt"
 RANK_FILE = re.compile(r"gradalign_direction_world_size_(\d+)_rank_(\d+)\.pt")
 REMEDY = "Remedy: delete the checkpoint's gradalign_direction files to make a new direction"
@@ -54,13 +51,12 @@ def has_direction(folder: Path, rank: int, world_size: int) -> bool:
             f"{folder / WHOLE} has version 1, one file for all ranks, but version {VERSION}, one file per rank, is "
             f"needed. {REMEDY}, or resume with the verl-gradalign that wrote it"
         )
-    saved = [(path.name, int(match[1])) for path, match in _rank_files(folder) if int(match[1]) != world_size]
-    if saved:
-        name, saved_size = saved[0]
-        raise ValueError(
-            f"{folder / name} was written by one of {saved_size} ranks, but {world_size} ranks run now. {REMEDY}, or "
-            f"resume on {saved_size} ranks, as verl's own checkpoint asks for"
-        )
+    for path, match in _rank_files(folder):
+        if int(match[1]) != world_size:
+            raise ValueError(
+                f"{path} was written by one of {match[1]} ranks, but {world_size} ranks run now. {REMEDY}, or resume "
+                f"on {match[1]} ranks, as verl's own checkpoint asks for"
+            )
     return False
 
 
@@ -83,19 +79,15 @@ def save_direction(module: nn.Module, direction: Direction, path: Path) -> None:
     Raises: RuntimeError if the direction was made for other parameters or shards; OSError if it cannot write.
     """
     require_same_shards(module, direction)
-    names = [name for name, _ in trainable_parameters(module)]
     numbers = {field.name: getattr(direction, field.name) for field in fields(Direction) if field.name != "shards"}
     # Clones: a shard can be a view of a larger tensor, which torch.save would write in its stead.
-    shards = [None if shard is None else shard.detach().cpu().clone() for shard in direction.shards]
-    _write(
-        {
-            "version": VERSION,
-            "numbers": numbers,
-            "layout": shard_layout(module),
-            "shards": dict(zip(names, shards, strict=True)),
-        },
-        path,
-    )
+    shards = {
+        name: None if shard is None else shard.detach().cpu().clone()
+        for (name, _), shard in zip(trainable_parameters(module), direction.shards, strict=True)
+    }
+    content = {"version": VERSION, "numbers": numbers, "layout": shard_layout(module), "shards": shards}
+    with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def load_direction(module: nn.Module, path: Path) -> Direction:
@@ -111,16 +103,14 @@ def load_direction(module: nn.Module, path: Path) -> Direction:
     shards: list[Tensor | None] = []
     for name, parameter in trainable_parameters(module):
         if name not in content["shards"]:
-            raise ValueError(f"{path} cannot be read as a direction (it lacks the shard of {name}). {REMEDY}")
-        saved = content["shards"][name]
-        local = local_part(parameter)
+            raise _unreadable(path, f"it lacks the shard of {name}")
+        saved, local = content["shards"][name], local_part(parameter)
         if saved is not None and saved.shape != local.shape:
-            raise ValueError(f"{path} cannot be read as a direction ({name} has shape {tuple(saved.shape)}). {REMEDY}")
+            raise _unreadable(path, f"{name} has shape {tuple(saved.shape)}")
         # A copy: the file's memory is not kept.
         shards.append(None if saved is None else saved.to(local.device, local.dtype, copy=True))
     known = {field.name for field in fields(Direction)} - {"shards"}
-    numbers = {name: value for name, value in content["numbers"].items() if name in known}
-    return Direction(shards=tuple(shards), **numbers)
+    return Direction(tuple(shards), **{name: value for name, value in content["numbers"].items() if name in known})
 
 
 def _rank_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:
@@ -129,29 +119,27 @@ def _rank_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path in paths if (match := RANK_FILE.fullmatch(path.name))]
 
 
-def _write(content: dict[str, Any], path: Path) -> None:
-    with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as stream:
-        torch.save(content, stream)
-
-
 def _read(path: Path) -> dict[str, Any]:
     with path.open("rb"):
         pass  # a file that is missing or forbidden is not a damaged one
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch and pickle raise nearly every kind, OSError too, depending on what is damaged
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a direction ({reason}). {REMEDY}") from error
+        raise _unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     if not isinstance(content, dict) or "version" not in content:
-        raise ValueError(f"{path} cannot be read as a direction (it has no version). {REMEDY}")
+        raise _unreadable(path, "it has no version")
     if content["version"] != VERSION:
         raise ValueError(f"{path} has version {content['version']!r}, but version {VERSION} is needed. {REMEDY}")
     shards, layout, numbers = content.get("shards"), content.get("layout"), content.get("numbers")
     are_shards = isinstance(shards, dict) and all(isinstance(shard, Tensor | None) for shard in shards.values())
     has_norm = isinstance(numbers, dict) and isinstance(numbers.get("norm"), float)
     if not (are_shards and has_norm and isinstance(layout, dict)):
-        raise ValueError(f"{path} cannot be read as a direction (it lacks the norm, layout or shards). {REMEDY}")
+        raise _unreadable(path, "it lacks the norm, layout or shards")
     return content
+
+
+def _unreadable(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} cannot be read as a direction ({reason}). {REMEDY}")
 
 
 def _require_same_layout(current: Mapping[str, str], saved: Mapping[str, str], path: Path) -> None:

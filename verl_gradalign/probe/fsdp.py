@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the insides of FSDP1, FSDP2 and DTensor: where shards lie, and how a pass is ended or given up.
+"""Where the shards of a module lie, and how a pass is ended or given up: plain modules, FSDP1, FSDP2 and DTensor.
 
 Everything here that begins with an underscore in torch can change with its version; no other module of the probe uses
-such a name. tests/distributed/test_fsdp.py says what must hold.
+such a name. tests/distributed/test_fsdp.py says what must hold. Placements are read once, while the module is sharded:
+during a pass the modules show temporary parameters.
 
     reshard(module)
-    local = local_part(parameter)
+    placements = trainable_placements(module)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -22,19 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "FlatUse",
-    "abandon_pass",
-    "data_parallel_group",
-    "flat_handles",
-    "flat_shard",
-    "flat_uses",
-    "gather_flat",
-    "gather_whole",
-    "held_part",
-    "local_part",
-    "reshard",
-]
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -44,60 +35,95 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def flat_handles(root: nn.Module) -> list[Any]:
     """Return FSDP1's handles, one per flat parameter."""
-    return [handle for _, handle in _fsdp1_handles(root)]
+    return [unit._handle for unit in FSDP.fsdp_modules(root) if unit._handle is not None]
 
 
-def _fsdp1_handles(module: nn.Module) -> list[tuple[FSDP, Any]]:
-    return [(unit, unit._handle) for unit in FSDP.fsdp_modules(module) if unit._handle is not None]
+@dataclass(frozen=True)
+class Placement:
+    """One use of a trainable parameter by a module. A tied parameter has one for each module that uses it."""
 
-
-def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
-    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-
-
-class FlatUse(NamedTuple):
-    """One use, by a module, of a parameter that FSDP1 has flattened."""
-
+    name: str
+    """As in the unwrapped model, e.g. model.layers.0.mlp.up_proj.weight."""
     module: nn.Module
     attribute: str
-    handle: Any
-    view: int
-    """Index among the parameters of the flat one."""
-    parameter: nn.Parameter
-    """What the optimizer holds: the flat parameter, or the original one where those are kept."""
     shape: torch.Size
-    """Of the whole original parameter."""
+    """Of the whole parameter."""
+    parameter: int
+    """Index in `trainable_parameters(root)`, which is also the index of its shard in a direction."""
+    view: int | None
+    """Index among the parameters flattened into it (FSDP1), else None."""
+    handle: Any
+    """FSDP1's handle of the flat parameter it was flattened into, else None."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Equal for the uses of one tied parameter."""
+        return (self.parameter, -1) if self.view is None else (id(self.handle), self.view)
 
 
-def flat_uses(root: nn.Module) -> Iterator[FlatUse]:
-    """Yield every use of everything that FSDP1 has flattened, a tied parameter's own use first."""
+def trainable_placements(root: nn.Module) -> list[Placement]:
+    """Return every use of a trainable parameter in `root`, in the order of its modules. Call it while sharded."""
+    index_of = {id(p): index for index, p in enumerate(p for p in root.parameters() if p.requires_grad)}
+    # Without original parameters the modules hold none of their own: only FSDP1 knows what is theirs.
+    flattened: dict[tuple[int, str], tuple[Any, ...]] = {}
     for handle in flat_handles(root):
-        flat_param = handle.flat_param
-        owned = {}
-        for view, (attribute, module, _) in enumerate(flat_param._param_infos):
-            parameter = flat_param._params[view] if handle._use_orig_params else flat_param
-            use = FlatUse(module, attribute, handle, view, parameter, flat_param._shapes[view])
-            owned[id(module), attribute] = use
-            yield use
-        for shared in flat_param._shared_param_infos:
-            first = owned[id(shared.prim_module), shared.prim_param_name]
-            yield first._replace(module=shared.module, attribute=shared.param_name)
+        flat = handle.flat_param
+        for view, (attribute, module, _) in enumerate(flat._param_infos):
+            parameter = flat._params[view] if handle._use_orig_params else flat
+            flattened[id(module), attribute] = (module, attribute, parameter, flat._shapes[view], view, handle)
+        for shared in flat._shared_param_infos:
+            first = flattened[id(shared.prim_module), shared.prim_param_name]
+            flattened[id(shared.module), shared.param_name] = (shared.module, shared.param_name, *first[2:])
+    flat_ids = {id(handle.flat_param) for handle in flat_handles(root)}
+    plain = [
+        (module, attribute, parameter, parameter.shape, None, None)
+        for module in root.modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) not in flat_ids and (id(module), attribute) not in flattened
+    ]
+    prefix_of = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
+    return [
+        Placement(
+            name=WRAPPERS.sub("", prefix_of[id(module)] + attribute),
+            module=module,
+            attribute=attribute,
+            shape=shape,
+            parameter=index_of[id(parameter)],
+            view=view,
+            handle=handle,
+        )
+        for module, attribute, parameter, shape, view, handle in (*plain, *flattened.values())
+        if id(parameter) in index_of
+    ]
 
 
-def held_part(parameter: nn.Parameter, handle: Any, view: int | None, shape: torch.Size) -> str:
-    """Return, in words, which part of a parameter of this shape the rank holds. Equal words mean equal parts."""
-    if handle is not None:
-        where = handle.flat_param._shard_param_infos[view]
+def shard_layout(root: nn.Module) -> dict[str, str]:
+    """Return, in words, which part of each trainable parameter this rank holds. Equal words mean equal parts.
+
+    Call it while sharded. The number of ranks is in it as far as it decides a part.
+    """
+    parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    uses: dict[tuple[int, int], list[Placement]] = {}
+    for placement in trainable_placements(root):
+        uses.setdefault(placement.identity, []).append(placement)
+    # One name of a tied parameter, whatever the order of its uses: untied, it has two.
+    return {min(use.name for use in same): _held_part(parameters[same[0].parameter], same[0]) for same in uses.values()}
+
+
+def _held_part(parameter: nn.Parameter, placement: Placement) -> str:
+    whole = f"of shape {tuple(placement.shape)}"
+    if placement.handle is not None:
+        where = placement.handle.flat_param._shard_param_infos[placement.view]
         if not where.in_shard:
-            return f"nothing of shape {tuple(shape)}"
-        first, last = where.intra_param_start_idx, where.intra_param_end_idx
+            return f"nothing {whole}"
         # Original parameters are shards of their own; else it matters where in the flat one they begin.
-        place = "" if handle._use_orig_params else f", from {where.offset_in_shard} of the flat parameter"
-        return f"elements {first} to {last} of shape {tuple(shape)}{place}"
+        is_own = placement.handle._use_orig_params
+        place = "" if is_own else f", from {where.offset_in_shard} of the flat parameter"
+        return f"elements {where.intra_param_start_idx} to {where.intra_param_end_idx} {whole}{place}"
     if isinstance(parameter, DTensor):
         mesh, cuts = parameter.device_mesh, ", ".join(str(axis) for axis in parameter.placements)
-        return f"place {mesh.get_coordinate()} of mesh {tuple(mesh.shape)} cut by {cuts} of shape {tuple(shape)}"
-    return f"all of shape {tuple(shape)}"
+        return f"place {mesh.get_coordinate()} of mesh {tuple(mesh.shape)} cut by {cuts} {whole}"
+    return f"all {whole}"
 
 
 def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
@@ -117,32 +143,31 @@ def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     return whole
 
 
-def flat_shard(handle: Any, shape: torch.Size, shard_of: Mapping[int, Tensor | None], like: Tensor) -> Tensor:
-    """Return this rank's shard of a flat tensor of zeros and the given shards, with the dtype and device of `like`.
+def gather_flat(
+    handle: Any, shape: torch.Size, shard_of: Mapping[int, Tensor | None], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what each original parameter of a flat one has of a tensor sharded alike, zeros where unknown. Collective.
 
-    `shard_of` maps the id of what the optimizer holds to its shard; `shape` is that of the sharded flat parameter.
+    `shape` is that of the sharded flat parameter; `shard_of` maps the id of what the optimizer holds to its shard; the
+    result has the dtype and device of `like`.
     """
-    flat_param = handle.flat_param
+    flat = handle.flat_param
     if not handle._use_orig_params:
-        shard = shard_of.get(id(flat_param))
-        return like.new_zeros(shape) if shard is None else shard.to(like.device, non_blocking=True)
-    # The originals' shards are apart, without the padding between and behind them.
-    flat = like.new_zeros(shape)
-    for parameter, where in zip(flat_param._params, flat_param._shard_param_infos, strict=True):
-        shard = shard_of.get(id(parameter))
-        if shard is not None and where.in_shard:
-            flat[where.offset_in_shard : where.offset_in_shard + where.numel_in_shard] = shard.flatten()
-    return flat
-
-
-def gather_flat(handle: Any, shard: Tensor) -> list[Tensor]:
-    """Return what a flat tensor, sharded as the handle's flat parameter, holds of each original one. Collective."""
+        known = shard_of.get(id(flat))
+        shard = like.new_zeros(shape) if known is None else known.to(like.device, non_blocking=True)
+    else:
+        # The originals' shards are apart, without the padding between and behind them.
+        shard = like.new_zeros(shape)
+        for parameter, where in zip(flat._params, flat._shard_param_infos, strict=True):
+            known = shard_of.get(id(parameter))
+            if known is not None and where.in_shard:
+                shard[where.offset_in_shard : where.offset_in_shard + where.numel_in_shard] = known.flatten()
     if handle.uses_sharded_strategy:
         whole = shard.new_empty(shard.numel() * handle.process_group.size())
-        torch.distributed.all_gather_into_tensor(whole, shard, group=handle.process_group)
         # The ranks' shards are equally long: the last ones end in padding.
-        shard = whole[: handle.flat_param._unpadded_unsharded_size.numel()]
-    return list(handle._get_unflat_views(shard))
+        torch.distributed.all_gather_into_tensor(whole, shard, group=handle.process_group)
+        shard = whole[: flat._unpadded_unsharded_size.numel()]
+    return tuple(handle._get_unflat_views(shard))
 
 
 def reshard(module: nn.Module) -> None:
@@ -153,7 +178,7 @@ def reshard(module: nn.Module) -> None:
     """
     for unit in _fsdp2_units(module):
         unit.reshard()
-    for _, handle in _fsdp1_handles(module):
+    for handle in flat_handles(module):
         # Before its first pass a handle has not yet set its shard apart.
         if hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(handle.uses_sharded_strategy)
@@ -162,13 +187,16 @@ def reshard(module: nn.Module) -> None:
 
 def abandon_pass(module: nn.Module) -> None:
     """Bring FSDP back to the state between two passes after a pass was cut short anywhere."""
-    units = _fsdp2_units(module)
-    if units:
+    if units := _fsdp2_units(module):
         _abandon_pass_fsdp2(units)
-    for unit, handle in _fsdp1_handles(module):
+    for unit in FSDP.fsdp_modules(module):
         # Before its first pass there is nothing to abandon.
-        if hasattr(handle.flat_param, "_local_shard"):
-            _abandon_pass_fsdp1(unit, handle)
+        if unit._handle is not None and hasattr(unit._handle.flat_param, "_local_shard"):
+            _abandon_pass_fsdp1(unit, unit._handle)
+
+
+def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
 def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:

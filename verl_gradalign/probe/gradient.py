@@ -1,34 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the gradient of a module shard by shard, and leave the module as it was found.
+"""Which parameters a gradient is of, and the module left as it was found after passes for measurement.
 
 Works on plain modules, FSDP1 and FSDP2. It does not run passes and it does not reduce over ranks.
 
     with leave_no_trace(module):
         loss.backward()
-        shards = [local_grad(parameter) for _, parameter in trainable_parameters(module)]
+        norms = [(name, parameter.grad.norm()) for name, parameter in trainable_parameters(module)]
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from verl_gradalign.probe.fsdp import abandon_pass, flat_handles, local_part, reshard
-
-__all__ = [
-    "all_parameters",
-    "clear_gradients",
-    "leave_no_trace",
-    "local_grad",
-    "require_no_dropout",
-    "require_no_gradients",
-    "trainable_parameters",
-]
+from verl_gradalign.probe.fsdp import abandon_pass, flat_handles, reshard
 
 
 def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -40,9 +30,12 @@ def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def local_grad(parameter: nn.Parameter) -> Tensor | None:
-    """Return this rank's shard of the parameter's gradient, without a copy; None if there is none."""
-    return None if parameter.grad is None else local_part(parameter.grad)
+def all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return every parameter of the module, FSDP1's flat ones included."""
+    # Under FSDP1 with use_orig_params=True the flat parameter, whose .grad the originals' .grad are views of, is not
+    # among module.parameters().
+    flat = [handle.flat_param for handle in flat_handles(module)]
+    return list({id(parameter): parameter for parameter in [*module.parameters(), *flat]}.values())
 
 
 def clear_gradients(module: nn.Module) -> None:
@@ -94,7 +87,8 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
     reshard(module)
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in all_parameters(module)]
     training_flags = [(submodule, submodule.training) for submodule in module.modules()]
-    restore_generators = _save_generators()
+    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     clear_gradients(module)
     try:
         yield
@@ -109,26 +103,8 @@ def leave_no_trace(module: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
         for submodule, training in training_flags:
             submodule.training = training
-        restore_generators()
-
-
-def all_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return every parameter of the module, FSDP1's flat ones included."""
-    # Under FSDP1 with use_orig_params=True the flat parameter, whose .grad the originals' .grad are views of, is not
-    # among module.parameters().
-    flat = [handle.flat_param for handle in flat_handles(module)]
-    return list({id(parameter): parameter for parameter in [*module.parameters(), *flat]}.values())
-
-
-def _save_generators() -> Callable[[], None]:
-    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-    def restore() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
-
-    return restore

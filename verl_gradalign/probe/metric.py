@@ -17,9 +17,8 @@ import torch
 
 from verl_gradalign.probe.direction import Direction, Shards, combined, inner, mapped, summed_gradient
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.fsdp import local_part
+from verl_gradalign.probe.fsdp import local_part, trainable_placements
 from verl_gradalign.probe.gradient import trainable_parameters
-from verl_gradalign.probe.sharding import trainable_placements
 from verl_gradalign.types import ProblemRows
 
 __all__ = ["with_adam_metric", "with_candidates_metric"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from verl_gradalign.probe.fsdp import Placement, trainable_placements
 from verl_gradalign.probe.layer_rules import LayerRule, rule_of
-from verl_gradalign.probe.sharding import Placement, trainable_placements
 
 __all__ = ["TapPoint", "tap_points"]
 

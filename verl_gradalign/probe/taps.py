@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.sharding import Placement
 from verl_gradalign.probe.tap_points import TapPoint
 from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
-"""Gives the direction of a parameter as its layer's rule wants it: whole (`sharding.DirectionGather`) or truncated."""
+"""Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
 
 
 @contextmanager

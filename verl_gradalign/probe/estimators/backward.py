@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction, Shards, dot_with_gradient, squared_gradient_norm, take_gradient
+from verl_gradalign.probe.direction import Direction, Shards, local_products, require_same_shards, take_gradient
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients
+from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -48,20 +48,19 @@ class BackwardEstimator:
         Raises: RuntimeError if gradients are present on entry, or if the direction does not fit the module.
         """
         require_no_gradients(engine.module)
+        require_same_shards(engine.module, direction)
         device = next(engine.module.parameters()).device
         sum_P3 = torch.zeros(len(problems), 3, dtype=torch.float64, device=device)
         for index, problem in enumerate(problems):
-            first: Shards | None = None
-            if problem.is_split:
-                engine.backward([problem.half(0)])
-                sum_P3[index, 0] = dot_with_gradient(engine, direction)
+            whole: Shards | None = None
+            for column, part in enumerate([problem.half(0), problem.half(1)] if problem.is_split else [problem]):
+                engine.backward([part])
+                gradient = take_gradient(engine.module)
+                sum_P3[index, column] = _total(local_products(gradient, direction.shards), device)
                 # The norm is that of both halves together, so the first one's gradient waits for the second's.
-                first = take_gradient(engine.module)
-                problem = problem.half(1)
-            engine.backward([problem])
-            sum_P3[index, 1] = dot_with_gradient(engine, direction)
-            sum_P3[index, 2] = squared_gradient_norm(engine, first)
-            clear_gradients(engine.module)
+                whole = gradient if whole is None else _added(whole, gradient)
+            assert whole is not None
+            sum_P3[index, 2] = _total(local_products(whole, whole), device)
         # Once for all problems: a reduction for each would make all ranks wait for each other as often.
         if engine.shard_group is not None:
             torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
@@ -77,3 +76,13 @@ class BackwardEstimator:
             direction_norm=direction.norm,
             half_dot_P2=half_dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
         )
+
+
+def _added(total: Shards, other: Shards) -> Shards:
+    """Return the sum, in `total`'s tensors where both have one: a third gradient of the model's size would not fit."""
+    return tuple(b if a is None else a if b is None else a.add_(b) for a, b in zip(total, other, strict=True))
+
+
+def _total(products: list[Tensor], device: torch.device) -> Tensor:
+    # A rank may hold no shard at all; it still takes part in the reduction.
+    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64, device=device)

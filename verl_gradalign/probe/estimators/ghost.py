@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, row_weights
-from verl_gradalign.probe.sharding import DirectionGather
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.probe.taps import Gather, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores

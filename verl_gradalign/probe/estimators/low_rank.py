@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.layer_rules import (
     LayerCall,
     LayerRule,
@@ -31,7 +32,6 @@ from verl_gradalign.probe.layer_rules import (
     without_padding_index,
 )
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.sharding import DirectionGather, Placement
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 

@@ -18,8 +18,8 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.layer_rules import rule_of
-from verl_gradalign.probe.sharding import trainable_placements
 from verl_gradalign.probe.tap_points import TapPoint
 from verl_gradalign.types import ProblemRows, ProblemScores
 
