@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from verl_gradalign.probe import log_probs
-from verl_gradalign.probe.log_probs import token_log_probs
-from verl_gradalign.probe.plain_engine import response_log_probs
+from verl_gradalign.probe import objective
+from verl_gradalign.probe.objective import response_log_probs, token_log_probs
 
 TOLERANCES = {
     torch.float64: 1e-13,  # of log-probs of order 1 to 100; measured 6.9e-15
@@ -57,7 +56,7 @@ def test_log_probs_and_their_gradient_equal_log_softmax(
     kept = logits_NV.clone()
     leaf_NV, exact_NV = logits_NV.clone().requires_grad_(), logits_NV.double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(objective, "CHUNK_ELEMENTS", chunk)
         actual_M = token_log_probs(leaf_NV, position_M, token_M, temperature)
         (actual_M * weight_M.to(actual_M.dtype)).sum().backward()
     expected_M = reference(exact_NV, position_M, token_M, temperature)

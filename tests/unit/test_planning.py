@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_gradalign.probe.planning import ProblemSize, TokenBudget, assign, pack
+from verl_gradalign.probe.planning import TokenBudget, assign, pack
+from verl_gradalign.types import ProblemRows
 
 GRAHAM = 4 / 3
 
@@ -13,7 +14,7 @@ GRAHAM = 4 / 3
 @st.composite
 def problem_sizes(draw):
     lengths = draw(st.lists(st.integers(1, 40), max_size=6))
-    return ProblemSize(len(lengths), sum(lengths), max(lengths, default=0))
+    return ProblemRows("", (), len(lengths), sum(lengths), max(lengths, default=0))
 
 
 costs = st.lists(st.integers(0, 1000), max_size=40)
@@ -70,7 +71,7 @@ def test_no_problem_would_have_fitted_into_an_earlier_micro_batch(sizes, is_padd
 
 
 def test_padded_rows_count_as_long_as_the_longest():
-    sizes = [ProblemSize(2, 12, 10), ProblemSize(3, 6, 2)]
+    sizes = [ProblemRows("", (), 2, 12, 10), ProblemRows("", (), 3, 6, 2)]
     assert TokenBudget(100, is_padded=True).positions(sizes) == 50
     assert TokenBudget(100, is_padded=False).positions(sizes) == 18
 

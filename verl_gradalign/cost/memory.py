@@ -19,7 +19,7 @@ FULL = 4
 FORMED_BYTES = 4 * 2**26
 """Gradients that ghost forms at a time on a GPU, in float32: probe.matrix_scores.MAX_GRADIENT_ELEMENTS."""
 CHUNK_BYTES = 2 * 4 * 2**26
-"""Logits converted to float32 at a time, and their exponentials: probe.log_probs.CHUNK_ELEMENTS."""
+"""Logits converted to float32 at a time, and their exponentials: probe.objective.CHUNK_ELEMENTS."""
 SHARDS_WHILE_MADE = 4
 """Shards of the gradient's size while a direction is made of one trusted set: two halves, their sum, and at most one
 more for products. Measured: tests/unit/test_cost.py."""

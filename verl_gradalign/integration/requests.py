@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
@@ -18,7 +18,7 @@ from verl_gradalign.config import GradAlignConfig, ProbeConfig
 from verl_gradalign.integration.engine import ROW_FIELDS
 from verl_gradalign.probe.call import ScoringRequest
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import ProblemSize, TokenBudget, assign
+from verl_gradalign.probe.planning import TokenBudget, assign
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.types import ProblemRows
 
@@ -39,8 +39,9 @@ class ProblemKeys:
         return len(set(self.halves)) == 2
 
     @property
-    def size(self) -> ProblemSize:
-        return ProblemSize(len(self.keys), sum(self.lengths), max(self.lengths, default=0))
+    def size(self) -> ProblemRows:
+        """The problem as a rank without any of its rows sees it."""
+        return ProblemRows(self.uid, (), len(self.keys), sum(self.lengths), max(self.lengths, default=0))
 
 
 def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
@@ -88,12 +89,9 @@ def build_shares(
     for problem, mine in zip(problems, mine_of, strict=True):
         half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
         shares.append(
-            ProblemRows(
-                uid=problem.uid,
+            replace(
+                problem.size,
                 rows=tuple(positions[key] for key in mine),
-                num_rows=problem.size.num_rows,
-                num_tokens=problem.size.num_tokens,
-                longest_row=problem.size.longest_row,
                 is_split=problem.is_split,
                 halves=tuple(half_of[key] for key in mine) if half_of else (),
             )

@@ -23,7 +23,6 @@ from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators import ScoreEstimator
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
-from verl_gradalign.probe.passes import size_of
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -50,11 +49,11 @@ def audited_scores(
     # By the whole problem's size, which all ranks know: each takes the same decision without asking.
     too_large: list[int] = []
     if estimator.needs_whole_problems:
-        too_large = [i for i, problem in enumerate(problems) if not engine.budget.holds([size_of(problem)])]
+        too_large = [i for i, problem in enumerate(problems) if not engine.budget.holds([problem])]
     if too_large and oversized == "stop":
         first = problems[too_large[0]]
         raise ValueError(
-            f"problem {first.uid} takes {engine.budget.positions([size_of(first)])} positions, more than the "
+            f"problem {first.uid} takes {engine.budget.positions([first])} positions, more than the "
             f"{engine.budget.max_tokens} of a micro-batch. Remedy: raise gradalign.probe.max_tokens_per_rank, or set "
             "gradalign.probe.oversized=backward"
         )

@@ -58,6 +58,14 @@ class Layout:
         """Return the flattened positions of consecutive rows."""
         return slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
 
+    def row_of_position(self, device: torch.device) -> Tensor:
+        """Return the row of each flattened position, int64 (positions,)."""
+        return _run_of_element(self.row_bounds, device)
+
+    def problem_of_row(self, device: torch.device) -> Tensor:
+        """Return the problem of each row, int64 (rows,)."""
+        return _run_of_element(self.problem_bounds, device)
+
     def merged(self, parts: Sequence[Sequence[int]]) -> Layout:
         """Return the layout in which some consecutive rows of a problem are one: `parts` counts them, per problem."""
         first_rows = accumulate((num_rows for problem in parts for num_rows in problem), initial=0)
@@ -68,19 +76,14 @@ class Layout:
 
     def alike(self, max_rows: int) -> Iterator[slice]:
         """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""
+        num_rows = [end - start for start, end in pairwise(self.problem_bounds)]
         start = 0
-        while start < self.num_problems:
-            num_rows = self.problem_bounds[start + 1] - self.problem_bounds[start]
-            stop = start + 1
-            while (
-                self.is_padded
-                and stop < self.num_problems
-                and self.problem_bounds[stop + 1] - self.problem_bounds[stop] == num_rows
-                and (stop + 1 - start) * num_rows <= max_rows
-            ):
-                stop += 1
-            yield slice(start, stop)
-            start = stop
+        for index in range(1, self.num_problems + 1):
+            # A run ends with the last problem, where counts change, or where it has as many rows as one may have.
+            is_same = self.is_padded and index < self.num_problems and num_rows[index] == num_rows[start]
+            if not is_same or (index + 1 - start) * num_rows[start] > max_rows:
+                yield slice(start, index)
+                start = index
 
     def part(self, problems: slice) -> Layout:
         """Return the layout of some consecutive problems' positions alone."""
@@ -89,20 +92,6 @@ class Layout:
         problem_bounds = tuple(b - rows.start for b in self.problem_bounds[problems.start : problems.stop + 1])
         shape = (rows.stop - rows.start, self.shape[1]) if self.is_padded else (1, row_bounds[-1])
         return Layout(shape, row_bounds, problem_bounds)
-
-    def row_of_position(self, device: torch.device) -> Tensor:
-        """Return the row of each flattened position, int64 (positions,)."""
-        lengths = torch.tensor(
-            [end - start for start, end in pairwise(self.row_bounds)], dtype=torch.int64, device=device
-        )
-        return torch.arange(self.num_rows, device=device).repeat_interleave(lengths)
-
-    def problem_of_row(self, device: torch.device) -> Tensor:
-        """Return the problem of each row, int64 (rows,)."""
-        counts = torch.tensor(
-            [end - start for start, end in pairwise(self.problem_bounds)], dtype=torch.int64, device=device
-        )
-        return torch.arange(self.num_problems, device=device).repeat_interleave(counts)
 
     def widened(self, factor: int) -> Layout:
         """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
@@ -124,23 +113,27 @@ def packed_layout(row_lengths: Sequence[int], num_positions: int, rows_per_probl
 
 
 def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_problem: Sequence[int]) -> Layout:
-    num_rows = len(row_bounds) - 1
-    if sum(rows_per_problem) != num_rows:
-        raise ValueError(f"problems have {sum(rows_per_problem)} rows, but the micro-batch has {num_rows}")
-    return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
+    layout = Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
+    if layout.problem_bounds[-1] != layout.num_rows:
+        raise ValueError(f"problems have {sum(rows_per_problem)} rows, but the micro-batch has {layout.num_rows}")
+    return layout
+
+
+def _run_of_element(bounds: Sequence[int], device: torch.device) -> Tensor:
+    length_R = torch.tensor(bounds, dtype=torch.int64, device=device).diff()
+    return torch.arange(len(length_R), device=device).repeat_interleave(length_R)
 
 
 def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Tensor | None = None) -> Tensor:
-    """Return the sum of `factor_N * values_NF` over the positions of each row, (rows, features), in `dtype`."""
-    if factor_N is not None:
-        factor_1N = factor_N.unsqueeze(0)
-        if layout.is_padded:
-            return (factor_1N.view(layout.num_rows, 1, -1) @ _by_row(values_NF, layout)).squeeze(1)
-        return torch.cat([factor_1N[:, row] @ values_NF[row] for row in layout.rows()])
-    if layout.is_padded:
-        return _by_row(values_NF, layout).sum(dim=1, dtype=dtype)
-    return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
+    """Return the sum of `factor_N * values_NF` over the positions of each row, (rows, features), in `dtype`.
 
-
-def _by_row(values_NF: Tensor, layout: Layout) -> Tensor:
-    return values_NF.view(layout.num_rows, -1, values_NF.shape[-1])
+    With a factor, in the dtype of the product: matrix products sum without a copy of the values.
+    """
+    values_RTF = values_NF.view(layout.num_rows, -1, values_NF.shape[-1]) if layout.is_padded else None
+    if factor_N is None:
+        if values_RTF is not None:
+            return values_RTF.sum(dim=1, dtype=dtype)
+        return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
+    if values_RTF is not None:
+        return (factor_N.view(layout.num_rows, 1, -1) @ values_RTF).squeeze(1)
+    return torch.cat([factor_N[row].unsqueeze(0) @ values_NF[row] for row in layout.rows()])

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy objective of one problem, as a coefficient for each response token.
+"""The policy objective of a problem, sum_t c_t log pi(y_t): a coefficient for each response token, and its log-prob.
 
 At scoring time the responses come from the current policy, so the ratio is 1 and clipping is inactive, and the
-gradient of a problem is sum_t c_t grad log pi(y_t). This module computes the c_t; it knows nothing of models, of KL
-terms or of entropy bonuses.
+gradient of a problem is sum_t c_t grad log pi(y_t). It knows nothing of models, of KL terms or of entropy bonuses.
 
     coefficient_RT = token_coefficients(advantage_RT, response_mask_RT, "token-mean")
+    log_prob_RT = response_log_probs(logits_NV, ids_N, spans, temperature=1.0)
 
-Shape legend: R responses of the problem, T response tokens (padded).
+Shape legend: R responses, T response tokens (padded), N positions, V vocabulary, M chosen positions, C a chunk of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +26,12 @@ LOSS_AGG_MODES = (
     "seq-mean-token-mean",
 )
 """verl's values of `actor.loss_agg_mode`."""
+CHUNK_ELEMENTS = 2**26
+"""Logits converted to float32 at a time: 256 MiB."""
 
 
 def token_coefficients(
-    advantage_RT: Tensor,
-    response_mask_RT: Tensor,
-    loss_agg_mode: str,
-    loss_scale_factor: float | None = None,
+    advantage_RT: Tensor, response_mask_RT: Tensor, loss_agg_mode: str, loss_scale_factor: float | None = None
 ) -> Tensor:
     """Return c_t = -A_t * w_t * mask_t, the derivative of the problem's loss by each token's log-probability.
 
@@ -62,16 +64,74 @@ def token_coefficients(
         weight = 1.0 / num_responses
     elif loss_agg_mode == "seq-mean-token-mean":
         weight = 1.0 / (num_responses * num_tokens_R.clamp(min=1))
+    elif loss_scale_factor is not None and loss_scale_factor > 0:
+        weight = 1.0 / (num_responses * loss_scale_factor)
     else:
-        weight = 1.0 / (num_responses * _positive_scale(loss_scale_factor))
-    # Masked by selection, not by multiplication: what lies under the padding may be nan.
-    return torch.where(response_mask_RT.bool(), -advantage_RT * weight * mask_RT, torch.zeros_like(advantage_RT))
-
-
-def _positive_scale(loss_scale_factor: float | None) -> float:
-    if loss_scale_factor is None or not loss_scale_factor > 0:
         raise ValueError(
             f"loss_agg_mode 'seq-mean-token-sum-norm' has loss_scale_factor={loss_scale_factor}; set "
             "actor.loss_scale_factor to a positive constant, e.g. the maximum response length"
         )
-    return loss_scale_factor
+    # Masked by selection, not by multiplication: what lies under the padding may be nan.
+    return torch.where(response_mask_RT.bool(), -advantage_RT * weight * mask_RT, torch.zeros_like(advantage_RT))
+
+
+def response_log_probs(
+    logits_NV: Tensor, ids_N: Tensor, spans: Sequence[tuple[int, int]], temperature: float
+) -> Tensor:
+    """Return the log-probs of runs of tokens, (runs, longest), zero beyond a run's end.
+
+    Shapes: logits_NV (positions, vocabulary) and ids_N (positions,) of the same flattened pass; `spans` are (first
+        token's position, number of tokens), and the logits one position before predict a token.
+    """
+    position_M = torch.cat([torch.arange(start, start + length) for start, length in spans]).to(ids_N.device)
+    log_prob_M = token_log_probs(logits_NV, position_M - 1, ids_N[position_M], temperature)
+    width = max(length for _, length in spans)
+    place_M = torch.cat([torch.arange(length) + index * width for index, (_, length) in enumerate(spans)])
+    flat = log_prob_M.new_zeros(len(spans) * width)
+    return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
+
+
+def token_log_probs(logits_NV: Tensor, position_M: Tensor, token_M: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / temperature)[position, token], differentiable by the logits.
+
+    Only the chosen positions are touched, a chunk at a time: no copy of the logits is made, no log-softmax is kept.
+
+    Shapes: logits_NV (positions, vocabulary); position_M and token_M (chosen,) int64, each position at most once.
+    Units: natural logarithm; float32, or float64 if the logits are.
+    """
+    result: Tensor = _TokenLogProbs.apply(logits_NV, position_M, token_M, temperature)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _chunk_size(logits_NV: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, position_M: Tensor, token_M: Tensor, temperature: float) -> Tensor:
+        # Float32 or better: half precision would round the log-probs whose differences estimators take.
+        dtype, size = torch.promote_types(logits_NV.dtype, torch.float32), _chunk_size(logits_NV)
+        log_probs, log_totals = [logits_NV.new_zeros(0, dtype=dtype)], [logits_NV.new_zeros(0, dtype=dtype)]
+        for position_C, token_C in zip(torch.split(position_M, size), torch.split(token_M, size), strict=True):
+            scaled_CV = logits_NV[position_C].to(dtype).div_(temperature)
+            log_total_C = scaled_CV.logsumexp(dim=-1)
+            log_probs.append(scaled_CV.gather(-1, token_C.unsqueeze(-1)).squeeze(-1) - log_total_C)
+            log_totals.append(log_total_C)
+        ctx.save_for_backward(logits_NV, position_M, token_M, torch.cat(log_totals))
+        ctx.temperature = temperature
+        return torch.cat(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, position_M, token_M, log_total_M = ctx.saved_tensors
+        dtype, size = log_total_M.dtype, _chunk_size(logits_NV)
+        delta_NV = torch.zeros_like(logits_NV)
+        chunks = zip(*(torch.split(t, size) for t in (position_M, token_M, log_total_M, grads[0])), strict=True)
+        for position_C, token_C, log_total_C, grad_C in chunks:
+            scaled_CV = logits_NV[position_C].to(dtype).div_(ctx.temperature)
+            minus_prob_CV = scaled_CV.sub_(log_total_C.unsqueeze(-1)).exp_().neg_()
+            minus_prob_CV.scatter_add_(-1, token_C.unsqueeze(-1), torch.ones_like(minus_prob_CV[:, :1]))
+            minus_prob_CV.mul_((grad_C / ctx.temperature).unsqueeze(-1))
+            delta_NV[position_C] = minus_prob_CV.to(delta_NV.dtype)
+        return delta_NV, None, None, None

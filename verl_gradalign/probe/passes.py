@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.planning import ProblemSize, pack
-from verl_gradalign.types import ProblemRows
+from verl_gradalign.probe.planning import pack
+from verl_gradalign.types import ProblemRows, ProblemScores
 
 
 @dataclass(frozen=True)
@@ -41,34 +41,33 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     Raises: ValueError if a problem is larger than the engine's budget, or if its rows are spread over ranks.
     """
     mine = [index for index, problem in enumerate(problems) if problem.rows]
-    for index in mine:
-        if len(problems[index].rows) != problems[index].num_rows:
+    for problem in (problems[index] for index in mine):
+        if len(problem.rows) != problem.num_rows:
             raise ValueError(
-                f"problem {problems[index].uid} has {len(problems[index].rows)} of its {problems[index].num_rows} rows "
-                "on this rank; this estimator needs whole problems (planning.assign)"
+                f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank; this "
+                "estimator needs whole problems (planning.assign)"
             )
-    packed = pack([size_of(problems[index]) for index in mine], engine.budget)
-    batches = []
-    for members in packed:
-        chosen = tuple(mine[member] for member in members)
-        rows = tuple(row for index in chosen for row in problems[index].rows)
-        rows_per_problem = tuple(len(problems[index].rows) for index in chosen)
-        batches.append(MicroBatch(chosen, rows, rows_per_problem, tuple(parts_of(problems[i]) for i in chosen)))
+    packed = pack([problems[index] for index in mine], engine.budget)
+    batches = [_micro_batch(problems, tuple(mine[member] for member in members)) for members in packed]
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
     num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
     return batches + [padding] * (num_batches - len(batches))
 
 
-def parts_of(problem: ProblemRows) -> tuple[int, ...]:
-    """Return the rows of each half of a problem that is whole on this rank, or of all of it if it is not split."""
-    num_second = sum(problem.halves) if problem.is_split else 0
-    return tuple(n for n in (len(problem.rows) - num_second, num_second) if n)
-
-
-def size_of(problem: ProblemRows) -> ProblemSize:
-    """Return the room that a problem takes."""
-    return ProblemSize(problem.num_rows, problem.num_tokens, problem.longest_row)
+def _micro_batch(problems: Sequence[ProblemRows], chosen: tuple[int, ...]) -> MicroBatch:
+    members = [problems[index] for index in chosen]
+    num_second = [sum(problem.halves) if problem.is_split else 0 for problem in members]
+    return MicroBatch(
+        problems=chosen,
+        rows=tuple(row for problem in members for row in problem.rows),
+        rows_per_problem=tuple(problem.num_rows for problem in members),
+        # Without an empty half: it has no positions in the activations.
+        parts=tuple(
+            tuple(n for n in (problem.num_rows - second, second) if n)
+            for problem, second in zip(members, num_second, strict=True)
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -117,18 +116,6 @@ def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: to
     return RowWeights(weight_RT, scale_R, gives_R)
 
 
-@dataclass(frozen=True)
-class ReducedSums:
-    """Sums over all ranks, on the CPU."""
-
-    dot_P: Tensor
-    squared_norm_P: Tensor
-    half_dot_P2: Tensor
-    """nan for problems that are not split."""
-    derivative_PR: Tensor
-    """nan beyond a problem's rows."""
-
-
 class ProblemSums:
     """Adds up what micro-batches give for rows and problems, on this rank and then over all ranks."""
 
@@ -140,42 +127,45 @@ class ProblemSums:
 
     def add_rows(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor) -> None:
         """Note each row's part of its problem's dot product, and its derivative."""
-        dot_R, derivative_R = dot_R.double().cpu(), derivative_R.double().cpu()
-        rows = torch.split(torch.arange(sum(batch.rows_per_problem)), list(batch.rows_per_problem))
-        for index, mine in zip(batch.problems, rows, strict=False):
-            self._sums[index, 3 : 3 + len(mine)] = derivative_R[mine]
-        self.add_parts(batch, torch.cat([torch.stack([p.sum() for p in part]) for part in self._parts(batch, dot_R)]))
+        # Not strict: a padding batch has a row, but no problem.
+        by_problem = torch.split(derivative_R.double().cpu(), list(batch.rows_per_problem))
+        for index, mine_R in zip(batch.problems, by_problem, strict=False):
+            self._sums[index, 3 : 3 + len(mine_R)] = mine_R
+        by_part = torch.split(dot_R.double().cpu(), [num_rows for parts in batch.parts for num_rows in parts])
+        self.add_parts(batch, torch.stack([part_R.sum() for part_R in by_part]))
 
     def add_parts(self, batch: MicroBatch, dot_of_parts: Tensor) -> None:
         """Note the dot products of each problem's parts, (parts,): its halves, or all of it."""
-        parts = torch.split(dot_of_parts.double().cpu(), [len(part) for part in batch.parts])
-        for index, part in zip(batch.problems, parts, strict=False):
-            self._sums[index, : len(part)] += part
+        by_problem = torch.split(dot_of_parts.double().cpu(), [len(parts) for parts in batch.parts])
+        for index, dots in zip(batch.problems, by_problem, strict=False):
+            self._sums[index, : len(dots)] += dots
 
     def add_norms(self, batch: MicroBatch, squared_norm_P: Tensor) -> None:
         """Note each problem's squared norm."""
         if batch.problems:
             self._sums[list(batch.problems), 2] += squared_norm_P.double().cpu()
 
-    def reduce(self, engine: GradientEngine) -> ReducedSums:
-        """Return the sums over all ranks. Collective."""
+    def reduce(self, engine: GradientEngine, direction_norm: float) -> ProblemScores:
+        """Return the problems' scores, summed over all ranks; what was not noted is zero. Collective."""
         sums = self._sums
         if engine.data_group is not None:
             # On the model's device: NCCL reduces nothing that lies in CPU memory.
             sums = sums.to(next(engine.module.parameters()).device)
             torch.distributed.all_reduce(sums, group=engine.data_group)
             sums = sums.cpu()
-        derivative_PR, half_dot_P2 = sums[:, 3:], sums[:, :2].clone()
-        for index, problem in enumerate(self._problems):
-            derivative_PR[index, problem.num_rows :] = torch.nan
-            if not problem.is_split:
-                half_dot_P2[index] = torch.nan
-        return ReducedSums(sums[:, :2].sum(dim=1), sums[:, 2], half_dot_P2, derivative_PR)
-
-    @staticmethod
-    def _parts(batch: MicroBatch, values_R: Tensor) -> list[tuple[Tensor, ...]]:
-        by_problem = torch.split(values_R, list(batch.rows_per_problem))
-        return [torch.split(values, list(part)) for values, part in zip(by_problem, batch.parts, strict=True)]
+        is_split_P = torch.tensor([problem.is_split for problem in self._problems], dtype=torch.bool)
+        num_rows_P = torch.tensor([problem.num_rows for problem in self._problems], dtype=torch.int64)
+        is_row_PR = torch.arange(sums.shape[1] - 3) < num_rows_P.unsqueeze(1)
+        return ProblemScores(
+            uid=tuple(problem.uid for problem in self._problems),
+            dot_P=sums[:, :2].sum(dim=1),
+            # A tied weight's cross term, or rounding, can take a norm of zero below it.
+            norm_P=sums[:, 2].clamp(min=0).sqrt(),
+            num_tokens_P=torch.tensor([problem.num_tokens for problem in self._problems], dtype=torch.int64),
+            response_derivative_PR=sums[:, 3:].masked_fill(~is_row_PR, torch.nan),
+            direction_norm=direction_norm,
+            half_dot_P2=sums[:, :2].masked_fill(~is_split_P.unsqueeze(1), torch.nan),
+        )
 
 
 def largest_of_ranks(value: int, group: ProcessGroup | None, device: torch.device | int) -> int:

@@ -6,7 +6,7 @@ given the same numbers finds the same plan.
 
     budget = TokenBudget(max_tokens=16384, is_padded=False)
     ranks = assign([p.num_tokens for p in problems], num_ranks=8)
-    micro_batches = pack([size_of(p) for p in mine], budget)
+    micro_batches = pack(mine, budget)
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class ProblemSize:
-    """How much room a problem takes in a micro-batch."""
-
-    num_rows: int
-    num_tokens: int
-    """Of all rows, prompts included."""
-    longest_row: int
+from verl_gradalign.types import ProblemRows
 
 
 @dataclass(frozen=True)
@@ -35,13 +27,13 @@ class TokenBudget:
     is_padded: bool
     """Whether rows are padded to the longest of the micro-batch, or packed."""
 
-    def positions(self, problems: Sequence[ProblemSize]) -> int:
+    def positions(self, problems: Sequence[ProblemRows]) -> int:
         """Return the positions that `problems` take together."""
         if self.is_padded:
             return sum(p.num_rows for p in problems) * max((p.longest_row for p in problems), default=0)
         return sum(p.num_tokens for p in problems)
 
-    def holds(self, problems: Sequence[ProblemSize]) -> bool:
+    def holds(self, problems: Sequence[ProblemRows]) -> bool:
         return self.positions(problems) <= self.max_tokens
 
 
@@ -59,22 +51,22 @@ def assign(costs: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
-def pack(sizes: Sequence[ProblemSize], budget: TokenBudget) -> list[list[int]]:
+def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]]:
     """Return micro-batches of problem indices, each within the budget: longest first, into the first that has room.
 
     Raises: ValueError if a problem alone exceeds the budget.
     """
     micro_batches: list[list[int]] = []
     # By the longest row, so that rows padded to one width have similar lengths.
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i].longest_row, -sizes[i].num_tokens)):
-        if not budget.holds([sizes[index]]):
+    for index in sorted(range(len(problems)), key=lambda i: (-problems[i].longest_row, -problems[i].num_tokens)):
+        if not budget.holds([problems[index]]):
             raise ValueError(
-                f"a problem takes {budget.positions([sizes[index]])} positions, more than the {budget.max_tokens} of a "
-                "micro-batch; raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with "
-                "backward"
+                f"a problem takes {budget.positions([problems[index]])} positions, more than the {budget.max_tokens} "
+                "of a micro-batch; raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it "
+                "with backward"
             )
         for members in micro_batches:
-            if budget.holds([sizes[i] for i in [*members, index]]):
+            if budget.holds([problems[i] for i in [*members, index]]):
                 members.append(index)
                 break
         else:

@@ -41,7 +41,7 @@ from verl_gradalign.probe.layer_rules import (
     rms_norm,
     without_padding_index,
 )
-from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, size_of
+from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.probe.taps import tapped
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
@@ -231,7 +231,9 @@ def sketch_gradients(
             reshard(engine.module)
             if batch.problems:
                 sketches.append(BatchSketch(list(batch.problems), sketcher.sketch_PLKK.cpu()))
-    return sketches, sums.reduce(engine).squared_norm_P.clamp(min=0).sqrt()
+    norm_P = sums.reduce(engine, direction_norm=math.nan).norm_P
+    assert norm_P is not None
+    return sketches, norm_P
 
 
 def _products(
@@ -284,8 +286,8 @@ def _fidelity(quarter_P2: Tensor) -> float:
 def _require_fitting(engine: GradientEngine, problems: Sequence[ProblemRows]) -> None:
     """Raise ValueError, on every rank, if a problem is larger than a micro-batch."""
     for problem in problems:
-        if not engine.budget.holds([size_of(problem)]):
+        if not engine.budget.holds([problem]):
             raise ValueError(
-                f"problem {problem.uid} takes {engine.budget.positions([size_of(problem)])} positions, more than the "
+                f"problem {problem.uid} takes {engine.budget.positions([problem])} positions, more than the "
                 f"{engine.budget.max_tokens} of a micro-batch. {REMEDY}, or raise gradalign.probe.max_tokens_per_rank."
             )

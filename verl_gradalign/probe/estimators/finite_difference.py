@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed
@@ -66,17 +67,7 @@ class FiniteDifferenceEstimator:
         for batch, above_2R, below_2R in zip(batches, above, below, strict=True):
             dot_R, derivative_R = (above_2R - below_2R) / (2 * step)
             sums.add_rows(batch, dot_R, derivative_R)
-        reduced = sums.reduce(engine)
-        return ProblemScores(
-            uid=tuple(problem.uid for problem in problems),
-            dot_P=reduced.dot_P,
-            norm_P=None,
-            num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-            response_derivative_PR=reduced.derivative_PR,
-            direction_norm=direction.norm,
-            half_dot_P2=reduced.half_dot_P2,
-            diagnostics={"step": step},
-        )
+        return replace(sums.reduce(engine, direction.norm), norm_P=None, diagnostics={"step": step})
 
 
 def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:

@@ -13,6 +13,7 @@ Shape legend: P problems, R rows, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -87,24 +88,19 @@ def tapped_scores(
             taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
             # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
-            scores = taps.end()
+            measured = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
             reshard(engine.module)
-            derivative_R = scores.derivative_R.cpu()
+            derivative_R = measured.derivative_R.cpu()
             if per_response:
                 known_R = derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan)
                 sums.add_rows(batch, derivative_R * weights.scale_R, known_R)
             else:
                 sums.add_parts(batch, derivative_R)
-            sums.add_norms(batch, scores.squared_norm_P)
-    reduced = sums.reduce(engine)
-    return ProblemScores(
-        uid=tuple(problem.uid for problem in problems),
-        dot_P=reduced.dot_P,
-        # A tied weight's cross term, or rounding, can take a norm of zero below it.
-        norm_P=reduced.squared_norm_P.clamp(min=0).sqrt() if gives_norm else None,
-        num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-        response_derivative_PR=reduced.derivative_PR if per_response else None,
-        direction_norm=direction.norm,
-        half_dot_P2=reduced.half_dot_P2,
+            sums.add_norms(batch, measured.squared_norm_P)
+    scores = sums.reduce(engine, direction.norm)
+    return replace(
+        scores,
+        norm_P=scores.norm_P if gives_norm else None,
+        response_derivative_PR=scores.response_derivative_PR if per_response else None,
     )
