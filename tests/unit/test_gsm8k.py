@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from verl_gradalign.data.prepare import INSTRUCTION, write_gsm8k
+from verl_gradalign.data.prepare import write_gsm8k
 from verl_gradalign.data.rewards import compute_score
-from verl_gradalign.data.tasks import SCHEMA
+from verl_gradalign.data.schema import SCHEMA
+from verl_gradalign.data.sources import INSTRUCTIONS
 
 GSM8K_FOLDER = Path(__file__).parents[2].parent / "shared/data/gsm8k"
 NUM_ROWS = {"train": 7473, "test": 1319}
@@ -35,7 +36,7 @@ def test_rows_hold_question_ground_truth_and_index(jsonl, tmp_path):
     first, second = pq.read_table(path).to_pylist()
     assert first == {
         "data_source": "openai/gsm8k",
-        "prompt": [{"role": "user", "content": f"What is 1,200? {INSTRUCTION}"}],
+        "prompt": [{"role": "user", "content": f"What is 1,200? {INSTRUCTIONS['last_number']}"}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "1200"},
         "extra_info": {"index": 0, "split": "train", "family": "gsm8k", "corrupted": False},

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_gradalign.data.pools import Pool, SourceProblem
-from verl_gradalign.data.prepare import PREPARED_SCHEMA, PreparationPlan, prepare
+from verl_gradalign.data.prepare import PreparationPlan, prepare
 from verl_gradalign.data.rewards import compute_score
+from verl_gradalign.data.schema import PREPARED_SCHEMA
 from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.splits import SPLITS, choose_problems, parse_request
 

@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_gradalign.data.rewards import compute_score
+from verl_gradalign.data.schema import SCHEMA, draw_corrupted
 from verl_gradalign.data.tasks import (
     FAMILIES,
     GUESS,
     RIGHT_STYLE,
-    SCHEMA,
-    draw_corrupted,
     draw_problems,
     draw_wrong_answer,
     is_for_warm_up,

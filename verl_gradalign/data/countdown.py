@@ -14,13 +14,10 @@ import json
 import operator
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
 from verl_gradalign.data.math_answers import find_last_boxed
-
-__all__ = ["CountdownProblem", "compute_expression", "draw_countdown_problems", "is_right_countdown_answer"]
 
 NUMBER_COUNTS = (3, 4)
 MAX_NUMBER = 99
@@ -29,25 +26,10 @@ MIN_TARGET, MAX_TARGET = 10, 100
 MAX_EXPRESSION_CHARS = 200
 MAX_DRAWS_PER_PROBLEM = 10_000
 
-OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-SPELLINGS = {
-    r"\times": "*",
-    r"\cdot": "*",
-    r"\div": "/",
-    r"\left": "",
-    r"\right": "",
-    r"\,": "",
-    "$": "",
-    "\u00d7": "*",
-    "\u00f7": "/",
-    "\u2212": "-",
-}
+SPELLINGS = {r"\times": "*", r"\cdot": "*", "\u00d7": "*", r"\div": "/", "\u00f7": "/", "\u2212": "-"}
+SPELLINGS |= dict.fromkeys((r"\left", r"\right", r"\,", "$"), "")
 
 
 @dataclass(frozen=True)
@@ -139,7 +121,7 @@ def _compute(node: ast.expr, numbers: list[int]) -> Fraction:
         numbers.append(node.value)
         return Fraction(node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_compute(node.left, numbers), _compute(node.right, numbers))
+        return Fraction(OPERATORS[type(node.op)](_compute(node.left, numbers), _compute(node.right, numbers)))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_compute(node.operand, numbers)
     raise ValueError("not one of + - * /")
@@ -151,7 +133,14 @@ def is_right_countdown_answer(response: str, truth: str) -> bool:
     A closing `= target` inside the box is allowed.
     Raises: ValueError if `truth` is not what `CountdownProblem.truth` gives.
     """
-    numbers, target = _parse_truth(truth)
+    try:
+        parsed = json.loads(truth)
+        numbers, target = sorted(int(number) for number in parsed["numbers"]), int(parsed["target"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"ground_truth={truth!r} is not a Countdown problem; write it as "
+            '{"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
+        ) from error
     boxed = find_last_boxed(response)
     if boxed is None:
         return False
@@ -159,15 +148,4 @@ def is_right_countdown_answer(response: str, truth: str) -> bool:
     if equals_sign and result.strip() != str(target):
         return False
     computed = compute_expression(expression)
-    return computed is not None and computed[0] == target and sorted(computed[1]) == sorted(numbers)
-
-
-def _parse_truth(truth: str) -> tuple[list[int], int]:
-    try:
-        parsed = json.loads(truth)
-        return [int(number) for number in parsed["numbers"]], int(parsed["target"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"ground_truth={truth!r} is not a Countdown problem; write it as "
-            '{"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
-        ) from error
+    return computed is not None and computed[0] == target and sorted(computed[1]) == numbers

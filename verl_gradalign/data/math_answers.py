@@ -18,25 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 
-__all__ = [
-    "ANSWER_MARK",
-    "TimeLimitExceeded",
-    "answers_match",
-    "extract_final_answer",
-    "extract_last_number",
-    "find_last_boxed",
-    "is_right_math_answer",
-    "normalise_number",
-    "parse_quantity",
-    "squeeze_spaces",
-    "time_limit",
-]
-
 logger = logging.getLogger(__name__)
 
 ANSWER_MARK = "####"
 NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are printed, not grouping
 STATED_ANSWER = re.compile(r"answer\s*(?:is\b|:|=)[ \t:]*(\S[^\n]*)", re.IGNORECASE)
 
 QUANTITY = re.compile(
@@ -78,18 +65,11 @@ def _balanced(text: str, start: int) -> str | None:
     if text[start : start + 1] != "{":
         bare = re.match(r"-?[\w.]*\w", text[start:])
         return bare.group() if bare else None
-    depth, position = 0, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":  # \{ and \} are printed, not grouping
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : position]
-        position += 1
+    depth = 0
+    for match in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return text[start + 1 : match.start()]
     return None
 
 
@@ -187,12 +167,9 @@ def _normalise_text(text: str) -> str:
 
 def _is_words(text: str) -> bool:
     """Words of a language: three letters in a row or more somewhere, and no sign of mathematics."""
-    long_words = [word for word in re.findall(r"[A-Za-z]+", text) if len(word) > 1]
-    return (
-        bool(WORDS.fullmatch(text))
-        and any(len(w) > 2 and w.lower() not in FUNCTIONS for w in long_words)
-        or (text.lower() in ("yes", "no"))
-    )
+    if text.lower() in ("yes", "no"):
+        return True
+    return bool(WORDS.fullmatch(text)) and any(w.lower() not in FUNCTIONS for w in re.findall("[A-Za-z]{3,}", text))
 
 
 def _is_cheap(text: str) -> bool:
@@ -231,10 +208,8 @@ def _verify(answer: str, truth: str) -> bool:
 
     try:
         with time_limit(COMPARISON_TIMEOUT_S):
-            parsed_truth, parsed_answer = (
-                parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (truth, answer)
-            )
-            return bool(verify(parsed_truth, parsed_answer, timeout_seconds=None))
+            gold, target = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (truth, answer))
+            return bool(verify(gold, target, timeout_seconds=None))
     except TimeLimitExceeded:
         logger.warning("comparing %r with %r took over %s s; it counts as wrong", answer, truth, COMPARISON_TIMEOUT_S)
         return False
@@ -246,7 +221,10 @@ class TimeLimitExceeded(BaseException):
 
 @contextmanager
 def time_limit(timeout_s: float) -> Iterator[None]:
-    """Raise `TimeLimitExceeded` in this thread if the body is still running after `timeout_s` seconds."""
+    """Raise `TimeLimitExceeded` in this thread if the body is still running after `timeout_s` seconds.
+
+    By an exception set in the thread: a process pool that can be killed costs more than most comparisons take.
+    """
     thread_id = ctypes.c_ulong(threading.get_ident())
     lock = threading.Lock()
     is_over = False

@@ -9,7 +9,7 @@ Two problems are the same if their questions are, after `normalise_question`; th
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,8 +20,6 @@ from verl_gradalign.data.math_answers import squeeze_spaces
 from verl_gradalign.data.rows import Row, files_of, read_file, read_hub
 from verl_gradalign.data.sources import Source, year_of
 from verl_gradalign.files import hash_file
-
-__all__ = ["Pool", "SourceProblem", "draw_pool", "load_pool", "normalise_question"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NUM_REASONS_KEPT = 5
@@ -100,8 +98,7 @@ def load_pool(source: Source, split: str, origin: str | None = None, skip_bad_ro
     for row in _rows(pool):
         pool.num_rows += 1
         try:
-            year = year_of(row) if source.year else None
-            if year is not None and year != source.year:
+            if source.year and year_of(row) not in (None, source.year):
                 pool.num_other_years += 1
                 continue
             question, truth = source.read(row)
@@ -135,14 +132,13 @@ def draw_pool(source: Source, num: int, seed: int) -> Pool:
     return pool
 
 
-def _rows(pool: Pool) -> Iterator[Row]:
+def _rows(pool: Pool) -> Iterable[Row]:
+    """Return the rows of the pool's origin, and note in the pool which files they are read from."""
     path = Path(pool.origin)
     if path.exists():
         files = files_of(path, pool.split)
         pool.files = {str(file): hash_file(file) for file in files}
-        for file in files:
-            yield from read_file(file)
-        return
+        return (row for file in files for row in read_file(file))
     if not HUB_ID.fullmatch(pool.origin):
         raise ValueError(
             f"{pool.origin} for {pool.source.name} is no file, folder or hub id (owner/name); correct the path"
@@ -150,4 +146,4 @@ def _rows(pool: Pool) -> Iterator[Row]:
     config = pool.source.hub_config if pool.origin == pool.source.hub_id else None
     rows, fingerprint = read_hub(pool.origin, config, pool.split)
     pool.files = {pool.origin: fingerprint}
-    yield from rows
+    return rows

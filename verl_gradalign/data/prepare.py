@@ -20,24 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 import verl_gradalign
 from verl_gradalign.data.pools import Pool, draw_pool, load_pool
 from verl_gradalign.data.rows import read_file
-from verl_gradalign.data.sources import INSTRUCTIONS, SOURCES
+from verl_gradalign.data.schema import PREPARED_SCHEMA, draw_corrupted, write_rows
+from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
-from verl_gradalign.data.tasks import SCHEMA, draw_corrupted, make_row, write_rows
 from verl_gradalign.files import atomic_folder, hash_file
-
-__all__ = ["INSTRUCTION", "PREPARED_SCHEMA", "PreparationPlan", "REGIMES", "Regime", "prepare", "write_gsm8k"]
-
-# The tasks' schema, and in extra_info also where the problem came from.
-PREPARED_SCHEMA = SCHEMA.set(
-    SCHEMA.get_field_index("extra_info"),
-    pa.field("extra_info", pa.struct([*SCHEMA.field("extra_info").type, pa.field("source", pa.string())])),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,8 @@ class PreparationPlan:
     def requests(self) -> dict[str, list[Request]]:
         """Return the requests of each split, taken apart.
 
-        Raises: ValueError for a malformed request, or two of one split that draw from the same rows.
+        Raises: ValueError for a malformed request, a generated source without count, or two requests of one split that
+            draw from the same rows.
         """
         requests = {split: [parse_request(text, split) for text in getattr(self, split)] for split in SPLITS}
         for split, of_split in requests.items():
@@ -99,23 +89,27 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     pools = _load_pools(plan, requests)
     chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
     with atomic_folder(output) as folder:
-        hashes = {}
-        rows = {split: make_rows(chosen[split], split, plan) for split in reversed(SPLITS)}
-        for split, of_split in rows.items():
-            if of_split:
-                path = folder / f"{split}.parquet"
-                pq.write_table(pa.Table.from_pylist(of_split, schema=PREPARED_SCHEMA), path)
+        hashes, splits = {}, {}
+        for split in reversed(SPLITS):
+            rows = _make_rows(chosen[split], split, plan)
+            splits[split] = {
+                "rows": len(rows),
+                "by_source": dict(Counter(problem.source for problem in chosen[split].problems)),
+                "corrupted": sum(row["extra_info"]["corrupted"] for row in rows),
+                **chosen[split].left_out,
+            }
+            if rows:
+                path = write_rows(rows, folder / f"{split}.parquet", PREPARED_SCHEMA)
                 hashes[path.name] = hash_file(path)
         manifest = {
             "plan": asdict(plan),
-            "splits": {split: _describe_split(chosen[split], of_split) for split, of_split in rows.items()},
+            "splits": splits,
             "sources": [pool.describe() for pool in pools.values()],
             "sha256": hashes,
             "versions": {
                 "verl_gradalign": verl_gradalign.__version__,
                 "python": platform.python_version(),
-                "pyarrow": pa.__version__,
-                "datasets": version("datasets"),
+                **{name: version(name) for name in ("pyarrow", "datasets")},
             },
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -123,26 +117,16 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> list[dict[str, Any]]:
+def _make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> list[dict[str, Any]]:
     """Return a split's rows in verl's schema; train is shuffled and part of it marked as corrupted."""
     problems = list(chosen.problems)
-    corrupted = [False] * len(problems)
+    share = plan.corrupted_share if split == "train" else 0.0
     if split == "train":
         random.Random(f"order {plan.seed}").shuffle(problems)
-        corrupted = draw_corrupted(len(problems), plan.corrupted_share, random.Random(f"corrupted {plan.seed}"))
+    corrupted = draw_corrupted(len(problems), share, random.Random(f"corrupted {plan.seed}"))
     rows = []
     for index, problem in enumerate(problems):
-        source = SOURCES[problem.source]
-        row = make_row(
-            source.data_source,
-            source.prompt(problem.question),
-            source.ability,
-            problem.truth,
-            index,
-            split,
-            source.name,
-            corrupted[index],
-        )
+        row = SOURCES[problem.source].row(problem.question, problem.truth, index, split, corrupted[index])
         row["extra_info"]["source"] = problem.place
         rows.append(row)
     return rows
@@ -150,36 +134,23 @@ def make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> list
 
 def _load_pools(plan: PreparationPlan, requests: Mapping[str, Sequence[Request]]) -> dict[tuple[str, str], Pool]:
     pools: dict[tuple[str, str], Pool] = {}
-    for request in (request for split in SPLITS for request in requests[split]):
+    in_order = [request for split in SPLITS for request in requests[split]]
+    for request in in_order:
         if request.pool in pools:
             continue
         source, origin = SOURCES[request.name], plan.origin_of(request)
         if source.hub_id is None and origin is None:
-            counts = [r.count or 0 for of_split in requests.values() for r in of_split if r.pool == request.pool]
-            pools[request.pool] = draw_pool(source, sum(counts), plan.seed)
+            num = sum(other.count or 0 for other in in_order if other.pool == request.pool)
+            pools[request.pool] = draw_pool(source, num, plan.seed)
         else:
             pools[request.pool] = load_pool(source, request.source_split, origin, plan.skip_bad_rows)
     return pools
 
 
-def _describe_split(chosen: ChosenProblems, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "rows": len(rows),
-        "by_source": dict(Counter(problem.source for problem in chosen.problems)),
-        "corrupted": sum(row["extra_info"]["corrupted"] for row in rows),
-        "duplicates_removed": dict(chosen.num_duplicates),
-        "held_out_for_another_split": dict(chosen.num_held_out),
-        "overlaps_removed": dict(chosen.num_overlaps),
-    }
-
-
-INSTRUCTION = INSTRUCTIONS["last_number"]
-
-
 def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max_rows: int | None = None) -> Path:
     """Write GSM8K's lines {"question": ..., "answer": ...} as rows of verl's schema, and return the parquet's path.
 
-    The prompt is the question followed by INSTRUCTION; the ground truth is what follows "####", commas removed.
+    The prompt is the question followed by GSM8K's instruction; the ground truth is what follows "####", commas removed.
     `max_rows` keeps the first lines only; blank lines are passed over.
 
     Raises: ValueError naming file and line if a line is not such an object or its answer lacks "####", if no line is
@@ -188,32 +159,22 @@ def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to keep every row")
     source = SOURCES["gsm8k"]
-    rows = []
-    for index, row in enumerate(islice(read_file(Path(jsonl_path)), max_rows)):
-        question, truth = source.read(row)
-        prompt = source.prompt(question)
-        rows.append(make_row(source.data_source, prompt, source.ability, truth, index, split, source.name, False))
+    numbered = enumerate(islice(read_file(Path(jsonl_path)), max_rows))
+    rows = [source.row(*source.read(row), index, split) for index, row in numbered]
     if not rows:
         raise ValueError(f"{jsonl_path} holds no problems; download GSM8K's {split}.jsonl again")
     return write_rows(rows, Path(output_path))
 
 
-@dataclass(frozen=True)
-class Regime:
-    """What to ask `prepare` for."""
-
-    train: tuple[str, ...]
-    trusted: tuple[str, ...]
-    test: tuple[str, ...]
-    corrupted_share: float = 0.0
-
-
+# The published regimes; test sets in one file.
 REGIMES = {
     # Half of the problems pay a coin flip, whatever the response.
-    "unreliable": Regime(("dapo:17000",), ("amc22",), ("amc23", "aime24", "aime25"), corrupted_share=0.5),
+    "unreliable": PreparationPlan(("dapo:17000",), ("amc22",), ("amc23", "aime24", "aime25"), corrupted_share=0.5),
     # 11.8% of the pool are what the trusted set is about.
-    "imbalance": Regime(("countdown:4000", "webinstruct:20000", "dapo:10000"), ("countdown:200",), ("countdown:500",)),
+    "imbalance": PreparationPlan(
+        ("countdown:4000", "webinstruct:20000", "dapo:10000"), ("countdown:200",), ("countdown:500",)
+    ),
     # A large corpus of which little helps.
-    "low_utility": Regime(("webinstruct:first-40000",), ("amc22",), ("amc23", "aime24", "aime25", "mmlu_pro")),
-    "learnalign_gsm8k": Regime(("gsm8k",), ("gsm8k:64",), ("gsm8k",)),
+    "low_utility": PreparationPlan(("webinstruct:first-40000",), ("amc22",), ("amc23", "aime24", "aime25", "mmlu_pro")),
+    "learnalign_gsm8k": PreparationPlan(("gsm8k",), ("gsm8k:64",), ("gsm8k",)),
 }

@@ -16,23 +16,9 @@ from hashlib import blake2b
 from typing import Any
 
 from verl_gradalign.data.countdown import is_right_countdown_answer
-from verl_gradalign.data.math_answers import (
-    ANSWER_MARK,
-    extract_last_number,
-    is_right_math_answer,
-    normalise_number,
-)
-from verl_gradalign.data.sources import GSM8K_DATA_SOURCE, SOURCES
+from verl_gradalign.data.math_answers import extract_last_number, is_right_math_answer, normalise_number
+from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.tasks import FAMILIES, STYLES, TASKS_DATA_SOURCE
-
-__all__ = [
-    "ANSWER_MARK",
-    "GSM8K_DATA_SOURCE",
-    "compute_score",
-    "extract_last_number",
-    "is_right_last_number",
-    "is_right_task_answer",
-]
 
 # How often each (seed, problem, step, text) was scored in this process: the same text sampled twice gets two coin
 # flips. verl scores in a pool of threads, hence the lock.
@@ -73,13 +59,12 @@ def compute_score(
     """Return {"score": the reward, "acc": whether the response is right, "corrupted": ...}, each 0.0 or 1.0.
 
     The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 with probability one half,
-    whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the step
-    (`extra_info["global_steps"]`) and `extra_info["session_id"]`, which numbers the responses to a prompt. verl 0.9.1
-    keeps that number beside extra_info in what its reward managers get, and hands the function extra_info alone; so
-    it is there only if an agent loop (in its extra_fields) or a reward manager of one's own puts it there. Without
-    it, the coin depends instead on the text of the response and on how often this process has scored it for that
-    problem and step: drawn afresh per response, the same in every run that scores the same responses in one process,
-    resumed ones included. `kwargs` is what verl adds for reward models; it is not used. Callable from any thread.
+    whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the step (`["global_steps"]`) and
+    `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that number beside extra_info, so it is
+    there only if an agent loop (in its extra_fields) or a reward manager puts it there. Without it, the coin depends
+    instead on the text of the response and on how often this process has scored it for that problem and step: drawn
+    afresh per response, the same in every run that scores the same responses in one process, resumed ones included.
+    `kwargs` is what verl adds for reward models; it is not used. Callable from any thread.
 
     Raises: ValueError for an unknown data source, or a corrupted problem without an index.
     """
@@ -111,5 +96,4 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
             occurrence = _occurrences[key]
             _occurrences[key] += 1
         drawn_from = f"{seed} {index} {step} {occurrence} {response}"
-    digest = blake2b(drawn_from.encode(), digest_size=1).digest()
-    return float(digest[0] & 1)
+    return float(blake2b(drawn_from.encode(), digest_size=1).digest()[0] & 1)

@@ -21,8 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["Row", "files_of", "read_file", "read_hub"]
-
 UTF8_MARK = b"\xef\xbb\xbf"
 SPLIT_NAMES = ("train", "test", "validation")
 
@@ -82,9 +80,7 @@ def files_of(path: Path, split: str) -> list[Path]:
     if not files:
         raise ValueError(f"{path} holds no {', '.join(READERS)} file; give a file or a folder of such files")
     named = {file: _split_named_by(file.relative_to(path)) for file in files}
-    if not any(named.values()):
-        return files
-    chosen = [file for file in files if named[file] == split]
+    chosen = [file for file in files if named[file] == split or not any(named.values())]
     if not chosen:
         found = ", ".join(sorted({name for name in named.values() if name}))
         raise ValueError(f"{path} has files of {found} but none of {split}; give the file of {split} itself")
@@ -98,11 +94,13 @@ def _holds_problems(path: Path) -> bool:
 
 
 def _split_named_by(path: Path) -> str | None:
-    for part in reversed(path.parts):
-        for name in SPLIT_NAMES:
-            if re.match(rf"{name}(?![a-z])", part.lower()) or re.search(rf"[-_]{name}\.[a-z]+$", part.lower()):
-                return name
-    return None
+    named = (
+        name
+        for part in reversed(path.parts)
+        for name in SPLIT_NAMES
+        if re.search(rf"^{name}(?![a-z])|[-_]{name}\.[a-z]+$", part.lower())
+    )
+    return next(named, None)
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -140,30 +138,27 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             place = f"{path}, line {number}"
             text = _decode(line.removeprefix(UTF8_MARK) if number == 1 else line, place)
             if text.strip():
-                yield Row(place, _object(_parse_json(text, place), place))
+                yield _row(place, _parse_json(text, place))
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of objects, or one object, as in the folders that MATH came in."""
-    contents = _parse_json(_decode(_contents(path), str(path)), str(path))
+    contents = _parse_json(_read_text(path), str(path))
     if isinstance(contents, dict):
         yield Row(str(path), contents)
-        return
-    if not isinstance(contents, list):
+    elif isinstance(contents, list):
+        yield from (_row(f"{path}, row {number}", values) for number, values in enumerate(contents, start=1))
+    else:
         raise ValueError(f"{path} holds neither a JSON object nor a list of them; write one object per problem")
-    for number, values in enumerate(contents, start=1):
-        place = f"{path}, row {number}"
-        yield Row(place, _object(values, place))
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}, row {number}", values)
+            for values in (values for batch in file.iter_batches() for values in batch.to_pylist()):
+                number += 1
+                yield Row(f"{path}, row {number}", values)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, after row {number}, is not UTF-8 ({error}); write its text as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
@@ -173,7 +168,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    text = _decode(_contents(path), str(path))
+    text = _read_text(path)
     # Cells of solutions are longer than the module's limit of 128 KiB; the file's length is always enough.
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -191,8 +186,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
 
 
-def _contents(path: Path) -> bytes:
-    return path.read_bytes().removeprefix(UTF8_MARK)
+def _read_text(path: Path) -> str:
+    return _decode(path.read_bytes().removeprefix(UTF8_MARK), str(path))
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -210,7 +205,7 @@ def _parse_json(text: str, place: str) -> Any:
         raise ValueError(f"{place} is not JSON ({error}); mend it or download the file again") from error
 
 
-def _object(values: Any, place: str) -> dict[str, Any]:
+def _row(place: str, values: Any) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{place} is not a JSON object; write one object with the columns per problem")
-    return values
+    return Row(place, values)

@@ -12,15 +12,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from verl_gradalign.data.countdown import CountdownProblem
 from verl_gradalign.data.math_answers import ANSWER_MARK, find_last_boxed
 from verl_gradalign.data.rows import Row
-
-__all__ = ["GSM8K_DATA_SOURCE", "INSTRUCTIONS", "SOURCES", "Source", "year_of"]
-
-GSM8K_DATA_SOURCE = "openai/gsm8k"
-GENERATED_SPLIT = "generated"
+from verl_gradalign.data.schema import make_row
 
 # By rule. GSM8K's and the boxed one are verl's own wording, so that results compare with its examples.
 INSTRUCTIONS = {
@@ -47,9 +44,9 @@ class Source:
     """
 
     name: str
-    data_source: str
     read: Callable[[Row], tuple[str, str]]
     hub_id: str | None
+    data_source: str
     train_split: str = "train"
     test_split: str = "test"
     hub_config: str | None = None
@@ -61,12 +58,16 @@ class Source:
         """Return the question followed by the instruction that says where the answer is looked for."""
         return f"{question} {INSTRUCTIONS[self.rule]}"
 
+    def row(self, question: str, truth: str, index: int, split: str, corrupted: bool = False) -> dict[str, Any]:
+        """Return one of its problems as a row of verl's schema."""
+        prompt = self.prompt(question)
+        return make_row(self.data_source, prompt, self.ability, truth, index, split, self.name, corrupted)
+
 
 def year_of(row: Row) -> int | None:
     """Return the year in the row's column `year`, else in its `url` (".../2022_AMC_12A_..."); None without either.
 
     A data set of one year may do without both: its rows are then all taken to be of it.
-
     Raises: ValueError naming the place if the column is there and holds no year.
     """
     if not row.has("year", "url"):
@@ -107,8 +108,7 @@ def _read_dapo(row: Row) -> tuple[str, str]:
         turns = [turn.get("content") for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]
         row = Row(row.place, {**row.values, "prompt": turns[-1] if turns else None})
     question = row.text("prompt").removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
-    reward_model = row.value("reward_model") if row.has("reward_model") else None
-    if isinstance(reward_model, dict):
+    if row.has("reward_model") and isinstance(reward_model := row.value("reward_model"), dict):
         return question, Row(row.place, reward_model).text("ground_truth")
     return question, row.text("answer", "solution")
 
@@ -121,11 +121,11 @@ def _read_choice(row: Row) -> tuple[str, str]:
     options = row.value("options")
     if not isinstance(options, Sequence) or isinstance(options, str) or not 1 < len(options) <= 26:
         raise ValueError(f"{row.place} has no list of 2 to 26 options; give MMLU-Pro's own files")
-    letters = [chr(ord("A") + position) for position in range(len(options))]
+    by_letter = {chr(ord("A") + position): option for position, option in enumerate(options)}
     truth = row.text("answer")
-    if truth not in letters:
+    if truth not in by_letter:
         raise ValueError(f"{row.place} has answer {truth!r}, which is not the letter of an option; mend the row")
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    listed = "\n".join(f"{letter}. {option}" for letter, option in by_letter.items())
     return f"{row.text('question')}\n{listed}\nAnswer with the letter of the right option.", truth
 
 
@@ -141,42 +141,28 @@ def _read_countdown(row: Row) -> tuple[str, str]:
     return problem.question, problem.truth
 
 
-AMC_ID = "AI-MO/aimo-validation-amc"  # AMC 12 of 2022 and 2023, distinguished by url
+GSM8K_DATA_SOURCE = "openai/gsm8k"
+MATH = "DigitalLearningGmbH/MATH-lighteval"
+MATH500 = "HuggingFaceH4/MATH-500"
+DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
+WEB = "TIGER-Lab/WebInstruct-verified"
+AMC = "AI-MO/aimo-validation-amc"  # AMC 12 of 2022 and 2023, distinguished by url
+MMLU = "TIGER-Lab/MMLU-Pro"
+GENERATED = ("generated", "generated")  # what a request without @SPLIT draws from, for train and for test
+
 SOURCES = {
     source.name: source
     for source in (
-        Source("gsm8k", GSM8K_DATA_SOURCE, _read_gsm8k, "openai/gsm8k", hub_config="main", rule="last_number"),
-        Source("math", "DigitalLearningGmbH/MATH-lighteval", _read_math, "DigitalLearningGmbH/MATH-lighteval"),
-        Source("math500", "HuggingFaceH4/MATH-500", _read_math, "HuggingFaceH4/MATH-500", train_split="test"),
-        Source("dapo", "math_dapo", _read_dapo, "BytedTsinghua-SIA/DAPO-Math-17k", test_split="train"),
-        Source(
-            "webinstruct",
-            "TIGER-Lab/WebInstruct-verified",
-            _read_webinstruct,
-            "TIGER-Lab/WebInstruct-verified",
-            ability="general",
-        ),
-        Source("amc22", "amc22", _read_math, AMC_ID, test_split="train", year=2022),
-        Source("amc23", "amc23", _read_math, AMC_ID, test_split="train", year=2023),
-        Source("aime24", "aime24", _read_math, "HuggingFaceH4/aime_2024", test_split="train", year=2024),
-        Source("aime25", "aime25", _read_math, "math-ai/aime25", train_split="test", year=2025),
-        Source(
-            "mmlu_pro",
-            "TIGER-Lab/MMLU-Pro",
-            _read_choice,
-            "TIGER-Lab/MMLU-Pro",
-            train_split="test",
-            ability="general",
-        ),
-        Source(
-            "countdown",
-            "countdown",
-            _read_countdown,
-            None,
-            train_split=GENERATED_SPLIT,
-            test_split=GENERATED_SPLIT,
-            rule="countdown",
-            ability="countdown",
-        ),
+        Source("gsm8k", _read_gsm8k, "openai/gsm8k", GSM8K_DATA_SOURCE, hub_config="main", rule="last_number"),
+        Source("math", _read_math, MATH, MATH),
+        Source("math500", _read_math, MATH500, MATH500, train_split="test"),
+        Source("dapo", _read_dapo, DAPO, "math_dapo", test_split="train"),
+        Source("webinstruct", _read_webinstruct, WEB, WEB, ability="general"),
+        Source("amc22", _read_math, AMC, "amc22", test_split="train", year=2022),
+        Source("amc23", _read_math, AMC, "amc23", test_split="train", year=2023),
+        Source("aime24", _read_math, "HuggingFaceH4/aime_2024", "aime24", test_split="train", year=2024),
+        Source("aime25", _read_math, "math-ai/aime25", "aime25", train_split="test", year=2025),
+        Source("mmlu_pro", _read_choice, MMLU, MMLU, train_split="test", ability="general"),
+        Source("countdown", _read_countdown, None, "countdown", *GENERATED, rule="countdown", ability="countdown"),
     )
 }

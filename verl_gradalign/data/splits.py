@@ -14,14 +14,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from verl_gradalign.data.pools import Pool, SourceProblem
 from verl_gradalign.data.sources import SOURCES
 
-__all__ = ["SPLITS", "ChosenProblems", "Request", "choose_problems", "parse_request"]
-
 SPLITS = ("test", "trusted", "train")  # in the order in which they choose
 REQUEST = re.compile(r"(?P<name>[^@:]+)(?:@(?P<split>[^@:]+))?(?::(?P<first>first-)?(?P<count>\d+))?")
+# Why a problem of a pool is not in a split, as the manifest names it: it is in the split already, from an earlier
+# request; in another split from the same source; in another split from another source.
+REASONS = ("duplicates_removed", "held_out_for_another_split", "overlaps_removed")
+DUPLICATE, HELD_OUT, OVERLAP = REASONS
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,17 @@ class Request:
 
 @dataclass
 class ChosenProblems:
-    """One split: its problems in file order within each source, and what was not taken, counted by source."""
+    """One split: its problems in file order within each source, and what was left out, by reason and source."""
 
     problems: list[SourceProblem] = field(default_factory=list)
-    num_duplicates: Counter[str] = field(default_factory=Counter)  # already here, from an earlier request
-    num_held_out: Counter[str] = field(default_factory=Counter)  # in another split, from the same source
-    num_overlaps: Counter[str] = field(default_factory=Counter)  # in another split, from another source
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in REASONS})
 
 
 def parse_request(text: str, split: str) -> Request:
     """Return the request taken apart; without @SPLIT, test requests draw from the source's test split, others from
     its train split.
 
-    Raises: ValueError for an unknown source, a malformed request, a count of 0, or a generated source without count.
+    Raises: ValueError for an unknown source, a malformed request or a count of 0.
     """
     found = REQUEST.fullmatch(text.strip())
     if found is None:
@@ -76,46 +77,41 @@ def choose_problems(
 
     A problem of two splits stays in the one that chooses first. If both requests name the same source, it is left out
     of the other and counted: that is how one source is divided. If they name different sources, their data overlap,
-    which is refused unless `drop_overlap`; then it is left out and counted as well. The whole pool is looked at, not
+    which is refused unless `drop_overlap`; then it is left out and counted as well. The whole pool is inspected, not
     only the problems that the seed draws.
-
     Raises: ValueError naming both places of an overlap, or the request that asks for more problems than are left.
     """
     chosen = {split: ChosenProblems() for split in SPLITS}
     taken: dict[str, tuple[str, SourceProblem]] = {}
-    for split in SPLITS:
-        for request in requests.get(split, ()):
-            pool = pools[request.pool]
-            free = [p for p in pool.problems if _is_free(p, split, taken, chosen[split], drop_overlap)]
-            problems = _draw(request, split, free, pool, seed)
-            taken.update((problem.key, (split, problem)) for problem in problems)
-            chosen[split].problems += problems
-    return chosen
 
-
-def _is_free(
-    problem: SourceProblem,
-    split: str,
-    taken: Mapping[str, tuple[str, SourceProblem]],
-    chosen: ChosenProblems,
-    drop_overlap: bool,
-) -> bool:
-    if problem.key not in taken:
-        return True
-    other_split, other = taken[problem.key]
-    if other_split == split:
-        chosen.num_duplicates[problem.source] += 1
-    elif other.source == problem.source:
-        chosen.num_held_out[problem.source] += 1
-    elif drop_overlap:
-        chosen.num_overlaps[problem.source] += 1
-    else:
+    def reason_to_leave_out(problem: SourceProblem, split: str) -> str | None:
+        if problem.key not in taken:
+            return None
+        other_split, other = taken[problem.key]
+        if other_split == split:
+            return DUPLICATE
+        if other.source == problem.source:
+            return HELD_OUT
+        if drop_overlap:
+            return OVERLAP
         raise ValueError(
             f"{problem.place}, asked for by --{split} {problem.source}, is also {other.place}, which is in "
             f"{other_split} from {other.source}; name other data, or leave such problems out of {split} with "
             "--drop-overlap"
         )
-    return False
+
+    for split in SPLITS:
+        for request in requests.get(split, ()):
+            free = []
+            for problem in pools[request.pool].problems:
+                if reason := reason_to_leave_out(problem, split):
+                    chosen[split].left_out[reason][request.name] += 1
+                else:
+                    free.append(problem)
+            problems = _draw(request, split, free, pools[request.pool], seed)
+            taken.update((problem.key, (split, problem)) for problem in problems)
+            chosen[split].problems += problems
+    return chosen
 
 
 def _draw(request: Request, split: str, free: list[SourceProblem], pool: Pool, seed: int) -> list[SourceProblem]:
@@ -131,12 +127,8 @@ def _draw(request: Request, split: str, free: list[SourceProblem], pool: Pool, s
     if request.takes_first or pool.is_drawn or count == len(free):
         return free[:count]
     # One order per pool and seed: who draws later gets what follows, whatever the counts of other sources.
-    rank = _ranks(pool, seed)
-    drawn = {problem.key for problem in sorted(free, key=lambda problem: rank[problem.key])[:count]}
+    order = [problem.key for problem in pool.problems]
+    random.Random(f"{seed} {pool.source.name} {pool.split}").shuffle(order)
+    free_keys = {problem.key for problem in free}
+    drawn = set(islice((key for key in order if key in free_keys), count))
     return [problem for problem in free if problem.key in drawn]
-
-
-def _ranks(pool: Pool, seed: int) -> dict[str, int]:
-    keys = [problem.key for problem in pool.problems]
-    random.Random(f"{seed} {pool.source.name} {pool.split}").shuffle(keys)
-    return {key: rank for rank, key in enumerate(keys)}
