@@ -22,6 +22,7 @@ from typing import Any, get_type_hints
 
 from verl_gradalign import config
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.markdown import markdown_table
 from verl_gradalign.metrics import CATALOGUE, PREFIX
 
 __all__ = ["Block", "Key", "blocks_of", "choices_of_keys", "configuration_page", "field_texts", "metrics_page", "pages"]
@@ -171,18 +172,12 @@ def cell(text: str) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *[[cell(each) for each in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def configuration_page() -> str:
     """Return the page of every key."""
     parts = [CONFIGURATION_HEAD.strip()]
     for block in blocks_of():
-        rows = [(f"`{key.name}`", f"`{key.default}`", key.values, key.text) for key in block.keys]
-        parts += [f"## `{block.name}`", block.text, table(("key", "default", "values", "meaning"), rows)]
+        rows = [(f"`{key.name}`", f"`{key.default}`", cell(key.values), cell(key.text)) for key in block.keys]
+        parts += [f"## `{block.name}`", block.text, markdown_table(("key", "default", "values", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,8 +185,8 @@ def metrics_page() -> str:
     """Return the page of every metric."""
     parts = [METRICS_HEAD.strip()]
     for group, metrics in groupby(CATALOGUE, key=lambda metric: metric.group):
-        rows = [(f"`{PREFIX}{metric.name}`", metric.unit, metric.formula) for metric in metrics]
-        parts += [f"## {group}", table(("metric", "unit", "what it is"), rows)]
+        rows = [(f"`{PREFIX}{metric.name}`", cell(metric.unit), cell(metric.formula)) for metric in metrics]
+        parts += [f"## {group}", markdown_table(("metric", "unit", "what it is"), rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from verl_gradalign.cost.estimate import Cost
 from verl_gradalign.cost.setting import Setting
+from verl_gradalign.markdown import markdown_table
 
 __all__ = ["Column", "Table", "markdown_of", "assumptions", "tables_of"]
 
@@ -46,8 +47,7 @@ def tables_of(columns: Sequence[Column], gpu_gb: float | None = None) -> list[Ta
 
 def markdown_of(table: Table) -> str:
     """Return the table in Markdown, its title above."""
-    lines = [f"**{table.title}**", "", _line(table.header), _line(["---", *("---:" for _ in table.header[1:])])]
-    return "\n".join([*lines, *(_line(row) for row in table.rows)])
+    return f"**{table.title}**\n\n{markdown_table(table.header, table.rows, is_right=True)}"
 
 
 def assumptions(setting: Setting) -> str:
@@ -137,10 +137,6 @@ def _of_models_memory(columns: Sequence[Column], models: Sequence[str], gpu_gb: 
     limit = f"; * is more than {GPU_SHARE:.0%} of {gpu_gb:g} GB" if gpu_gb else ""
     title = f"GB of one GPU at its highest, with selection / without, by GPUs{limit}"
     return Table(title, ("GPUs", *map(str, counts)), tuple(rows))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.strip() for cell in cells)} |"
 
 
 def _gb(num_bytes: float) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import RunPlan
+from verl_gradalign.markdown import markdown_table
 from verl_gradalign.toy.regimes import MINIATURES
 
 __all__ = ["MethodSummary", "collect", "curve", "draw_figures", "summarise", "write_csv", "write_markdown"]
@@ -148,15 +149,20 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 def write_markdown(summaries: Sequence[MethodSummary], path: str | Path, watched: str) -> None:
     """Write the summary as a table: means over the seeds with the lowest and highest in brackets."""
     header = ["method", "accuracy", f"{watched} share", "in the first quarter", "reliability v / scores"]
-    lines = ["| " + " | ".join([*header, "thousand tokens", "seconds"]) + " |", "| --- " * (len(header) + 2) + "|"]
-    for s in summaries:
-        cells = [s.method, *(_spread(values) for values in (s.accuracy_S, s.share_S, s.first_share_S))]
-        cells.append(f"{_mean(s.direction_S)} / {_mean(s.scores_S)}")
-        cells += [f"{np.mean(s.tokens_S) / 1000:.0f}", f"{np.mean(s.seconds_S):.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    seeds = sorted({seed for s in summaries for seed in s.seeds})
-    lines += ["", f"Seeds: {', '.join(map(str, seeds))}. Mean, and lowest to highest over seeds."]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [
+        [
+            s.method,
+            *(_spread(values) for values in (s.accuracy_S, s.share_S, s.first_share_S)),
+            f"{_mean(s.direction_S)} / {_mean(s.scores_S)}",
+            f"{np.mean(s.tokens_S) / 1000:.0f}",
+            f"{np.mean(s.seconds_S):.0f}",
+        ]
+        for s in summaries
+    ]
+    table = markdown_table([*header, "thousand tokens", "seconds"], rows)
+    seeds = ", ".join(map(str, sorted({seed for s in summaries for seed in s.seeds})))
+    text = f"{table}\n\nSeeds: {seeds}. Mean, and lowest to highest over seeds.\n"
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _spread(values: np.ndarray) -> str:
