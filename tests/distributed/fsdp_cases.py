@@ -48,11 +48,10 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
-from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.pool import pool_scores
 from verl_gradalign.probe.score_problems import Response, score_problems
 from verl_gradalign.probe.sketch import sketched_scores
-from verl_gradalign.probe.trusted import TrustedRows, trusted_direction
+from verl_gradalign.probe.trusted import trusted_direction, with_adam_metric, with_candidates_metric
 
 AUDITED = (1, 4, 5)
 """Candidates that the canary rescores: a group of one, one without advantages; and one too large for it."""
@@ -137,8 +136,8 @@ def measure_trusted(root: Path, strategy: str) -> dict[str, Any]:
     measured = {}
     for name, config in TRUSTED_CONFIGS.items():
         with scoring(engine, CANDIDATES, "ghost", WIDE) as call:
-            sets = [TrustedRows("first", 1.0, call.trusted[:1]), TrustedRows("rest", 0.5, call.trusted[1:])]
-            direction, reports = trusted_direction(call.engine, sets, config, None)
+            sets, weights = {"first": call.trusted[:1], "rest": call.trusted[1:]}, {"first": 1.0, "rest": 0.5}
+            direction, reports = trusted_direction(call.engine, sets, weights, config, None)
             if config.metric == "candidates":
                 direction = with_candidates_metric(direction, call.engine, call.candidates)
             measured[name] = report(call.score(direction))
@@ -152,8 +151,8 @@ def measure_pool(root: Path, strategy: str) -> dict[str, Any]:
     with scoring(engine, CANDIDATES, "ghost", tight_budget(engine)) as call:
         score = partial(audited_scores, call.engine, estimator=ESTIMATORS["ghost"]())
         measured = {
-            "unit-sum": report(unit_sum_scores(call.engine, call.candidates, POOL_WEIGHTS, score)),
-            "sum": report(pool_sum_scores(call.engine, call.candidates, score)),
+            "unit-sum": report(pool_scores(call.engine, call.candidates, POOL_WEIGHTS, score)),
+            "sum": report(pool_scores(call.engine, call.candidates, None, score)),
             "sketch": report(sketched_scores(call.engine, call.candidates, POOL_WEIGHTS, SKETCH_RANK, seed=0)),
         }
     with scoring(engine, CANDIDATES[:1], "ghost", WIDE) as call:

@@ -22,9 +22,8 @@ from tests.numerics.problems import TEMPERATURE, tabulate
 from tests.numerics.test_trusted import split
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
-from verl_gradalign.probe.metric import with_candidates_metric
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.trusted import TrustedRows, trusted_direction
+from verl_gradalign.probe.trusted import trusted_direction, with_candidates_metric
 
 pytestmark = pytest.mark.dist
 
@@ -43,8 +42,8 @@ def expected(root: Path) -> dict[str, dict[str, Any]]:
     for name, config in TRUSTED_CONFIGS.items():
         with leave_no_trace(model):
             engine = PlainEngine(model, rows, TEMPERATURE)
-            sets = [TrustedRows("first", 1.0, tuple(trusted[:1])), TrustedRows("rest", 0.5, tuple(trusted[1:]))]
-            direction, reports = trusted_direction(engine, sets, config, None)
+            sets, weights = {"first": trusted[:1], "rest": trusted[1:]}, {"first": 1.0, "rest": 0.5}
+            direction, reports = trusted_direction(engine, sets, weights, config, None)
             if config.metric == "candidates":
                 direction = with_candidates_metric(direction, engine, candidates)
             scores = ESTIMATORS["ghost"]().score(engine, candidates, direction)

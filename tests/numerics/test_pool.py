@@ -7,7 +7,7 @@ Shape legend: P problems, G all trainable numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.pool import AuditedScorer, pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.pool import Scorer, pool_scores
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 ATOL_FLOAT64 = 1e-10  # of cosines; measured 2e-16
@@ -62,12 +62,10 @@ def along_own_pool(
     engine = PlainEngine(model, rows, TEMPERATURE, max_tokens)
     with leave_no_trace(model):
         score = scorer(engine, estimator)
-        if weights is None:
-            return pool_sum_scores(engine, shares, partial(score, audited=audited))
-        return unit_sum_scores(engine, shares, weights.tolist(), score, audited)
+        return pool_scores(engine, shares, None if weights is None else weights.tolist(), score, audited)
 
 
-def scorer(engine: PlainEngine, estimator: str) -> AuditedScorer:
+def scorer(engine: PlainEngine, estimator: str) -> Scorer:
     """Return what a worker scores with."""
 
     def score(problems: Sequence[ProblemRows], direction: Direction, audited: tuple[int, ...] = ()) -> ProblemScores:

@@ -19,9 +19,14 @@ from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.probe.direction import Direction, compute_direction, no_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
-from verl_gradalign.probe.metric import FLOOR, with_adam_metric, with_candidates_metric
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.trusted import COMBINED, TrustedRows, trusted_direction
+from verl_gradalign.probe.trusted import (
+    COMBINED,
+    FLOOR,
+    trusted_direction,
+    with_adam_metric,
+    with_candidates_metric,
+)
 from verl_gradalign.types import ProblemRows
 
 RTOL_FLOAT64 = 1e-10  # measured 1e-14
@@ -66,12 +71,13 @@ def make(model: nn.Module, sets: dict[str, tuple[float, list[Problem]]], config:
     """Return (direction, reports) of trusted sets whose problems are split, as the worker makes them."""
     problems = [p for _, members in sets.values() for p in members]
     rows, shares = tabulate(problems)
-    shares, start, trusted = split(shares), 0, []
-    for name, (weight, members) in sets.items():
-        trusted.append(TrustedRows(name, weight, tuple(shares[start : start + len(members)])))
+    shares, start, trusted = split(shares), 0, {}
+    for name, (_, members) in sets.items():
+        trusted[name] = shares[start : start + len(members)]
         start += len(members)
+    weights = {name: weight for name, (weight, _) in sets.items()}
     with leave_no_trace(model):
-        return trusted_direction(PlainEngine(model, rows, TEMPERATURE), trusted, config, previous)
+        return trusted_direction(PlainEngine(model, rows, TEMPERATURE), trusted, weights, config, previous)
 
 
 def test_one_set_is_its_summed_gradient_from_two_halves(model: nn.Module) -> None:

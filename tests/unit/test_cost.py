@@ -25,7 +25,7 @@ from verl_gradalign.probe import matrix_scores
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.trusted import TrustedRows, trusted_direction
+from verl_gradalign.probe.trusted import trusted_direction
 from verl_gradalign.types import ProblemRows
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_making_a_direction_holds_as_many_shards_as_computed():
 
     def make():
         with leave_no_trace(module):
-            trusted_direction(engine, [TrustedRows("trusted", 1.0, trusted)], DirectionConfig(), None)
+            trusted_direction(engine, {"trusted": trusted}, {"trusted": 1.0}, DirectionConfig(), None)
 
     size = FULL * sum(parameter.numel() for parameter in module.parameters())
     assert peak_bytes(make, "cpu") / size == pytest.approx(SHARDS_WHILE_MADE, abs=0.2)

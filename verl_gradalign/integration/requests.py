@@ -148,7 +148,7 @@ def build_requests(
             KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
         )
         shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, assigned, strict=True)]
-        requests.append(request.with_shares(dict(zip(names, shares[:-1], strict=True)), shares[-1]))
+        requests.append(replace(request, trusted=dict(zip(names, shares[:-1], strict=True)), candidates=shares[-1]))
     return metas, requests
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl_gradalign.config import DirectionConfig, ProbeConfig
@@ -20,14 +19,11 @@ from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, inner, no_direction
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.metric import with_adam_metric, with_candidates_metric
 from verl_gradalign.probe.planning import TokenBudget
-from verl_gradalign.probe.pool import pool_sum_scores, unit_sum_scores
+from verl_gradalign.probe.pool import pool_scores
 from verl_gradalign.probe.sketch import sketched_scores
-from verl_gradalign.probe.trusted import SetReport, TrustedRows, trusted_direction
+from verl_gradalign.probe.trusted import SetReport, trusted_direction, with_adam_metric, with_candidates_metric
 from verl_gradalign.types import ProblemRows, ProblemScores
-
-__all__ = ["ScoringReply", "ScoringRequest", "measure"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,6 @@ class ScoringRequest:
     """Live problems of each trusted set."""
     candidates: tuple[ProblemRows, ...] = ()
 
-    def with_shares(
-        self, trusted: Mapping[str, tuple[ProblemRows, ...]], candidates: tuple[ProblemRows, ...]
-    ) -> ScoringRequest:
-        """Return the request of the rank that holds these shares."""
-        return replace(self, trusted=trusted, candidates=candidates)
-
 
 @dataclass(frozen=True)
 class ScoringReply:
@@ -80,8 +70,7 @@ class ScoringReply:
 def measure(
     engine: GradientEngine, request: ScoringRequest, stored: Direction | None, optimizer: Any
 ) -> tuple[ScoringReply, Direction | None]:
-    """Make the direction and score the candidates along it; return the reply, and the direction if it is new.
-    Collective.
+    """Score the candidates along the direction; return the reply, and the direction if it is new. Collective.
 
     `stored` is the direction kept of an earlier call, `optimizer` the actor's (for direction.metric=adam).
     """
@@ -89,35 +78,27 @@ def measure(
     direction, fresh, reports = _direction_for(engine, request, stored, optimizer)
     direction_s = time.perf_counter() - started
     scores = None if direction is None else _scores(engine, request, direction)
-    # Before the fresh one takes the stored one's place.
-    cosine_previous = _cosine(engine, fresh, stored)
-    reply = ScoringReply(
-        scores=scores,
-        is_fresh=fresh is not None,
-        reports=reports,
-        direction_s=direction_s,
-        scores_s=time.perf_counter() - started - direction_s,
-        cosine_previous=cosine_previous,
-    )
-    return reply, fresh
+    scores_s = time.perf_counter() - started - direction_s
+    # Here, where both are at hand: the caller puts the fresh one in the stored one's place.
+    cosine_previous = math.nan if fresh is None or stored is None else inner(engine, fresh.shards, stored.shards)
+    return ScoringReply(scores, fresh is not None, reports, direction_s, scores_s, cosine_previous), fresh
 
 
 def _direction_for(
     engine: GradientEngine, request: ScoringRequest, stored: Direction | None, optimizer: Any
 ) -> tuple[Direction | None, Direction | None, dict[str, SetReport]]:
-    """Return the direction to score along, the one to keep of the trusted set, and reports on it."""
+    """Return the direction to score along, the one to keep of the trusted set, and reports on it. Collective."""
     if request.source != "trusted":
         return no_direction(engine.module), None, {}
-    plain: Direction | None = None
+    fresh: Direction | None = None
     reports: dict[str, SetReport] = {}
     if request.set_weights:
-        sets = [TrustedRows(name, w, request.trusted[name]) for name, w in request.set_weights.items()]
-        plain, reports = trusted_direction(engine, sets, request.direction, stored)
-    # A degenerate direction is not kept: the last good one stays for the steps to come.
-    fresh = None if plain is None or plain.is_degenerate else plain
+        made, reports = trusted_direction(engine, request.trusted, request.set_weights, request.direction, stored)
+        # A degenerate direction is not kept: the last good one stays for the steps to come.
+        fresh = None if made.is_degenerate else made
     may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
+    used = fresh or (stored if may_use_stored else None)
     # `fresh` is kept without the metric, which is that of this step's moments or candidates.
-    used = fresh if fresh is not None else stored if may_use_stored else None
     if used is not None and request.direction.metric == "adam":
         used = with_adam_metric(used, engine, optimizer)
     elif used is not None and request.direction.metric == "candidates":
@@ -125,23 +106,16 @@ def _direction_for(
     return used, fresh, reports
 
 
-def _cosine(engine: GradientEngine, first: Direction | None, second: Direction | None) -> float:
-    """Return the cosine of two directions, nan without either. Collective."""
-    return math.nan if first is None or second is None else inner(engine, first.shards, second.shards)
-
-
 def _scores(engine: GradientEngine, request: ScoringRequest, direction: Direction) -> ProblemScores:
     """Return the candidates' scores along the direction, or along that of their own pool. Collective."""
-    estimator, probe = ESTIMATORS[request.estimator](request.probe), request.probe
-    if request.source in ("pool", "learnability") and probe.pool_dots == "sketch":
-        weights = request.learnability if request.source == "learnability" else None
-        return sketched_scores(engine, request.candidates, weights, probe.sketch_rank, request.seed)
+    estimator, probe, candidates = ESTIMATORS[request.estimator](request.probe), request.probe, request.candidates
 
     def score(problems: Sequence[ProblemRows], along: Direction, audited: tuple[int, ...] = ()) -> ProblemScores:
         return audited_scores(engine, problems, along, estimator, audited, probe.oversized)
 
-    if request.source == "pool":
-        return pool_sum_scores(engine, request.candidates, partial(score, audited=request.audited))
-    if request.source == "learnability":
-        return unit_sum_scores(engine, request.candidates, request.learnability, score, request.audited)
-    return score(request.candidates, direction, request.audited)
+    if request.source not in ("pool", "learnability"):
+        return score(candidates, direction, request.audited)
+    weights = request.learnability if request.source == "learnability" else None
+    if probe.pool_dots == "sketch":
+        return sketched_scores(engine, candidates, weights, probe.sketch_rank, request.seed)
+    return pool_scores(engine, candidates, weights, score, request.audited)
