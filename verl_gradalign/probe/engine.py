@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the probe asks of a training engine, whoever built it.
 
-The estimators and the direction are written against this protocol only, so the same code runs on verl's FSDP
-actor (`integration/engine.py`) and on a plain or FSDP-wrapped transformers model (`probe/plain_engine.py`).
+Estimators and directions are written against this protocol only, so the same code runs on verl's FSDP actor
+(`integration/engine.py`) and on a plain or FSDP-wrapped transformers model (`probe/plain_engine.py`).
 
 Shape legend: R rows, T response tokens.
 """
@@ -27,40 +27,32 @@ class GradientEngine(Protocol):
     @property
     def module(self) -> torch.nn.Module:
         """The (possibly FSDP-wrapped) model whose trainable parameters carry the gradient."""
-        ...
 
     @property
     def shard_group(self) -> ProcessGroup | None:
         """Ranks over which the parameters are sharded, where sums over shards are reduced. None: unsharded."""
-        ...
 
     @property
     def data_group(self) -> ProcessGroup | None:
         """Ranks that hold different rows, where sums over rows are reduced. None: this rank holds all rows."""
-        ...
 
     @property
     def gradient_scale(self) -> float:
         """Factor by which `.grad` must be multiplied to be the gradient (1.0 unless an fp16 scaler is in use)."""
-        ...
 
     @property
     def budget(self) -> TokenBudget:
         """What one micro-batch of one rank may hold."""
-        ...
 
     @property
     def spare_row(self) -> int:
         """A short row, run without effect where a rank has fewer micro-batches than others."""
-        ...
 
     def row_length(self, row: int) -> int:
         """Return the tokens of a row, prompt included."""
-        ...
 
     def coefficients(self, row: int) -> tuple[Tensor, Tensor]:
         """Return (c_t, mask_t) of the row's response tokens, (T,) each, on the CPU."""
-        ...
 
     def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
         """Return log pi(y_t) of the rows' response tokens, differentiable, and the layout of the pass. Collective.
@@ -70,7 +62,6 @@ class GradientEngine(Protocol):
 
         Shapes: (rows, longest response), zero beyond a row's response.
         """
-        ...
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add to every trainable parameter's `.grad` the gradient of sum_t c_t log pi(y_t). Collective.
@@ -79,4 +70,3 @@ class GradientEngine(Protocol):
         rows (`objective.token_coefficients`), times each problem's `scale`. Every rank of the job must call it with
         the same problems, also where it holds none of their rows.
         """
-        ...

@@ -11,7 +11,7 @@ best = scores.cosine_P.argsort(descending=True)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,9 +65,10 @@ def score_problems(
     method = ESTIMATORS[estimator](config)
     group = data_parallel_group(model)
     rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-    rows, shares = _tabulate([*trusted, *candidates], loss_agg_mode)
-    owners = assign([share.num_tokens for share in shares], num_ranks)
-    shares = [_share_of(share, owner == rank) for share, owner in zip(shares, owners, strict=True)]
+    rows, problems = _tabulate([*trusted, *candidates], loss_agg_mode)
+    owners = assign([problem.num_tokens for problem in problems], num_ranks)
+    # Of others' problems a rank knows the size alone: every rank plans the same passes.
+    shares = [p if owner == rank else replace(p, rows=()) for p, owner in zip(problems, owners, strict=True)]
     engine = PlainEngine(model, rows, temperature, max_tokens, autocast_dtype)
     with leave_no_trace(model):
         method.check(model)
@@ -86,31 +87,19 @@ def _tabulate(problems: Sequence[Sequence[Response]], loss_agg_mode: str) -> tup
     rows: list[TokenRow] = []
     shares = []
     for index, responses in enumerate(problems):
-        width = max((len(response.response_ids) for response in responses), default=0)
-        mask_RT = torch.zeros(len(responses), width, dtype=torch.float64)
+        lengths = [len(response.response_ids) for response in responses]
+        mask_RT = (torch.arange(max(lengths, default=0)) < torch.tensor(lengths).unsqueeze(1)).double()
+        advantage_R1 = torch.tensor([response.advantage for response in responses], dtype=torch.float64).unsqueeze(1)
+        coefficient_RT = token_coefficients(advantage_R1 * mask_RT, mask_RT, loss_agg_mode)
+        first = len(rows)
         for place, response in enumerate(responses):
             if not len(response.prompt_ids):
                 raise ValueError(f"problem {index}, response {place} has an empty prompt; give at least one token")
-            mask_RT[place, : len(response.response_ids)] = 1.0
-        advantage_R1 = torch.tensor([[response.advantage] for response in responses], dtype=torch.float64)
-        coefficient_RT = token_coefficients(advantage_R1.view(-1, 1) * mask_RT, mask_RT, loss_agg_mode)
-        first = len(rows)
-        for place, response in enumerate(responses):
-            rows.append(
-                TokenRow(
-                    torch.as_tensor(response.prompt_ids, dtype=torch.int64),
-                    torch.as_tensor(response.response_ids, dtype=torch.int64),
-                    coefficient_RT[place, : len(response.response_ids)],
-                )
+            prompt, sampled = (
+                torch.as_tensor(ids, dtype=torch.int64) for ids in (response.prompt_ids, response.response_ids)
             )
-        lengths = [row.num_tokens for row in rows[first:]]
-        share = ProblemRows(
-            str(index), tuple(range(first, len(rows))), len(responses), sum(lengths), max(lengths, default=0)
-        )
-        shares.append(share)
+            rows.append(TokenRow(prompt, sampled, coefficient_RT[place, : len(sampled)]))
+        tokens = [row.num_tokens for row in rows[first:]]
+        numbers = tuple(range(first, len(rows)))
+        shares.append(ProblemRows(str(index), numbers, len(numbers), sum(tokens), max(tokens, default=0)))
     return rows, shares
-
-
-def _share_of(problem: ProblemRows, is_mine: bool) -> ProblemRows:
-    rows = problem.rows if is_mine else ()
-    return ProblemRows(problem.uid, rows, problem.num_rows, problem.num_tokens, problem.longest_row)
