@@ -15,8 +15,8 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
+from verl_gradalign.probe.passes import assign
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.planning import assign
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 NUM_TRUSTED = 4

@@ -21,8 +21,8 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, coefficient_loss, scoring_mode
 from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import compute_direction
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
 
 NUM_TRUSTED = 4

@@ -23,8 +23,8 @@ from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
 from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import Direction, compute_direction
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
 
 

@@ -21,8 +21,8 @@ from verl_gradalign.integration.requests import (
     token_budget,
 )
 from verl_gradalign.probe.call import ScoringRequest
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.selection.groups import Group, Problem
 
 row_lengths = st.lists(st.integers(1, 40), max_size=20)

@@ -27,7 +27,7 @@ from verl_gradalign.metrics import metric_of
 from verl_gradalign.probe import call
 from verl_gradalign.probe.call import ScoringReply, ScoringRequest
 from verl_gradalign.probe.direction import Direction
-from verl_gradalign.probe.planning import TokenBudget
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.trusted import SetReport
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw

@@ -25,11 +25,11 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
 from verl_gradalign.probe.passes import largest_of_ranks
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows
 
 COEFFICIENTS = "gradalign_coefficients"

@@ -17,8 +17,9 @@ from transfer_queue import KVBatchMeta
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
 from verl_gradalign.integration.engine import ROW_FIELDS
 from verl_gradalign.probe.call import ScoringRequest
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import TokenBudget, assign
+from verl_gradalign.probe.passes import assign
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.types import ProblemRows
 

@@ -17,9 +17,8 @@ from typing import Any
 from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, inner, no_direction
-from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.engine import GradientEngine, TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.probe.pool import pool_scores
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import SetReport, trusted_direction, with_adam_metric, with_candidates_metric

@@ -123,6 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     with path.open("rb"):
         pass  # a file that is missing or forbidden is not a damaged one
     try:
+        # Mapped, not read: each shard is copied once, to the device where it belongs.
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch and pickle raise nearly every kind, OSError too, depending on what is damaged
         raise _unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -144,11 +145,10 @@ def _unreadable(path: Path, reason: str) -> ValueError:
 
 def _require_same_layout(current: Mapping[str, str], saved: Mapping[str, str], path: Path) -> None:
     """Raise ValueError, naming the first parameter that differs, unless this rank holds the same parts of the same."""
-    for name, part in current.items():
+    for name in (*current, *saved):
         if name not in saved:
             raise ValueError(f"{name} is trainable, but {path} has no direction for it. {REMEDY}")
-        if saved[name] != part:
-            raise ValueError(f"this rank has of {name} {part}, but in {path} {saved[name]}. {REMEDY}")
-    for name in saved:
         if name not in current:
             raise ValueError(f"{path} has a direction for {name}, which is no trainable parameter. {REMEDY}")
+        if saved[name] != current[name]:
+            raise ValueError(f"this rank has of {name} {current[name]}, but in {path} {saved[name]}. {REMEDY}")

@@ -10,6 +10,7 @@ Shape legend: R rows, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +18,26 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.planning import TokenBudget
 from verl_gradalign.types import ProblemRows
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """What one micro-batch of one rank may hold."""
+
+    max_tokens: int
+    """Positions, padding included."""
+    is_padded: bool
+    """Whether rows are padded to the longest of the micro-batch, or packed."""
+
+    def positions(self, problems: Sequence[ProblemRows]) -> int:
+        """Return the positions that `problems` take together."""
+        if self.is_padded:
+            return sum(p.num_rows for p in problems) * max((p.longest_row for p in problems), default=0)
+        return sum(p.num_tokens for p in problems)
+
+    def holds(self, problems: Sequence[ProblemRows]) -> bool:
+        return self.positions(problems) <= self.max_tokens
 
 
 class GradientEngine(Protocol):

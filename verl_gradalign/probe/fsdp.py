@@ -63,7 +63,7 @@ class Placement:
 
 def trainable_placements(root: nn.Module) -> list[Placement]:
     """Return every use of a trainable parameter in `root`, in the order of its modules. Call it while sharded."""
-    index_of = {id(p): index for index, p in enumerate(p for p in root.parameters() if p.requires_grad)}
+    index = {id(p): i for i, p in enumerate(p for p in root.parameters() if p.requires_grad)}
     # Without original parameters the modules hold none of their own: only FSDP1 knows what is theirs.
     flattened: dict[tuple[int, str], tuple[Any, ...]] = {}
     for handle in flat_handles(root):
@@ -81,19 +81,13 @@ def trainable_placements(root: nn.Module) -> list[Placement]:
         for attribute, parameter in module._parameters.items()
         if parameter is not None and id(parameter) not in flat_ids and (id(module), attribute) not in flattened
     ]
-    prefix_of = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
+    prefix = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
     return [
         Placement(
-            name=WRAPPERS.sub("", prefix_of[id(module)] + attribute),
-            module=module,
-            attribute=attribute,
-            shape=shape,
-            parameter=index_of[id(parameter)],
-            view=view,
-            handle=handle,
+            WRAPPERS.sub("", prefix[id(module)] + attribute), module, attribute, shape, index[id(p)], view, handle
         )
-        for module, attribute, parameter, shape, view, handle in (*plain, *flattened.values())
-        if id(parameter) in index_of
+        for module, attribute, p, shape, view, handle in (*plain, *flattened.values())
+        if id(p) in index
     ]
 
 

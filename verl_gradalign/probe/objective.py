@@ -129,6 +129,7 @@ class _TokenLogProbs(torch.autograd.Function):
         delta_NV = torch.zeros_like(logits_NV)
         chunks = zip(*(torch.split(t, size) for t in (position_M, token_M, log_total_M, grads[0])), strict=True)
         for position_C, token_C, log_total_C, grad_C in chunks:
+            # (one-hot - softmax) * grad / temperature, in place: a chunk is the largest tensor beside the logits.
             scaled_CV = logits_NV[position_C].to(dtype).div_(ctx.temperature)
             minus_prob_CV = scaled_CV.sub_(log_total_C.unsqueeze(-1)).exp_().neg_()
             minus_prob_CV.scatter_add_(-1, token_C.unsqueeze(-1), torch.ones_like(minus_prob_CV[:, :1]))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes over whole problems: which rows run together on this rank, and sums over ranks of what they gave.
+"""Passes over whole problems: on which rank, which rows together, and sums over ranks of what they gave.
 
+A norm needs all of a problem's tokens in one place, so problems are never cut.
+
+    ranks = assign([problem.num_tokens for problem in problems], num_ranks=8)
     for batch in micro_batches(engine, problems):
         log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
         ...
@@ -10,6 +13,7 @@ Shape legend: P problems, R rows of a problem or of a micro-batch, T response to
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +22,46 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.planning import pack
+from verl_gradalign.probe.engine import GradientEngine, TokenBudget
 from verl_gradalign.types import ProblemRows, ProblemScores
+
+
+def assign(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """Return the rank of each problem: longest first, each to the rank with the least so far.
+
+    No rank gets more than 4/3 of the best possible (Graham, 1969).
+    """
+    # Ties go to the lowest rank, so that every process finds the same assignment.
+    loads = [(0, rank) for rank in range(num_ranks)]
+    ranks = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(loads)
+        ranks[index] = rank
+        heapq.heappush(loads, (load + costs[index], rank))
+    return ranks
+
+
+def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]]:
+    """Return micro-batches of problem indices, each within the budget: longest first, into the first that has room.
+
+    Raises: ValueError if a problem alone exceeds the budget.
+    """
+    micro_batches: list[list[int]] = []
+    # By the longest row, so that rows padded to one width have similar lengths.
+    for index in sorted(range(len(problems)), key=lambda i: (-problems[i].longest_row, -problems[i].num_tokens)):
+        if not budget.holds([problems[index]]):
+            raise ValueError(
+                f"a problem takes {budget.positions([problems[index]])} positions, more than the {budget.max_tokens} "
+                "of a micro-batch; raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it "
+                "with backward"
+            )
+        for members in micro_batches:
+            if budget.holds([problems[i] for i in [*members, index]]):
+                members.append(index)
+                break
+        else:
+            micro_batches.append([index])
+    return micro_batches
 
 
 @dataclass(frozen=True)
@@ -45,7 +86,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
         if len(problem.rows) != problem.num_rows:
             raise ValueError(
                 f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank; this "
-                "estimator needs whole problems (planning.assign)"
+                "estimator needs whole problems (passes.assign)"
             )
     packed = pack([problems[index] for index in mine], engine.budget)
     batches = [_micro_batch(problems, tuple(mine[member] for member in members)) for members in packed]
@@ -123,6 +164,7 @@ class ProblemSums:
         num_rows = max((problem.num_rows for problem in problems), default=0)
         self._problems = problems
         # One tensor, so that one reduction brings all of it together: the halves' dots, the squared norm, derivatives.
+        # In float64: adding up micro-batches and ranks adds no rounding to what estimators give.
         self._sums = torch.zeros(len(problems), 3 + num_rows, dtype=torch.float64)
 
     def add_rows(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor) -> None:

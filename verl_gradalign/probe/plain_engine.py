@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.fsdp import data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
-from verl_gradalign.probe.passes import largest_of_ranks
-from verl_gradalign.probe.planning import TokenBudget, pack
+from verl_gradalign.probe.passes import largest_of_ranks, pack
 from verl_gradalign.types import ProblemRows, TokenRow
 
 

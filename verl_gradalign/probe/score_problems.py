@@ -21,8 +21,8 @@ from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.fsdp import data_parallel_group
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.objective import token_coefficients
+from verl_gradalign.probe.passes import assign
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.planning import assign
 from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
 
 

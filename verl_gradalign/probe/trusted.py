@@ -97,7 +97,8 @@ def _weighed(engine: GradientEngine, problems: Sequence[ProblemRows], aggregatio
     """Return the problems, scaled to unit gradients if the aggregation asks for them. Collective."""
     if aggregation == "aggregate":
         return problems
-    # A pass for the norms first: a problem's scale must be known when its rows run among those of others.
+    # A pass for the norms first, as a problem's scale must be known when its rows run among those of others; by
+    # `backward`, because trusted rows are spread over the ranks and other estimators need whole problems.
     norm_P = BackwardEstimator().score(engine, problems, no_direction(engine.module)).norm_P
     assert norm_P is not None
     known = [(problem, norm) for problem, norm in zip(problems, norm_P.tolist(), strict=True) if 0 < norm < math.inf]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_gradalign.probe.planning import TokenBudget, assign, pack
+from verl_gradalign.probe.engine import TokenBudget
+from verl_gradalign.probe.passes import assign, pack
 from verl_gradalign.types import ProblemRows
 
 GRAHAM = 4 / 3
