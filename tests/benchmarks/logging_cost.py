@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("VERL_PLATFORM", "cpu")
@@ -24,18 +25,19 @@ import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
 from verl.utils.tracking import Tracking
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.rollouts import read_responses
 from verl_gradalign.log.run_log import StepRecorder
 from verl_gradalign.log.selection_log import SelectionLog
 from verl_gradalign.log.wandb_pages import Pages
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import ScoringReply
+from verl_gradalign.selection.candidates import tabulate
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.groups import Group, Problem
-from verl_gradalign.selection.select import Candidates, select_top
+from verl_gradalign.selection.select import select_top
 from verl_gradalign.types import ProblemScores
 
 NUM_RESPONSES, RESPONSE_TOKENS, VOCABULARY = 8, 1024, 150_000
@@ -82,7 +84,7 @@ def measure(num_candidates: int, num_steps: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     groups = groups_of(num_candidates, rng)
     fill_queue(groups)
-    batch = KVBatchMeta(keys=[], tags=[], partition_id="train")
+    read = partial(read_responses, "train")
     folder = Path(tempfile.mkdtemp())
     os.chdir(folder)
     os.environ["WANDB_MODE"] = "offline"
@@ -96,12 +98,11 @@ def measure(num_candidates: int, num_steps: int) -> dict[str, float]:
         ones = torch.ones_like(dots)
         uids = tuple(group.problem.uid for group in groups)
         scores = ProblemScores(uids, dots, ones, ones.long(), None, 1.0)
-        known = np.ones(num_candidates, bool)
-        candidates = Candidates(np.arange(num_candidates), ~known, known, dots.numpy())
-        selection = select_top(candidates, num_candidates // 4, "drop", (0, step))
-        choice = Choice(selection, dots.numpy(), ones.numpy())
+        values = {"dot_P": dots, "norm_P": ones, "dot_error_P": ones, "score_P": dots}
+        candidates = tabulate(groups, config.success_threshold).of_live(**values)
+        choice = Choice(select_top(candidates, num_candidates // 4, "drop", (0, step)), candidates)
         started = time.perf_counter()
-        own = recorder.record(step, batch, groups, choice, ScoringReply(scores, True, {}, 0.1, 0.1), {})
+        own = recorder.record(step, read, groups, choice, ScoringReply(scores, True, {}, 0.1, 0.1), {})
         log.write_metrics(step, {**named(own), **{f"timing_s/{i}": 1.0 for i in range(OTHER_METRICS)}})
         noted = time.perf_counter()
         if step % config.log.pages_interval == 0:

@@ -95,7 +95,7 @@ def test_texts_are_kept_of_the_least_trustworthy_then_of_the_best_and_the_most_u
     assert choose_samples(99, dot, dot, norm, error) == [1, 2, 3, 5, 0]  # all that have a score, once each
     assert choose_samples(0, dot, dot, norm, error) == []
     assert choose_samples(3, np.full(6, NAN), dot, norm, error) == []
-    assert choose_samples(4, dot, dot, norm, None)[:3] == [1, 2, 5]  # by score where no error is known
+    assert choose_samples(4, dot, dot, norm, np.full(6, NAN))[:3] == [1, 2, 5]  # by score where no error is known
 
 
 def test_a_name_that_is_not_in_the_catalogue_is_refused():

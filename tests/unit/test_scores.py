@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.tables import candidates_of
 from verl_gradalign.config import ScoreOptions
 from verl_gradalign.selection.scores import SCORES, Score, score_of
-from verl_gradalign.selection.select import Candidates, select_top
+from verl_gradalign.selection.select import select_top
 from verl_gradalign.types import Measurements
 
 RTOL_FLOAT64 = 1e-10  # measured 1e-14
@@ -185,7 +186,7 @@ def test_every_score_selects_the_same_problems_in_any_order_and_exactly_so_many(
     for positions in (list(range(num)), order):
         ids = np.array(positions)
         # One dead group more, which has no score.
-        candidates = Candidates(
+        candidates = candidates_of(
             np.append(ids, 99),
             np.zeros(num + 1, bool),
             np.append(np.ones(num, bool), False),

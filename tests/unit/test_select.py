@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit import tables
 from verl_gradalign.selection.select import (
     DEAD,
     FAILED,
@@ -17,7 +18,6 @@ from verl_gradalign.selection.select import (
     REASONS,
     REJECTED_REASONS,
     SCHEDULED,
-    Candidates,
     select_all,
     select_random,
     select_top,
@@ -33,10 +33,7 @@ DEAD_GROUPS = st.sampled_from(["drop", "rank"])
 
 def candidates_of(rows):
     """Rows of (problem id, is failed, is live, score)."""
-    ids, failed, live, score = ([row[i] for row in rows] for i in range(4))
-    return Candidates(
-        np.array(ids, dtype=np.int64), np.array(failed, bool), np.array(live, bool), np.array(score, float)
-    )
+    return tables.candidates_of(*([row[i] for row in rows] for i in range(4)))
 
 
 @st.composite

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
+from tests.unit.tables import candidates_of
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration import rollouts, selector
 from verl_gradalign.integration.in_flight import InFlight
@@ -29,10 +30,10 @@ from verl_gradalign.probe.call import ScoringReply, ScoringRequest
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.trusted import SetReport
-from verl_gradalign.selection.chooser import Choice
+from verl_gradalign.selection.candidates import tabulate
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.groups import Group, Problem, keys_by_uid
-from verl_gradalign.selection.select import Candidates, select_top
+from verl_gradalign.selection.select import select_top
 from verl_gradalign.types import ProblemScores
 
 NUM_CANDIDATES, NUM_KEPT, NUM_RESPONSES = 6, 2, 4
@@ -409,12 +410,12 @@ def test_a_hundred_thousand_candidates_are_ranked_kept_and_logged_in_a_second(tm
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     groups = [make_group(f"c{i}", i, num=2) for i in range(num)]
     scores = torch.randn(num, generator=torch.Generator().manual_seed(0)).double().numpy()
-    candidates = Candidates(np.arange(num), np.zeros(num, bool), np.ones(num, bool), scores)
+    candidates = candidates_of(np.arange(num), np.zeros(num, bool), np.ones(num, bool), scores)
     log = SelectionLog(tmp_path)
     tracemalloc.start()
     started = time.process_time()  # a busy machine is no failure
     selection = select_top(candidates, num // 4, config.dead_groups, (0, 1))
-    log.write(1, log_columns(1, groups, Choice(selection, scores), np.full(num, 0.5), None))
+    log.write(1, log_columns(1, tabulate(groups, 0.5).of_live(score_P=scores), selection))
     seconds = time.process_time() - started
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

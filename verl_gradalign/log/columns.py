@@ -18,10 +18,10 @@ from verl_gradalign.metrics import PREFIX
 from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.probe.trusted import COMBINED, SetReport
 from verl_gradalign.rank_correlation import spearman_brown
-from verl_gradalign.selection.chooser import Choice
-from verl_gradalign.selection.groups import Group, spread
+from verl_gradalign.selection.candidates import Candidates
+from verl_gradalign.selection.groups import Group
 from verl_gradalign.selection.select import KEPT_REASONS, REASONS
-from verl_gradalign.types import ProblemScores, Selection
+from verl_gradalign.types import Selection
 
 MAX_VALUES = 20
 """Values of a column that have metrics of their own, the most frequent. A logger with thousands is of no use."""
@@ -62,71 +62,47 @@ class Composition:
         return shares
 
 
-def success_rates(groups: Sequence[Group], threshold: float) -> np.ndarray:
-    """Return each group's success rate, nan where nothing was generated."""
-    return np.array([g.success_rate(threshold) for g in groups], dtype=np.float64)
-
-
-def log_columns(
-    step: int, groups: Sequence[Group], choice: Choice, success_rate_P: np.ndarray, scores: ProblemScores | None
-) -> dict[str, Any]:
-    """Return the selection log's columns of a step. `scores` are those of the live groups."""
-    live = np.flatnonzero([g.is_live for g in groups])
-    norm_P = None if scores is None else scores.norm_P
-    unknown_P = np.full(len(groups), np.nan)
+def log_columns(step: int, c: Candidates, selection: Selection) -> dict[str, Any]:
+    """Return the selection log's columns of a step."""
     return {
-        "step": np.full(len(groups), step),
-        "problem_id": np.array([g.problem.problem_id for g in groups], dtype=np.int64),
-        "data_source": [g.problem.data_source for g in groups],
-        "score": choice.score_P,
-        "dot": unknown_P if scores is None else spread(scores.dot_P.numpy(), live, len(groups)),
-        "norm": unknown_P if norm_P is None else spread(norm_P.numpy(), live, len(groups)),
-        "dot_error": unknown_P if choice.dot_error_P is None else choice.dot_error_P,
-        "error_freedom": unknown_P if choice.error_freedom_P is None else choice.error_freedom_P,
-        "success_rate": success_rate_P,
-        "num_responses": np.array([len(g.rewards) for g in groups], dtype=np.int64),
-        "response_tokens": mean_lengths(groups),
-        "kept": choice.selection.reason_P < len(KEPT_REASONS),
-        "reason": np.array(REASONS, dtype=object)[choice.selection.reason_P],
+        "step": np.full(len(c), step),
+        "problem_id": c.problem_id_P,
+        "data_source": c.data_source_P,
+        "score": c.score_P,
+        "dot": c.dot_P,
+        "norm": c.norm_P,
+        "dot_error": c.dot_error_P,
+        "error_freedom": c.error_freedom_P,
+        "success_rate": c.success_rate_P,
+        "num_responses": c.num_responses_P,
+        "response_tokens": c.response_tokens_P,
+        "kept": selection.reason_P < len(KEPT_REASONS),
+        "reason": np.array(REASONS, dtype=object)[selection.reason_P],
     }
 
 
-def mean_lengths(groups: Sequence[Group]) -> np.ndarray:
-    """Return the mean tokens of each group's responses, nan where nothing was generated."""
-    return np.array([g.num_response_tokens / len(g.rewards) if g.rewards else np.nan for g in groups])
-
-
-def selection_metrics(groups: Sequence[Group], selection: Selection, success_rate_P: np.ndarray) -> dict[str, float]:
-    """Return the metrics that every score has: counts by reason, success rates, lengths."""
+def selection_metrics(c: Candidates, selection: Selection) -> dict[str, float]:
+    """Return the metrics that every score has: counts by reason, success rates, lengths; the spread of the scores."""
     counts = np.bincount(selection.reason_P, minlength=len(REASONS))
-    lengths_P = mean_lengths(groups)
-    return {
-        "candidates": len(groups),
-        "live": sum(g.is_live for g in groups),
+    values = {
+        "candidates": len(c),
+        "live": int(c.is_live_P.sum()),
         "kept": len(selection.kept),
-        "rejected": len(groups) - len(selection.kept),
+        "rejected": len(c) - len(selection.kept),
         **{
             f"{'kept' if reason in KEPT_REASONS else 'rejected'}_by/{reason}": float(count)
             for reason, count in zip(REASONS, counts, strict=True)
         },
-        "success_rate/pool": _mean(success_rate_P),
-        "success_rate/kept": _mean(success_rate_P[selection.kept]),
-        "response_length/pool": _mean(lengths_P),
-        "response_length/kept": _mean(lengths_P[selection.kept]),
+        "success_rate/pool": _mean(c.success_rate_P),
+        "success_rate/kept": _mean(c.success_rate_P[selection.kept]),
+        "response_length/pool": _mean(c.response_tokens_P),
+        "response_length/kept": _mean(c.response_tokens_P[selection.kept]),
     }
-
-
-def score_metrics(score_P: np.ndarray, selection: Selection) -> dict[str, float]:
-    """Return the spread of the finite scores, if there are any."""
-    finite = score_P[np.isfinite(score_P)]
-    if not len(finite):
-        return {}
-    return {
-        "score/mean": _mean(finite),
-        "score/min": float(finite.min()),
-        "score/max": float(finite.max()),
-        "score/kept_mean": _mean(score_P[selection.kept]),
-    }
+    finite = c.score_P[np.isfinite(c.score_P)]
+    if len(finite):
+        values |= {"score/mean": _mean(finite), "score/min": float(finite.min()), "score/max": float(finite.max())}
+        values["score/kept_mean"] = _mean(c.score_P[selection.kept])
+    return values
 
 
 def reply_metrics(reply: ScoringReply, has_several_sets: bool) -> dict[str, float]:

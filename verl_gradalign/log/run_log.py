@@ -20,9 +20,7 @@ from verl_gradalign.log.columns import (
     cost_metrics,
     log_columns,
     reply_metrics,
-    score_metrics,
     selection_metrics,
-    success_rates,
     token_metrics,
     trusted_metrics,
 )
@@ -81,12 +79,10 @@ class StepRecorder:
     ) -> dict[str, float]:
         """Note a step's choice while its rows are still there, and return the metrics; see `samples.sample_columns`."""
         started = time.perf_counter()
-        rate_P = success_rates(groups, self._config.success_threshold)
-        scores = None if reply is None else reply.scores
-        columns = log_columns(step, groups, choice, rate_P, scores)
+        columns = log_columns(step, choice.candidates, choice.selection)
         labels = {name: self._labels(name, groups) for name in self._log.columns}
         self._log.write(step, columns | {EXTRA + name: values for name, values in labels.items()})
-        samples = self._samples(step, read_responses, groups, choice, columns)
+        samples = self._samples(step, read_responses, groups, choice)
         composed: dict[str, float] = {}
         for name, values in {"data_source": columns["data_source"], **labels}.items():
             composed |= self._composition.metrics(name, values, columns["kept"])
@@ -94,8 +90,7 @@ class StepRecorder:
             self._pages.add(step, columns, samples, composed)
         metrics = {
             **choice.metrics,
-            **selection_metrics(groups, choice.selection, rate_P),
-            **score_metrics(choice.score_P, choice.selection),
+            **selection_metrics(choice.candidates, choice.selection),
             **composed,
             **token_metrics(groups, trusted, reply),
         }
@@ -115,13 +110,11 @@ class StepRecorder:
         read_responses: ReadResponses,
         groups: Sequence[Group],
         choice: Choice,
-        columns: Mapping[str, Any],
     ) -> dict[str, list[Any]]:
         """Write texts of some of the scored candidates, and return them."""
         log = self._config.log
-        chosen = choose_samples(
-            log.sample_problems, choice.score_P, columns["dot"], columns["norm"], choice.dot_error_P
-        )
+        c = choice.candidates
+        chosen = choose_samples(log.sample_problems, c.score_P, c.dot_P, c.norm_P, c.dot_error_P)
         samples = sample_columns(step, groups, chosen, read_responses, self._problems, self._decode, log.sample_chars)
         if chosen:
             self._log.write_samples(step, samples)

@@ -38,7 +38,7 @@ class Problems(Protocol):
 
 
 def choose_samples(
-    wanted: int, score_P: np.ndarray, dot_P: np.ndarray, norm_P: np.ndarray, error_P: np.ndarray | None
+    wanted: int, score_P: np.ndarray, dot_P: np.ndarray, norm_P: np.ndarray, error_P: np.ndarray
 ) -> list[int]:
     """Return the positions of at most `wanted` candidates: three quarters those whose alignment is least to be trusted
     (lowest dot in standard errors, else lowest score), the others in turn the best scored and the most uncertain."""
@@ -46,8 +46,7 @@ def choose_samples(
     if wanted == 0 or not len(known):
         return []
     with np.errstate(divide="ignore", invalid="ignore"):
-        evidence_P = score_P if error_P is None else dot_P / error_P
-        doubt_P = np.zeros_like(score_P) if error_P is None else error_P / norm_P
+        evidence_P, doubt_P = dot_P / error_P, error_P / norm_P
     evidence_P = np.where(np.isfinite(evidence_P), evidence_P, score_P)
     suspects = known[np.argsort(evidence_P[known], kind="stable")]
     best = known[np.argsort(-score_P[known], kind="stable")]

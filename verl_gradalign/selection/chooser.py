@@ -12,18 +12,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.rank_correlation import spearman_brown
-from verl_gradalign.selection.groups import Group, measurements, spread
+from verl_gradalign.selection.candidates import Candidates, tabulate
+from verl_gradalign.selection.groups import Group, measurements
 from verl_gradalign.selection.history import ProblemRecord
 from verl_gradalign.selection.reliability import Reliability, score_reliability
 from verl_gradalign.selection.scores import score_of
-from verl_gradalign.selection.select import RANDOM, SCHEDULED, Candidates, select_all, select_random, select_top
+from verl_gradalign.selection.select import RANDOM, SCHEDULED, select_all, select_random, select_top
 from verl_gradalign.types import Measurements, ProblemScores, Selection
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What was kept of a step's groups, and the scores that it was ranked by."""
+    """What was kept of a step's candidates, the table that it was chosen from, and how reliable the scores were."""
 
     selection: Selection
-    score_P: np.ndarray
-    """Of every group, float64; nan where it has none."""
-    dot_error_P: np.ndarray | None = None
-    """Standard error of every group's dot product, float64; nan where it is not known. None: nothing was measured."""
-    error_freedom_P: np.ndarray | None = None
-    """Degrees of freedom that it is estimated with; nan where nothing was measured."""
+    candidates: Candidates
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -58,21 +54,20 @@ class Chooser:
 
     def take_all(self, groups: Sequence[Group], is_planned: bool) -> Choice:
         """Keep every group that could be generated: nothing is chosen in this step."""
-        candidates = _candidates(groups)
-        return Choice(select_all(candidates, SCHEDULED if is_planned else RANDOM), candidates.score_P)
+        candidates = tabulate(groups, self._config.success_threshold)
+        return Choice(select_all(candidates, SCHEDULED if is_planned else RANDOM), candidates)
 
     def choose(self, groups: Sequence[Group], scores: ProblemScores | None, num_kept: int, step: int) -> Choice:
         """Keep the best `num_kept` of the groups; `scores` are those of the live ones, None without a direction."""
-        candidates, seed = _candidates(groups), (self._config.seed, step)
+        seed = (self._config.seed, step)
+        candidates = tabulate(groups, self._config.success_threshold)
         live = [g for g in groups if g.is_live]
         if self._score.rank is None:
-            return Choice(select_random(candidates, num_kept, seed), candidates.score_P)
+            return Choice(select_random(candidates, num_kept, seed), candidates)
         if self._score.needs_gradients and live and scores is None:
-            return Choice(self._without_direction(candidates, num_kept, step), candidates.score_P)
+            return Choice(self._without_direction(candidates, num_kept, step), candidates)
         m = measurements(live, scores, len(groups), self._config.success_threshold)
-        places = np.flatnonzero([g.is_live for g in groups])
-        score_P = spread(self._remembered(m), places, len(groups))
-        candidates = replace(candidates, score_P=score_P)
+        candidates = candidates.measured(m).of_live(score_P=self._remembered(m))
         reliability = score_reliability(m, self._score, self._config.score_options)
         is_unreliable = self._is_unreliable(reliability)
         if is_unreliable:
@@ -85,10 +80,7 @@ class Chooser:
             "reliability/scores_problems": float(reliability.num_problems),
             "reliability/fallback": float(is_unreliable),
         }
-        error_P, freedom_P = (
-            spread(values.numpy(), places, len(groups)) for values in (m.dot_error_P, m.error_freedom_P)
-        )
-        return Choice(selection, score_P, error_P, freedom_P, metrics)
+        return Choice(selection, candidates, metrics)
 
     def state(self) -> dict[str, Any]:
         """Return what later choices depend on, for the checkpoint."""
@@ -119,9 +111,8 @@ class Chooser:
         fallback = score_of(self._config.reliability.fallback)
         if fallback.rank is None:
             return select_random(candidates, num_kept, seed)
-        score = fallback.rank(m, self._config.score_options).numpy()
-        candidates = replace(candidates, score_P=spread(score, np.flatnonzero(candidates.is_live_P), len(candidates)))
-        return select_top(candidates, num_kept, self._config.dead_groups, seed)
+        by_fallback = candidates.of_live(score_P=fallback.rank(m, self._config.score_options))
+        return select_top(by_fallback, num_kept, self._config.dead_groups, seed)
 
     def _without_direction(self, candidates: Candidates, num_kept: int, step: int) -> Selection:
         """Select at random, or stop, as configured for a step without a direction."""
@@ -136,13 +127,3 @@ class Chooser:
             )
         logger.warning("%s; selecting at random in this step", message)
         return select_random(candidates, num_kept, (self._config.seed, step))
-
-
-def _candidates(groups: Sequence[Group]) -> Candidates:
-    """Return what the choice depends on, without scores yet."""
-    return Candidates(
-        problem_id_P=np.array([g.problem.problem_id for g in groups], dtype=np.int64),
-        is_failed_P=np.array([g.is_failed for g in groups], dtype=bool),
-        is_live_P=np.array([g.is_live for g in groups], dtype=bool),
-        score_P=np.full(len(groups), np.nan),
-    )

@@ -13,15 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from verl_gradalign.types import Measurements, ProblemScores
 
-__all__ = ["Group", "Problem", "halved", "keys_by_uid", "measurements", "natural_order", "session_of", "spread"]
+__all__ = ["Group", "Problem", "halved", "keys_by_uid", "measurements", "natural_order", "session_of"]
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,6 @@ def halved(keys: Sequence[str], content: Mapping[str, bytes]) -> list[tuple[int,
         return places[session] % 2, places[session], output
 
     return [(order(key)[0], key) for key in sorted(keys, key=order)]
-
-
-def spread(values: Any, positions: np.ndarray, num_candidates: int) -> np.ndarray:
-    """Return the values of some candidates as a column of all of them, nan elsewhere."""
-    column = np.full(num_candidates, np.nan)
-    column[positions] = values
-    return column
 
 
 def measurements(

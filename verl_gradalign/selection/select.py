@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the problems to train on, with a reason for each that is not chosen.
 
-    candidates = Candidates(problem_id_P, is_failed_P, is_live_P, score_P)
     selection = select_top(candidates, num_kept=128, dead_groups="drop", seed=(0, step))
 
 Shape legend: P candidates.
@@ -10,10 +9,10 @@ Shape legend: P candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from verl_gradalign.selection.candidates import Candidates
 from verl_gradalign.types import Selection
 
 # Why a candidate was kept ...
@@ -31,23 +30,6 @@ NOT_DRAWN = "not_drawn"
 KEPT_REASONS = (TOP, FILLER, RANDOM, SCHEDULED)
 REJECTED_REASONS = (LOW_SCORE, DEAD, FAILED, NON_FINITE, NOT_DRAWN)
 REASONS = KEPT_REASONS + REJECTED_REASONS
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What the choice depends on, one entry per candidate."""
-
-    problem_id_P: np.ndarray
-    """Row in the train files, int64: the tie-break depends on it, never on the order of arrival."""
-    is_failed_P: np.ndarray
-    """At least one of its responses could not be generated."""
-    is_live_P: np.ndarray
-    """At least one of its responses has a non-zero advantage."""
-    score_P: np.ndarray
-    """float64; nan: not scored (a dead or failed group, or a step without a direction)."""
-
-    def __len__(self) -> int:
-        return len(self.problem_id_P)
 
 
 def select_top(candidates: Candidates, num_kept: int, dead_groups: str, seed: Sequence[int]) -> Selection:

@@ -28,7 +28,7 @@ from verl_gradalign.integration.offline.store import Measured, ScoringStore, joi
 from verl_gradalign.integration.offline.task import ScoringTask, num_kept
 from verl_gradalign.integration.prompts import UNKNOWN_SOURCE, ground_truth, prompt_text
 from verl_gradalign.integration.run_identity import about_run, installed_versions
-from verl_gradalign.log.columns import log_columns, score_metrics, selection_metrics, success_rates
+from verl_gradalign.log.columns import log_columns, selection_metrics
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.log.samples import best_and_worst, choose_samples
 from verl_gradalign.log.selection_log import METADATA_KEY, SAMPLES, SelectionLog
@@ -114,14 +114,12 @@ def choose(
         if not math.isnan(part.half_cosine):
             chooser.note_direction(part.half_cosine)
     choice = chooser.choose(groups, scores, num_kept(keep, len(groups)), STEP)
-    rate_P = success_rates(groups, config.success_threshold)
-    columns = log_columns(STEP, groups, choice, rate_P, scores)
+    columns = log_columns(STEP, choice.candidates, choice.selection)
     of_direction = [part.metrics for part in measured if "direction/norm" in part.metrics][:1]
     metrics = {
         **{k: v for part in of_direction for k, v in part.items() if not k.startswith(("seconds/", "probe/"))},
         **choice.metrics,
-        **selection_metrics(groups, choice.selection, rate_P),
-        **score_metrics(choice.score_P, choice.selection),
+        **selection_metrics(choice.candidates, choice.selection),
     }
     order = np.argsort(columns["problem_id"], kind="stable")
     return {name: [values[i] for i in order] for name, values in columns.items()}, named(metrics)
