@@ -50,7 +50,7 @@ class Candidates:
 
     def of_live(self, **values_L: Any) -> Candidates:
         """Return the table with columns filled in from values of the live candidates, in their order."""
-        columns = {name: np.full(len(self), np.nan) for name in values_L}
+        columns: dict[str, Any] = {name: np.full(len(self), np.nan) for name in values_L}
         for name, column_P in columns.items():
             column_P[self.is_live_P] = values_L[name]
         return replace(self, **columns)
