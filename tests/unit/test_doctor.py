@@ -298,14 +298,13 @@ def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):
     from types import SimpleNamespace
 
     from verl_gradalign.cost import Setting, estimate, shape_of
-    from verl_gradalign.cost.tables import Column
 
     setting = Setting(shape_of("14b"), num_gpus=8)
     trainer = SimpleNamespace(device="cuda", n_gpus_per_node=8)
     for gb, level in ((70, "warning"), (140, "ok")):
         findings = Findings()
         machine = Machine(8, gb * 1e9, 1e12)
-        _memory(setting, Column(setting, estimate(setting)), SimpleNamespace(trainer=trainer), machine, findings)
+        _memory(estimate(setting), SimpleNamespace(trainer=trainer), machine, findings)
         (finding,) = findings.all
         assert finding.level == level and "making the direction" in finding.message
 

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, app
-from verl_gradalign.cli.cost import as_mapping, rich_table
-from verl_gradalign.cost.tables import Column, assumptions, tables_of
+from verl_gradalign.cli.cost import as_mapping, print_costs
+from verl_gradalign.cost import Cost
 
 if TYPE_CHECKING:
     from verl_gradalign.findings import Findings
@@ -56,18 +56,18 @@ def doctor(
     # verl prints while it checks; standard output is for the result.
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        column = _examine(overrides or [], response_tokens, findings)
+        cost = _examine(overrides or [], response_tokens, findings)
     if as_json:
-        cost = None if column is None else as_mapping(column)
         found = [asdict(finding) for finding in findings.all]
-        print(json.dumps({"findings": found, "cost": cost, "ok": not findings.has_errors}, indent=2))
+        numbers = None if cost is None else as_mapping(cost)
+        print(json.dumps({"findings": found, "cost": numbers, "ok": not findings.has_errors}, indent=2))
     else:
-        _print(findings, column)
+        _print(findings, cost)
     if findings.has_errors:
         raise typer.Exit(FAILED_RUN_EXIT_CODE)
 
 
-def _examine(overrides: list[str], response_tokens: float | None, findings: "Findings") -> Column | None:
+def _examine(overrides: list[str], response_tokens: float | None, findings: "Findings") -> Cost | None:
     from verl_gradalign.doctor.machine import examine_environment
 
     machine = examine_environment(findings)
@@ -79,14 +79,14 @@ def _examine(overrides: list[str], response_tokens: float | None, findings: "Fin
     of_configuration.examine_trainer_mode(findings)
     if not overrides:
         return None
-    column = None
+    cost = None
     # Whatever a configuration brings about, what was found before is shown.
     with findings.refusals("configuration"):
-        column = of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
-    return column
+        cost = of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
+    return cost
 
 
-def _print(findings: "Findings", column: Column | None) -> None:
+def _print(findings: "Findings", cost: Cost | None) -> None:
     console = Console()
     table = Table("", "area", "finding", "what to change", show_lines=False)
     for finding in findings.all:
@@ -94,9 +94,7 @@ def _print(findings: "Findings", column: Column | None) -> None:
         level = f"[{style}]{finding.level}[/{style}]"
         table.add_row(level, finding.area, escape(finding.message), escape(finding.remedy))
     console.print(table)
-    if column is not None:
-        console.print(assumptions(column.setting), markup=False, highlight=False)
-        for part in tables_of([column]):
-            console.print(rich_table(part))
+    if cost is not None:
+        print_costs([cost])
     counts = {level: sum(f.level == level for f in findings.all) for level in ("error", "warning")}
     console.print(f"{counts['error']} errors, {counts['warning']} warnings", style="bold", highlight=False)

@@ -6,8 +6,7 @@ from verl_gradalign.cost import Setting, estimate, shape_of
 estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
 """
 
-from verl_gradalign.cost.estimate import Cost, Flops, Seconds, Speeds, estimate
-from verl_gradalign.cost.memory import Memory
+from verl_gradalign.cost.estimate import Cost, estimate
 from verl_gradalign.cost.setting import PRESETS, ModelShape, Setting, shape_of
 
-__all__ = ["PRESETS", "Cost", "Flops", "Memory", "ModelShape", "Seconds", "Setting", "Speeds", "estimate", "shape_of"]
+__all__ = ["PRESETS", "Cost", "ModelShape", "Setting", "estimate", "shape_of"]

@@ -2,7 +2,7 @@
 """A composed configuration, examined as verl's entry point and our trainer will, before anything is started.
 
     findings = Findings()
-    column = examine_configuration(["+gradalign=cosine", ...], machine, findings)
+    cost = examine_configuration(["+gradalign=cosine", ...], machine, findings)
 
 Every refusal becomes a finding, so that one look shows all that is wrong. No Ray, no worker, no weights.
 """
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.cost.tables import Column
+from verl_gradalign.cost import Cost
 from verl_gradalign.doctor.cost import examine_cost, total_steps
 from verl_gradalign.doctor.data import examine_data
 from verl_gradalign.doctor.machine import Machine, version_of
@@ -51,7 +51,7 @@ def examine_trainer_mode(findings: Findings) -> None:
 
 def examine_configuration(
     overrides: Sequence[str], machine: Machine, findings: Findings, response_tokens: float | None = None
-) -> Column | None:
+) -> Cost | None:
     """Add findings on what verl's entry point would be given; return the cost of a step, where it is known."""
     verl_config = _composed(overrides, findings)
     if verl_config is None:
@@ -83,10 +83,10 @@ def examine_configuration(
         _check_steps(verl_config, config, data.num_problems, findings)
     if model is None or data is None:
         return None
-    column: Column | None = None
+    cost: Cost | None = None
     with findings.refusals("cost"):
-        column = examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
-    return column
+        cost = examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
+    return cost
 
 
 def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
-from verl_gradalign.cost import Setting, estimate
-from verl_gradalign.cost.tables import GPU_SHARE, Column
+from verl_gradalign.cost import Cost, Setting, estimate
+from verl_gradalign.cost.tables import GPU_SHARE
 from verl_gradalign.doctor.data import ExaminedData
 from verl_gradalign.doctor.machine import Machine
 from verl_gradalign.doctor.model import ExaminedModel
@@ -33,8 +33,8 @@ def examine_cost(
     machine: Machine,
     findings: Findings,
     response_tokens: float | None = None,
-) -> Column | None:
-    """Add findings on the cost of a step; return the setting and the cost, or None for adapters and unknown shapes."""
+) -> Cost | None:
+    """Add findings on the cost of a step; return the cost, or None for adapters and unknown shapes."""
     if model.shape is None or model.has_adapters:
         if model.has_adapters:
             findings.add(AREA, "note", "the cost of training adapters is not estimated; see recipes/how_to/cost.md")
@@ -51,16 +51,16 @@ def examine_cost(
     findings.add(
         AREA,
         "note",
-        f"a mean step generates {cost.generated:,.0f} responses, {cost.rollout_ratio:.2f} times those trained on, and "
-        f"takes {cost.flops_ratio:.2f} times the operations of a step without selection{assumed}",
+        f"a mean step generates {cost.generated:,.0f} responses, {cost.ratios['rollout']:.2f} times those trained on, "
+        f"and takes {cost.ratios['flops']:.2f} times the operations of a step without selection{assumed}",
     )
     for note in cost.notes:
         findings.add(AREA, "note", note)
     if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
         text = f"score {config.score} reads the candidates twice; the operations count them once"
         findings.add(AREA, "note", text, "gradalign.probe.pool_dots=sketch takes one pass")
-    _memory(setting, Column(setting, cost), verl_config, machine, findings)
-    return Column(setting, cost)
+    _memory(cost, verl_config, machine, findings)
+    return cost
 
 
 def setting_of(
@@ -123,16 +123,15 @@ def total_steps(verl_config: DictConfig, num_problems: int) -> int:
     )
 
 
-def _memory(setting: Setting, column: Column, verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
+def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
     """Compare the highest point with a GPU, or all ranks' with the host's memory on a CPU."""
-    memory, is_cpu = column.cost.memory, verl_config.trainer.device == "cpu"
-    gb, plain_gb = memory.peak / 1e9, memory.plain / 1e9
+    memory, is_cpu = cost.memory, verl_config.trainer.device == "cpu"
+    gb, plain_gb, host_gb = memory["peak"] / 1e9, memory["plain"] / 1e9, cost.host_bytes / 1e9
     has_gb = machine.gpu_gb if not is_cpu else machine.host_bytes / 1e9 / verl_config.trainer.n_gpus_per_node
     of_what = "of this machine's free memory for each rank" if is_cpu else "of each GPU here"
-    phases = {"the update": memory.update, "making the direction": memory.make_direction, "scoring": memory.score}
-    highest = max(phases, key=phases.__getitem__)
+    phases = {"the update": "update", "making the direction": "make_direction", "scoring": "score"}
+    highest = max(phases, key=lambda phase: memory[phases[phase]])
     text = f"a rank needs about {gb:.3g} GB at its highest ({highest}), {plain_gb:.3g} GB without selection"
-    host_gb = column.cost.host_bytes / 1e9
     if host_gb > GPU_SHARE * machine.host_bytes / 1e9 > 0:
         remedy = "lower gradalign.oversample or gradalign.curriculum.num_candidates"
         findings.add(AREA, "warning", f"rollouts take about {host_gb:.3g} GB of the host's memory", remedy)

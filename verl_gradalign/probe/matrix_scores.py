@@ -26,16 +26,7 @@ import torch
 from torch import Tensor
 
 from verl_gradalign.probe.layout import Layout, row_sums
-
-MAX_GRADIENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of all gradients formed at a time: on a CPU what its cache holds, on a GPU 256 MiB in float32."""
-BALANCE_POSITIONS = {"cpu": 20, "cuda": 1024}
-"""Positions whose multiplications take as long as the reads and writes that each formed gradient costs besides. On
-two CPU cores measured; on a GPU computed for an H200 (16 bytes an element at 4.8 TB/s against 600 TFLOP/s), not
-measured."""
-PRODUCT_COST = 1.5
-"""Time of a position's product with the direction, and of the Gram form's, over that of its part in a gradient:
-their elementwise halves cost extra. Measured on two CPU cores."""
+from verl_gradalign.probe.sizes import MAX_GRADIENT_ELEMENTS, fastest_form
 
 
 @dataclass(frozen=True)
@@ -89,17 +80,11 @@ def matrix_scores(
 
 
 def cheapest_form(segment: Segment) -> Form:
-    """Return the form with the least estimated time, counted in positions that are multiplied by the whole weight."""
+    """Return the form that is expected to take the least time."""
     num_outputs, num_inputs = segment.direction_OI.shape
-    num_positions = len(segment.delta_NO) / segment.num_problems
-    num_rows = segment.layout.num_rows / segment.num_problems
-    balance = BALANCE_POSITIONS.get(segment.delta_NO.device.type, BALANCE_POSITIONS["cuda"])
-    costs: dict[Form, float] = {
-        per_row: num_positions + num_rows * balance,
-        per_problem: (1 + PRODUCT_COST) * num_positions + balance,
-        gram: PRODUCT_COST * num_positions * (1 + num_positions * (1 / num_outputs + 1 / num_inputs)),
-    }
-    return min(costs, key=costs.__getitem__)
+    num_positions, num_rows = (n / segment.num_problems for n in (len(segment.delta_NO), segment.layout.num_rows))
+    name = fastest_form(num_positions, num_rows, num_outputs, num_inputs, segment.delta_NO.device.type)
+    return {"per_row": per_row, "per_problem": per_problem, "gram": gram}[name]
 
 
 def per_row(segment: Segment) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl_gradalign.probe.sizes import CHUNK_ELEMENTS
+
 LOSS_AGG_MODES = (
     "token-mean",
     "token-sum",
@@ -26,8 +28,6 @@ LOSS_AGG_MODES = (
     "seq-mean-token-mean",
 )
 """verl's values of `actor.loss_agg_mode`."""
-CHUNK_ELEMENTS = 2**26
-"""Logits converted to float32 at a time: 256 MiB."""
 
 
 def token_coefficients(
