@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from inspect import cleandoc, getsource
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from verl_gradalign import config
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.files import replace_file
 from verl_gradalign.markdown import markdown_table
 from verl_gradalign.metrics import CATALOGUE, PREFIX
 
@@ -57,8 +58,7 @@ What they mean for your run stands in [Read the report](read_report.md); the sym
 """
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One key, as a user writes it."""
 
     name: str
@@ -69,30 +69,23 @@ class Key:
     """Meaning, unit, range and reason: what stands below the field."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The keys of one dataclass."""
 
     name: str
     text: str
-    keys: tuple[Key, ...]
+    keys: list[Key]
 
 
 def field_texts() -> dict[tuple[str, str], str]:
     """Return the string below each field of the configuration's classes, by class and field name."""
-    texts: dict[tuple[str, str], str] = {}
-    for node in ast.parse(getsource(config)).body:
-        if isinstance(node, ast.ClassDef):
-            texts |= {(node.name, name): text for name, text in _texts_below_fields(node)}
-    return texts
-
-
-def _texts_below_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
-    for statement, follower in zip(node.body, node.body[1:], strict=False):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-            yield statement.target.id, " ".join(cleandoc(str(follower.value.value)).split())
+    return {
+        (node.name, ast.unparse(field.target)): " ".join(cleandoc(ast.literal_eval(below.value)).split())
+        for node in ast.parse(getsource(config)).body
+        if isinstance(node, ast.ClassDef)
+        for field, below in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
 def choices_of_keys() -> dict[str, tuple[str, ...]]:
@@ -125,43 +118,27 @@ def blocks_of(cls: Any = GradAlignConfig, name: str = "gradalign") -> list[Block
     keys, inner = [], []
     for field in fields(cls):
         key, hint = f"{name}.{field.name}", hints[field.name]
-        item = _item_of(hint)
         if is_dataclass(hint):
             inner += blocks_of(hint, key)
             continue
-        if is_dataclass(item):
-            inner += blocks_of(item, f"{key}[]")
+        types = get_args(hint) or (hint,)
+        if is_dataclass(types[0]):
+            inner += blocks_of(types[0], f"{key}[]")
+            values = "list of blocks"
+        elif key.removeprefix("gradalign.") in choices:
+            values = ", ".join(f"`{each}`" for each in choices[key.removeprefix("gradalign.")])
+            values += " or null" if type(None) in types else ""
+        else:
+            values = f"list: {WORDS[types[0]]}" if get_origin(hint) is tuple else " or ".join(WORDS[t] for t in types)
         if (cls.__name__, field.name) not in texts:
             raise ValueError(
                 f"{key}: nothing stands below {cls.__name__}.{field.name}. Remedy: say there what it means."
             )
-        names = choices.get(key.removeprefix("gradalign."))
-        values = _type_in_words(hint) if names is None else ", ".join(f"`{each}`" for each in names)
-        values += " or null" if names is not None and type(None) in getattr(hint, "__args__", ()) else ""
-        keys.append(Key(key, values, _default(field), re.sub(r"\bNone\b", "null", texts[cls.__name__, field.name])))
-    return [Block(name, " ".join(cleandoc(cls.__doc__ or "").split("\n\n")[0].split()), tuple(keys)), *inner]
-
-
-def _item_of(hint: Any) -> Any:
-    """Return what a tuple holds, None if the type is no tuple."""
-    return hint.__args__[0] if getattr(hint, "__origin__", None) is tuple else None
-
-
-def _type_in_words(hint: Any) -> str:
-    item = _item_of(hint)
-    if item is not None:
-        return "list of blocks" if is_dataclass(item) else f"list: {WORDS[item]}"
-    return " or ".join(WORDS[each] for each in getattr(hint, "__args__", (hint,)))
-
-
-def _default(field: Field[Any]) -> str:
-    """Return the default as it is written in YAML."""
-    assert field.default is not MISSING, f"{field.name} has a factory, or no default"
-    if field.default is None or isinstance(field.default, bool):
-        return {None: "null", True: "true", False: "false"}[field.default]
-    if field.default in ("", ()):
-        return "[]" if field.default == () else '""'
-    return str(field.default)
+        text = re.sub(r"\bNone\b", "null", texts[cls.__name__, field.name])
+        # JSON is YAML, where words need no quotes.
+        words = field.default if isinstance(field.default, str) else ""
+        keys.append(Key(key, values, words or json.dumps(field.default), text))
+    return [Block(name, " ".join(cleandoc(cls.__doc__ or "").split("\n\n")[0].split()), keys), *inner]
 
 
 def cell(text: str) -> str:
@@ -201,10 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=CHECKOUT, metavar="ROOT", help="default: this checkout")
     output = parser.parse_args(arguments).output
     for path, text in pages().items():
-        place = output / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text, encoding="utf-8")
-        sys.stdout.write(f"wrote {place}\n")
+        replace_file(output / path, text)
+        print(f"wrote {output / path}")
 
 
 if __name__ == "__main__":

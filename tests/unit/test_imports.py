@@ -30,7 +30,7 @@ ALLOWED_PARTS = {
     "rank_correlation": set(),
     "findings": set(),
     "config": {"errors"},
-    "reference": {"config", "markdown", "metrics", "selection"},
+    "reference": {"config", "files", "markdown", "metrics", "selection"},
     "plugin": {"integration", "cpu"},
     "data": {"files", "errors"},
     "probe": SPINE,

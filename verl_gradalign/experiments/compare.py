@@ -16,13 +16,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
@@ -66,7 +65,8 @@ def compare(comparison: Comparison, console: Console) -> Path:
     output = comparison.output.resolve()
     runs = plan_runs(comparison.regime, comparison.methods, comparison.seeds, output)
     _check_same(comparison, output)
-    with _progress(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
         if comparison.regime in MINIATURES:
             _run_miniature(comparison, runs, output, progress)
         else:
@@ -98,13 +98,6 @@ def _check_same(comparison: Comparison, output: Path) -> None:
     path.write_text(json.dumps(settings), encoding="utf-8")
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        yield progress
-
-
 def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:
     warm_up = progress.add_task("policy", total=comparison.warm_up_steps)
     policy = prepare_policy(
@@ -119,28 +112,21 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
             with atomic_folder(data) as unfinished:
                 write_miniature(comparison.regime, unfinished, seed)
     todo = [run for run in runs if not run.is_done]
-    series = [s for s in (todo[k :: comparison.num_jobs] for k in range(comparison.num_jobs)) if s]
+    series = [members for k in range(comparison.num_jobs) if (members := todo[k :: comparison.num_jobs])]
     processes = []
     for number, members in enumerate(series):
-        path = output / f"series-{number}.json"
-        path.write_text(
-            json.dumps(
-                [
-                    {
-                        "folder": str(run.folder),
-                        "done": str(run.folder / DONE),
-                        "seed": run.seed,
-                        "overrides": [
-                            *miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy),
-                            *comparison.overrides,
-                        ],
-                    }
-                    for run in members
-                ]
-            ),
-            encoding="utf-8",
-        )
-        log = output / f"series-{number}.log"
+        specifications = [
+            {
+                "folder": str(run.folder),
+                "done": str(run.folder / DONE),
+                "seed": run.seed,
+                "overrides": miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy)
+                + list(comparison.overrides),
+            }
+            for run in members
+        ]
+        path, log = output / f"series-{number}.json", output / f"series-{number}.log"
+        path.write_text(json.dumps(specifications), encoding="utf-8")
         command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
         processes.append((_start(command, log, output, cpu_environment(len(series))), log))
     _watch(processes, runs, progress)
@@ -193,16 +179,13 @@ def _watch(
 ) -> None:
     """Wait for the processes, showing every run that has begun; end the others when one fails."""
     total = progress.add_task("runs", total=len(runs))
-    bars: dict[Path, Callable[[], None]] = {}
+    bars: dict[Path, TaskID] = {}
     try:
         while any(process.poll() is None for process, _ in processes):
             time.sleep(POLL_S)
             progress.update(total, completed=sum(run.is_done for run in runs))
             for run in runs:
-                if not run.is_done and run.folder not in bars and (run.folder / "metrics.jsonl").exists():
-                    bars[run.folder] = _bar(run, progress)
-            for show in list(bars.values()):
-                show()
+                _show_steps(run, bars, progress)
             if any(process.poll() for process, _ in processes):
                 break
     finally:
@@ -217,15 +200,14 @@ def _watch(
             raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")
 
 
-def _bar(run: RunPlan, progress: Progress) -> Callable[[], None]:
-    """Show a run's steps while it lasts; returns what brings the bar up to date."""
-    task = progress.add_task(f"  {run.method}, seed {run.seed}", total=None)
-
-    def show() -> None:
-        if run.is_done:
-            progress.update(task, visible=False)
-            return
-        steps = [metrics for _, metrics in read_metrics(run.folder / "metrics.jsonl") if "timing_s/step" in metrics]
-        progress.update(task, completed=len(steps))
-
-    return show
+def _show_steps(run: RunPlan, bars: dict[Path, TaskID], progress: Progress) -> None:
+    """Show a run's steps while it lasts."""
+    path = run.folder / "metrics.jsonl"
+    if run.is_done:
+        if run.folder in bars:
+            progress.update(bars[run.folder], visible=False)
+    elif path.exists():
+        if run.folder not in bars:
+            bars[run.folder] = progress.add_task(f"  {run.method}, seed {run.seed}", total=None)
+        num_steps = sum("timing_s/step" in metrics for _, metrics in read_metrics(path))
+        progress.update(bars[run.folder], completed=num_steps)

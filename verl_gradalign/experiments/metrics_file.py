@@ -44,9 +44,23 @@ def read_metrics(path: str | Path) -> Iterator[tuple[int, dict[str, float]]]:
         yield entry["step"], entry["data"]
 
 
+def metrics_by_step(path: str | Path) -> dict[int, dict[str, float]]:
+    """Return what was written of each step, of a step written twice the later numbers."""
+    steps = dict[int, dict[str, float]]()
+    for step, metrics in read_metrics(path):
+        steps.setdefault(step, {}).update(metrics)
+    return steps
+
+
+def accuracies(metrics: dict[str, float]) -> dict[str, float]:
+    """Return verl's `val-core/<data source>/acc/mean@n` by data source; empty if the step did not validate."""
+    names = [name for name in metrics if name.startswith("val-core/") and "/acc/mean@" in name]
+    return {name.split("/acc/")[0].removeprefix("val-core/"): metrics[name] for name in names}
+
+
 def held_out_accuracy(metrics: dict[str, float]) -> float | None:
-    """Return the mean of verl's `val-core/<data source>/acc/mean@n` over data sources; None if not validated."""
-    values = [value for name, value in metrics.items() if name.startswith("val-core/") and "/acc/mean@" in name]
+    """Return the mean accuracy over data sources; None if not validated."""
+    values = list(accuracies(metrics).values())
     return float(np.mean(values)) if values else None
 
 
@@ -56,13 +70,8 @@ def summarise_run(run_dir: str | Path, pool: str | Path) -> RunSummary:
     `pool` is the one train file, whose `extra_info.corrupted` marks coin-flip rewards.
     Raises: FileNotFoundError if the run wrote no metrics or no selection log.
     """
-    steps = dict[int, dict[str, float]]()
-    accuracies: list[float] = []
-    for step, metrics in read_metrics(Path(run_dir) / "metrics.jsonl"):
-        steps.setdefault(step, {}).update(metrics)
-        accuracy = held_out_accuracy(metrics)
-        if accuracy is not None:
-            accuracies.append(accuracy)
+    steps = metrics_by_step(Path(run_dir) / "metrics.jsonl")
+    tested = [accuracy for metrics in steps.values() if (accuracy := held_out_accuracy(metrics)) is not None]
     trained = [metrics for metrics in steps.values() if "timing_s/step" in metrics]
     log = read_selection_log(Path(run_dir) / "gradalign")
     corrupted = np.array([info["corrupted"] for info in pq.read_table(pool).column("extra_info").to_pylist()])
@@ -71,8 +80,8 @@ def summarise_run(run_dir: str | Path, pool: str | Path) -> RunSummary:
     timed = trained[1:] or trained
     return RunSummary(
         num_steps=len(trained),
-        accuracy_before=accuracies[0] if accuracies else None,
-        accuracy_after=accuracies[-1] if accuracies else None,
+        accuracy_before=tested[0] if tested else None,
+        accuracy_after=tested[-1] if tested else None,
         corrupted_pool=float(of_row.mean()),
         corrupted_trained=float(of_row[kept].mean()),
         step_s=float(np.median([metrics["timing_s/step"] for metrics in timed])),

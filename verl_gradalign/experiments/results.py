@@ -8,14 +8,16 @@ write_csv(table, "results.csv")
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from verl_gradalign.experiments.metrics_file import read_metrics
+from verl_gradalign.experiments.metrics_file import accuracies, held_out_accuracy, metrics_by_step
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.markdown import markdown_table
 from verl_gradalign.toy.regimes import MINIATURES
@@ -23,7 +25,6 @@ from verl_gradalign.toy.regimes import MINIATURES
 __all__ = ["MethodSummary", "collect", "curve", "draw_figures", "summarise", "write_csv", "write_markdown"]
 
 SHARE = "experiment/share/"
-ACCURACY = "accuracy/"
 TESTED = "tested"
 
 
@@ -39,47 +40,29 @@ def collect(runs: Sequence[RunPlan]) -> list[dict[str, Any]]:
 
 
 def _rows(run: RunPlan) -> Iterable[dict[str, Any]]:
+    regime = MINIATURES.get(run.regime)
     seconds = 0.0
-    for step, metrics in _by_step(run.folder / "metrics.jsonl").items():
+    for step, metrics in metrics_by_step(run.folder / "metrics.jsonl").items():
         seconds += metrics.get("timing_s/step", 0.0)
-        accuracy = {
-            name.split("/acc/")[0].removeprefix("val-core/"): value
-            for name, value in metrics.items()
-            if name.startswith("val-core/") and "/acc/mean@" in name
+        of_source = accuracies(metrics)
+        # A miniature is tested on other kinds of problems too; its trusted set is of those that it is about.
+        tested = [a for source, a in of_source.items() if regime is None or _family(source) in regime.trusted]
+        shares = {_family(name): share for name, share in metrics.items() if name.startswith(SHARE)}
+        yield {
+            **{"regime": run.regime, "method": run.method, "seed": run.seed, "step": step},
+            "tokens": metrics.get("experiment/num_tokens", 0.0 if step == 0 else None),
+            "seconds": seconds,
+            "accuracy": held_out_accuracy(metrics),
+            **{f"accuracy/{source}": accuracy for source, accuracy in of_source.items()},
+            TESTED: float(np.mean(tested)) if tested else None,
+            "share": regime.share(shares) if regime and shares else shares.get("corrupted"),
+            **{name: metrics.get(f"gradalign/{name}") for name in ("reliability/direction", "reliability/scores")},
         }
-        row: dict[str, Any] = {"regime": run.regime, "method": run.method, "seed": run.seed, "step": step}
-        row |= {"tokens": metrics.get("experiment/num_tokens", 0.0 if step == 0 else None), "seconds": seconds}
-        row |= {"accuracy": float(np.mean(list(accuracy.values()))) if accuracy else None}
-        row |= {f"{ACCURACY}{source}": value for source, value in accuracy.items()}
-        row |= {TESTED: _watched_accuracy(run.regime, accuracy), "share": _watched_share(run.regime, metrics)}
-        for name in ("direction", "scores"):
-            row[f"reliability/{name}"] = metrics.get(f"gradalign/reliability/{name}")
-        yield row
 
 
-def _by_step(path: Path) -> dict[int, dict[str, float]]:
-    steps: dict[int, dict[str, float]] = {}
-    for step, metrics in read_metrics(path):
-        steps.setdefault(step, {}).update(metrics)
-    return steps
-
-
-def _family(source: str) -> str:
-    return source.rsplit("/", 1)[-1]
-
-
-def _watched_accuracy(regime: str, accuracy: Mapping[str, float]) -> float | None:
-    """Return the accuracy on what the trusted set is of."""
-    if regime in MINIATURES:
-        accuracy = {s: a for s, a in accuracy.items() if _family(s) in MINIATURES[regime].trusted}
-    return float(np.mean(list(accuracy.values()))) if accuracy else None
-
-
-def _watched_share(regime: str, metrics: Mapping[str, float]) -> float | None:
-    shares = {_family(name.removeprefix(SHARE)): v for name, v in metrics.items() if name.startswith(SHARE)}
-    if not shares:
-        return None
-    return MINIATURES[regime].share(shares) if regime in MINIATURES else shares.get("corrupted")
+def _family(name: str) -> str:
+    """Return the last part of a data source's name, or of a metric's."""
+    return name.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -110,30 +93,21 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
 
 def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> MethodSummary:
     seeds = tuple(dict.fromkeys(int(row["seed"]) for row in rows))
-    of_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
 
-    def over_seeds(column: str, first_share: float = 1.0) -> np.ndarray:
-        means = []
-        for mine in of_seed:
-            values = [row[column] for row in mine if row.get(column) is not None]
-            values = values[: max(1, round(first_share * len(values)))]
-            means.append(float(np.mean(values)) if values else float("nan"))
-        return np.array(means)
-
-    def last(column: str) -> np.ndarray:
-        found = [[row[column] for row in mine if row.get(column) is not None] for mine in of_seed]
-        return np.array([values[-1] if values else float("nan") for values in found])
+    def by_seed(column: str, of_known: Callable[[list[float]], Any]) -> np.ndarray:
+        known = [[r[column] for r in rows if r["seed"] == seed and r.get(column) is not None] for seed in seeds]
+        return np.array([float(of_known(values)) if values else np.nan for values in known])
 
     return MethodSummary(
         method=method,
         seeds=seeds,
-        accuracy_S=last(TESTED),
-        share_S=over_seeds("share"),
-        first_share_S=over_seeds("share", 0.25),
-        seconds_S=last("seconds"),
-        tokens_S=last("tokens"),
-        direction_S=over_seeds("reliability/direction"),
-        scores_S=over_seeds("reliability/scores"),
+        accuracy_S=by_seed(TESTED, itemgetter(-1)),
+        share_S=by_seed("share", np.mean),
+        first_share_S=by_seed("share", lambda values: np.mean(values[: max(1, round(len(values) / 4))])),
+        seconds_S=by_seed("seconds", itemgetter(-1)),
+        tokens_S=by_seed("tokens", itemgetter(-1)),
+        direction_S=by_seed("reliability/direction", np.mean),
+        scores_S=by_seed("reliability/scores", np.mean),
     )
 
 
@@ -206,23 +180,16 @@ def draw_figures(rows: Sequence[Mapping[str, Any]], folder: str | Path, watched:
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], path: Path, x: str, y: str, labels: Sequence[str]) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colours = pyplot.get_cmap("tab10")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         grid, mean, low, high = curve([row for row in rows if row["method"] == method], x, y)
         if len(grid):
-            axes.plot(grid, mean, color=colours(number % 10), label=method, linewidth=1.6)
-            axes.fill_between(grid, low, high, color=colours(number % 10), alpha=0.12, linewidth=0)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
+            axes.plot(grid, mean, color=f"C{number % 10}", label=method, linewidth=1.6)
+            axes.fill_between(grid, low, high, color=f"C{number % 10}", alpha=0.12, linewidth=0)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
