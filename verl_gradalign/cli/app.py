@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands share: the application they are registered with, and how a refusal is shown."""
+"""What all commands share: the application they are registered with, and how results and refusals are shown."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-__all__ = ["app", "refusals_as_messages"]
+__all__ = ["app", "numbers_table", "refusals_as_messages", "say", "whole_numbers"]
 
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
@@ -26,6 +28,29 @@ def refusals_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        say(Console(stderr=True), f"error: {error}", style="red")
         code = FAILED_RUN_EXIT_CODE if isinstance(error, RuntimeError) else BAD_INPUT_EXIT_CODE
         raise typer.Exit(code) from None
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print text as it is: paths and messages may hold what rich takes for markup, and are not broken into lines."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def numbers_table(header: Sequence[str], rows: Iterable[Sequence[str]], **style: Any) -> Table:
+    """Return a table for a terminal, all columns but the first aligned to the right."""
+    table = Table(*header, **style)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def whole_numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    """Return the numbers of an option. Raises: ValueError if they are none."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text} are not whole numbers; write for example {option} {example}") from None

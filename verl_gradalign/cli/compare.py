@@ -4,10 +4,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app, refusals_as_messages, say, whole_numbers
 
 EXAMPLES = """
 Examples:
@@ -23,16 +23,16 @@ Exit code: 0 done, 1 a run failed, 2 bad input.
 @app.command(epilog=EXAMPLES)
 def compare(
     regime: Annotated[
-        str, typer.Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
+        str, Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
-    methods: Annotated[str | None, typer.Option(help="Scores, and filter_groups; comma-separated. All ten.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(help="Series of a miniature's runs side by side.", min=1)] = 2,
-    data: Annotated[Path | None, typer.Option(help="A published regime's files, from `prepare`.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="A miniature's policy, to share among comparisons.")] = None,
-    warm_up_steps: Annotated[int | None, typer.Option(help="Of a miniature's policy.", min=1)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Further verl overrides of every run.")] = None,
+    output: Annotated[Path, Option(help="Folder for everything; give it again to go on.")],
+    methods: Annotated[str | None, Option(help="Scores, and filter_groups; comma-separated. All ten.")] = None,
+    seeds: Annotated[str, Option(help="Comma-separated.")] = "0,1,2",
+    jobs: Annotated[int, Option(help="Series of a miniature's runs side by side.", min=1)] = 2,
+    data: Annotated[Path | None, Option(help="A published regime's files, from `prepare`.")] = None,
+    policy: Annotated[Path | None, Option(help="A miniature's policy, to share among comparisons.")] = None,
+    warm_up_steps: Annotated[int | None, Option(help="Of a miniature's policy.", min=1)] = None,
+    overrides: Annotated[list[str] | None, Argument(help="Further verl overrides of every run.")] = None,
 ) -> None:
     """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
     from verl_gradalign.experiments.compare import Comparison
@@ -46,7 +46,7 @@ def compare(
             regime=regime,
             output=output,
             methods=tuple(methods.split(",")) if methods else METHODS,
-            seeds=_parse_seeds(seeds),
+            seeds=whole_numbers("--seeds", seeds, "0,1,2"),
             num_jobs=jobs,
             data=data,
             policy=policy,
@@ -54,12 +54,5 @@ def compare(
             overrides=tuple(overrides or ()),
         )
         summary = run_comparison(comparison, console)
-    console.print(summary.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _parse_seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--seeds {text} are not whole numbers; write for example --seeds 0,1,2") from None
+    say(console, summary.read_text(encoding="utf-8"))
+    say(console, f"wrote {output}")

@@ -9,9 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say, whole_numbers
 from verl_gradalign.cost import PRESETS, Cost, ModelShape, Setting, estimate, shape_of
 from verl_gradalign.cost.setting import option_of
 from verl_gradalign.cost.tables import Table, assumptions, tables_of
@@ -71,7 +70,7 @@ def cost(
         costs = [
             estimate(Setting(shape, num_gpus, **settings), tflops, tokens_per_second)
             for shape in _shapes(model, parameters, hf_config)
-            for num_gpus in _numbers(gpus)
+            for num_gpus in whole_numbers("--gpus", gpus, "1,8,64")
         ]
     if as_json:
         print(json.dumps({"costs": [as_mapping(each) for each in costs]}, indent=2))
@@ -80,7 +79,7 @@ def cost(
     else:
         print_costs(costs, gpu_gb)
         for note in dict.fromkeys(note for each in costs for note in each.notes):
-            Console().print(f"note: {note}.", markup=False, highlight=False, soft_wrap=True)
+            say(Console(), f"note: {note}.")
 
 
 def as_mapping(cost: Cost) -> dict[str, Any]:
@@ -99,12 +98,7 @@ def print_costs(costs: list[Cost], gpu_gb: float | None = None) -> None:
     console = Console()
     console.print(assumptions(costs[0].setting), markup=False, highlight=False)
     for table in tables_of(costs, gpu_gb):
-        shown = RichTable(*table.header, title=table.title, title_justify="left")
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(numbers_table(table.header, table.rows, title=table.title, title_justify="left"))
 
 
 def _shapes(model: str | None, parameters: float | None, hf_config: Path | None) -> list[ModelShape]:
@@ -116,13 +110,4 @@ def _shapes(model: str | None, parameters: float | None, hf_config: Path | None)
         except ValueError as error:
             raise ValueError(f"--hf-config {hf_config}: is not JSON ({error}). Remedy: name a config.json.") from error
         return [ModelShape.from_hf_config(values, hf_config.parent.name)]
-    if parameters is not None and model is None:
-        return [shape_of(None, parameters)]
-    return [shape_of(name.strip(), parameters) for name in model.split(",")] if model else [shape_of(None)]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--gpus {text} are not whole numbers; write for example --gpus 1,8,64") from None
+    return [shape_of(name, parameters) for name in (map(str.strip, model.split(",")) if model else [None])]

@@ -6,19 +6,17 @@ import sys
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Exit, Option
 
 from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, app
 from verl_gradalign.cli.cost import as_mapping, print_costs
 from verl_gradalign.cost import Cost
-
-if TYPE_CHECKING:
-    from verl_gradalign.findings import Findings
+from verl_gradalign.findings import Findings
 
 EXAMPLES = """
 Examples:
@@ -38,20 +36,18 @@ STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"
 @app.command(epilog=EXAMPLES)
 def doctor(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="What verl's entry point would be given; none: the machine alone.")
+        list[str] | None, Argument(help="What verl's entry point would be given; none: the machine alone.")
     ] = None,
     response_tokens: Annotated[
-        float | None, typer.Option(help="Mean tokens of a response, for the cost. Half of data.max_response_length.")
+        float | None, Option(help="Mean tokens of a response, for the cost. Half of data.max_response_length.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: findings, cost, ok.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object: findings, cost, ok.")] = False,
 ) -> None:
     """Check an environment and a composed configuration, and say what to change. Starts nothing.
 
     Versions, plugin, GPUs and limits; with overrides also what verl and the plugin refuse, the model against the
     estimator, the trusted set, rewards, folders, and the cost of a step.
     """
-    from verl_gradalign.findings import Findings
-
     findings = Findings()
     # verl prints while it checks; standard output is for the result.
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
@@ -64,10 +60,10 @@ def doctor(
     else:
         _print(findings, cost)
     if findings.has_errors:
-        raise typer.Exit(FAILED_RUN_EXIT_CODE)
+        raise Exit(FAILED_RUN_EXIT_CODE)
 
 
-def _examine(overrides: list[str], response_tokens: float | None, findings: "Findings") -> Cost | None:
+def _examine(overrides: list[str], response_tokens: float | None, findings: Findings) -> Cost | None:
     from verl_gradalign.doctor.machine import examine_environment
 
     machine = examine_environment(findings)
@@ -86,7 +82,7 @@ def _examine(overrides: list[str], response_tokens: float | None, findings: "Fin
     return cost
 
 
-def _print(findings: "Findings", cost: Cost | None) -> None:
+def _print(findings: Findings, cost: Cost | None) -> None:
     console = Console()
     table = Table("", "area", "finding", "what to change", show_lines=False)
     for finding in findings.all:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verl-gradalign prepare`: train, trusted and test files in verl's schema."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say
 
 EXAMPLES = """
 Examples:
@@ -23,30 +24,30 @@ Exit code: 0 done, 2 bad input.
 
 @app.command(epilog=EXAMPLES)
 def prepare(
-    output: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
+    output: Annotated[Path, Option(help="Folder to make; it must not exist, or be empty.")],
     train: Annotated[
         list[str] | None,
-        typer.Option(help="NAME, NAME:COUNT or NAME:first-COUNT; NAME@SPLIT for another split; repeatable."),
+        Option(help="NAME, NAME:COUNT or NAME:first-COUNT; NAME@SPLIT for another split; repeatable."),
     ] = None,
-    trusted: Annotated[list[str] | None, typer.Option(help="The same, for the trusted set.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help="The same, for the test file.")] = None,
+    trusted: Annotated[list[str] | None, Option(help="The same, for the trusted set.")] = None,
+    test: Annotated[list[str] | None, Option(help="The same, for the test file.")] = None,
     regime: Annotated[
         str | None,
-        typer.Option(help="unreliable, imbalance, low_utility or learnalign_gsm8k; other options replace its parts."),
+        Option(help="unreliable, imbalance, low_utility or learnalign_gsm8k; other options replace its parts."),
     ] = None,
     origin: Annotated[
         list[str] | None,
-        typer.Option("--from", help="NAME=PLACE or NAME@SPLIT=PLACE, a file, folder or hub id; repeatable."),
+        Option("--from", help="NAME=PLACE or NAME@SPLIT=PLACE, a file, folder or hub id; repeatable."),
     ] = None,
     corrupted_share: Annotated[
-        float | None, typer.Option(help="Share of train problems whose reward is a coin flip; none by default.")
+        float | None, Option(help="Share of train problems whose reward is a coin flip; none by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    seed: Annotated[int, Option(help="Seed of every draw.")] = 0,
     drop_overlap: Annotated[
-        bool, typer.Option("--drop-overlap", help="Leave out problems that two sources bring into two splits.")
+        bool, Option("--drop-overlap", help="Leave out problems that two sources bring into two splits.")
     ] = False,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows without question or answer.")
+        bool, Option("--skip-bad-rows", help="Leave out rows without question or answer.")
     ] = False,
 ) -> None:
     """Make train, trusted and test files in verl's schema, with a manifest.
@@ -75,7 +76,7 @@ def prepare(
         with console.status("reading, dividing and writing the problems"):
             manifest = prepare_files(plan, output)
         console.print(_summary(manifest))
-        console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"wrote {output}")
 
 
 def _parse_origins(values: list[str]) -> dict[str, str]:
@@ -90,20 +91,16 @@ def _parse_origins(values: list[str]) -> dict[str, str]:
 
 def _summary(manifest: dict[str, Any]) -> Table:
     """A table of what went where, by split and source."""
-    table = Table("split", "source", *(("problems", "duplicates", "held out", "overlaps", "corrupted")))
-    for column in table.columns[2:]:
-        column.justify = "right"
-    found_by_source: dict[str, int] = {}
-    for pool in manifest["sources"]:
-        found_by_source[pool["source"]] = found_by_source.get(pool["source"], 0) + pool["duplicates_removed"]
+    table = numbers_table(("split", "source", "problems", "duplicates", "held out", "overlaps", "corrupted"), [])
+    table.columns[1].justify = "left"
     for split, counts in manifest["splits"].items():
+        left_out = [counts[why] for why in ("duplicates_removed", "held_out_for_another_split", "overlaps_removed")]
         for source, num in counts["by_source"].items():
-            removed = (
-                counts[kind].get(source, 0)
-                for kind in ("duplicates_removed", "held_out_for_another_split", "overlaps_removed")
-            )
-            table.add_row(split, source, str(num), *map(str, removed), "")
+            table.add_row(split, source, str(num), *(str(of_source.get(source, 0)) for of_source in left_out), "")
         table.add_row(split, "all", str(counts["rows"]), "", "", "", str(counts["corrupted"]), end_section=True)
-    duplicates = ", ".join(f"{source} {num}" for source, num in found_by_source.items())
-    table.caption = f"duplicates removed within a source: {duplicates}"
+    duplicates = Counter[str]()
+    for pool in manifest["sources"]:
+        duplicates[pool["source"]] += pool["duplicates_removed"]
+    found = ", ".join(f"{source} {num}" for source, num in duplicates.items())
+    table.caption = f"duplicates removed within a source: {found}"
     return table

@@ -4,10 +4,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app, refusals_as_messages, say
 
 EXAMPLES = """
 Examples:
@@ -26,15 +26,15 @@ Exit code: 0 done, 2 bad input.
 def report(
     run_dirs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs."),
+        Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs."),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The file to write; report.html in the first RUN_DIR by default.")
+        Path | None, Option(help="The file to write; report.html in the first RUN_DIR by default.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers, all suspicious problems among them, as JSON.")
+        bool, Option("--json", help="Print the numbers, all suspicious problems among them, as JSON.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
+    top: Annotated[int, Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
 ) -> None:
     """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems."""
     import json
@@ -59,11 +59,9 @@ def report(
             path = write_report(runs, output or run_dirs[0] / "report.html", top, tell)
     for run in runs:
         for line in run.missing:
-            console.print(visible(f"{run.name}: {line}"), style="yellow", markup=False, highlight=False)
+            say(console, visible(f"{run.name}: {line}"), style="yellow")
     size = path.stat().st_size
     runs_made = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    console.print(f"wrote {path} ({size / 1e6:.2f} MB, {runs_made})", markup=False, highlight=False)
+    say(console, f"wrote {path} ({size / 1e6:.2f} MB, {runs_made})")
     if as_json:
-        typer.echo(
-            json.dumps({"report": str(path), "bytes": size, "runs": [summary_of(run) for run in runs]}, indent=1)
-        )
+        print(json.dumps({"report": str(path), "bytes": size, "runs": [summary_of(run) for run in runs]}, indent=1))

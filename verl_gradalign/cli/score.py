@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.table import Table
+from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say
 
 EXAMPLES = """
 Examples:
@@ -34,24 +34,22 @@ The same command resumes a scoring that was interrupted. Exit code: 0 done, 1 ve
 
 @app.command(epilog=EXAMPLES)
 def score(
-    pool: Annotated[list[Path], typer.Option(help="Parquet file in verl's schema to choose from; repeatable.")],
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model, or verl's global_step_<n>.")],
-    output: Annotated[Path, typer.Option(help="Folder for everything; give it again to go on.")],
-    trusted: Annotated[
-        list[Path] | None, typer.Option(help="The trusted set, for scores along it; repeatable.")
-    ] = None,
-    by: Annotated[str, typer.Option("--score", help="What problems are ranked by; see configs/gradalign.")] = "cosine",
-    keep: Annotated[float, typer.Option(help="A share of the pool (0.25), or a number of problems (1000).")] = 0.25,
-    responses: Annotated[int, typer.Option(help="Responses to each problem.")] = 8,
+    pool: Annotated[list[Path], Option(help="Parquet file in verl's schema to choose from; repeatable.")],
+    model: Annotated[Path, Option(help="Folder of a Hugging Face model, or verl's global_step_<n>.")],
+    output: Annotated[Path, Option(help="Folder for everything; give it again to go on.")],
+    trusted: Annotated[list[Path] | None, Option(help="The trusted set, for scores along it; repeatable.")] = None,
+    by: Annotated[str, Option("--score", help="What problems are ranked by; see configs/gradalign.")] = "cosine",
+    keep: Annotated[float, Option(help="A share of the pool (0.25), or a number of problems (1000).")] = 0.25,
+    responses: Annotated[int, Option(help="Responses to each problem.")] = 8,
     trusted_responses: Annotated[
-        int | None, typer.Option(help="Responses to each trusted problem; as many by default.")
+        int | None, Option(help="Responses to each trusted problem; as many by default.")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(help="Problems that are stored and scored together; 512 responses.", min=1)
+        int | None, Option(help="Problems that are stored and scored together; 512 responses.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of ties and of verl's data.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
-    overrides: Annotated[list[str] | None, typer.Argument(help="verl's own overrides, after --.")] = None,
+    seed: Annotated[int, Option(help="Of ties and of verl's data.", min=0)] = 0,
+    as_json: Annotated[bool, Option("--json", help="Print summary.json instead of a table.")] = False,
+    overrides: Annotated[list[str] | None, Argument(help="verl's own overrides, after --.")] = None,
 ) -> None:
     """Score a pool of problems with a model, without training it, and write the best as Parquet. Resumable.
 
@@ -85,7 +83,7 @@ def score(
         return
     out = Console()
     out.print(_table(summary))
-    out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+    say(out, f"wrote {output}")
 
 
 @contextmanager
@@ -93,8 +91,7 @@ def _bars(console: Console, status: Status) -> Iterator[Callable[[Mapping[str, A
     """Show how far a run is; yields what receives it (`GradAlignScoringTrainer`)."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console)
-    rolled_out = progress.add_task("rolled out", total=None)
-    scored = progress.add_task("scored", total=None)
+    rolled_out, scored = (progress.add_task(name, total=None) for name in ("rolled out", "scored"))
 
     def watch(now: Mapping[str, Any]) -> None:
         status.stop()  # rich shows one live display at a time
@@ -110,11 +107,8 @@ def _bars(console: Console, status: Status) -> Iterator[Callable[[Mapping[str, A
 
 def _table(summary: Mapping[str, Any]) -> Table:
     title = f"{summary['score']}: {summary['kept']} of {summary['problems']} problems kept, {summary['scored']} scored"
-    table = Table(title=title)
-    for column in ("data source", "problems", "kept", "success rate"):
-        table.add_column(column, justify="left" if column == "data source" else "right")
+    rows = []
     for source, counts in summary["by_source"].items():
-        rate = counts["success_rate"]
-        shown = "-" if rate is None else f"{rate:.1%}"
-        table.add_row(source, str(counts["problems"]), str(counts["kept"]), shown)
-    return table
+        rate = "-" if counts["success_rate"] is None else f"{counts['success_rate']:.1%}"
+        rows.append((source, str(counts["problems"]), str(counts["kept"]), rate))
+    return numbers_table(("data source", "problems", "kept", "success rate"), rows, title=title)
