@@ -71,7 +71,7 @@ def test_json_has_the_numbers_and_nothing_else_on_stdout(made):
 
 def test_the_page_shows_prompt_answer_and_responses_of_the_worst(made):
     folder, _, page = made
-    worst = read_run(find_runs([folder])[0]).suspects.problem_id_S[0]
+    worst = read_run(find_runs([folder])[0]).suspects.table["problem_id"][0].as_py()
     assert page.count("<details>") == 3
     assert f"Problem {worst}: what is {worst} + {worst}?" in page
     assert f"which makes {2 * worst}." in page and f"which makes {2 * worst + 1}." in page

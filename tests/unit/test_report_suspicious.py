@@ -3,13 +3,13 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from tests.benchmarks.report_logs import CLEAN, COIN_FLIP, MISLABELLED, LogPlan, write_log
-from verl_gradalign.report.problem_sums import ProblemSums
 from verl_gradalign.report.run import find_runs, read_run
 from verl_gradalign.report.suspicious import find_suspects, student_t
-from verl_gradalign.report.tallies import Rows
+from verl_gradalign.report.tallies import ProblemSums, Rows
 
 
 def rows_of(problem_id, cosine, error, norm=1.0, freedom=15):
@@ -32,14 +32,20 @@ def rows_of(problem_id, cosine, error, norm=1.0, freedom=15):
         "kept": np.zeros(size, dtype=bool),
         "reason": ["low_score"] * size,
     }
-    return Rows.of(pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()}))
+    return pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
 
 
 def suspects_of(*pieces):
     sums = ProblemSums()
     for piece in pieces:
-        sums.add(piece, np.zeros(len(piece), dtype=int))
-    return find_suspects(sums.problems())
+        sums.add(Rows.of(piece), np.zeros(len(piece), dtype=int))
+    return find_suspects(sums, ["a"])
+
+
+def ids(suspects, kind=None):
+    """The suspicious problems' ids, of one kind or of both."""
+    table = suspects.table if kind is None else suspects.table.filter(pc.equal(suspects.table["kind"], kind))
+    return table["problem_id"].to_numpy()
 
 
 def simulated(random, truth_P, num_occurrences, error=0.06, **changes):
@@ -54,14 +60,14 @@ def test_mislabelled_and_coin_flip_problems_are_found_in_a_log(tmp_path, error_f
     plan = LogPlan(num_steps=120, num_candidates=64, num_problems=500, error_freedom=error_freedom)
     truth = write_log(tmp_path / "gradalign", plan)
     suspects = read_run(find_runs([tmp_path])[0]).suspects
-    found = truth[suspects.problem_id_S]
+    found = truth[ids(suspects)]
     is_bad = found != CLEAN
     recall = is_bad.sum() / (truth != CLEAN).sum()
     precision = is_bad.mean()
     assert recall > 0.9 and precision > 0.85
-    negative = truth[suspects.problem_id_S[suspects.is_negative_S]]
+    negative = truth[ids(suspects, "negative")]
     assert (negative == MISLABELLED).mean() > 0.85
-    assert (found[~suspects.is_negative_S] == COIN_FLIP).mean() > 0.6
+    assert (truth[ids(suspects, "noise-like")] == COIN_FLIP).mean() > 0.6
     assert (found[:20] == MISLABELLED).mean() >= 0.9  # the farthest come first
 
 
@@ -86,14 +92,14 @@ def test_errors_that_are_estimated_poorly_accuse_no_more(freedom):
     error = 0.06 * np.sqrt(random.chisquare(freedom, size) / freedom)
     suspects = suspects_of(rows_of(problem_id, 0.06 * random.standard_normal(size), error, freedom=freedom))
     assert suspects.num_measured == 6000
-    assert int(suspects.is_negative_S.sum()) == pytest.approx(suspects.negative_if_none_aligned, abs=40)
+    assert suspects.num_negative == pytest.approx(suspects.negative_if_none_aligned, abs=40)
 
 
 def test_without_any_alignment_one_in_forty_looks_negative_and_that_is_said():
     random = np.random.default_rng(1)
     suspects = suspects_of(simulated(random, np.zeros(4000), 5))
     assert suspects.negative_if_none_aligned == 100
-    assert int(suspects.is_negative_S.sum()) == pytest.approx(100, abs=35)
+    assert suspects.num_negative == pytest.approx(100, abs=35)
 
 
 def test_errors_that_are_not_known_come_from_the_spread_between_occurrences():
@@ -102,7 +108,7 @@ def test_errors_that_are_not_known_come_from_the_spread_between_occurrences():
     problem_id = np.repeat(np.arange(400), 8)
     cosine = truth_P[problem_id] + 0.04 * random.standard_normal(len(problem_id))
     suspects = suspects_of(rows_of(problem_id, cosine, np.nan))
-    assert set(range(20)) <= set(suspects.problem_id_S.tolist())
+    assert set(range(20)) <= set(ids(suspects).tolist())
     assert len(suspects) < 30
 
 
@@ -111,7 +117,7 @@ def test_an_estimator_without_norms_is_judged_by_its_dot_products():
     truth_P = np.where(np.arange(300) < 15, -2.0, 2.0)
     suspects = suspects_of(simulated(random, truth_P, 5, error=0.7, norm=np.nan))
     assert not suspects.is_cosine
-    assert set(range(15)) <= set(suspects.problem_id_S.tolist()) and len(suspects) < 20
+    assert set(range(15)) <= set(ids(suspects).tolist()) and len(suspects) < 20
 
 
 def test_problems_met_once_are_not_accused_for_an_error_that_is_small_by_chance():
@@ -122,7 +128,7 @@ def test_problems_met_once_are_not_accused_for_an_error_that_is_small_by_chance(
     cosine = error * random.standard_normal(size)
     suspects = suspects_of(rows_of(np.arange(size), cosine, errors, freedom=1))
     assert suspects.num_measured == size
-    assert 0.3 < suspects.is_negative_S.sum() / suspects.negative_if_none_aligned < 1.1
+    assert 0.3 < suspects.num_negative / suspects.negative_if_none_aligned < 1.1
     assert (cosine < -1.96 * errors).sum() > 5 * suspects.negative_if_none_aligned  # what taking them as they are does
 
 
@@ -131,7 +137,7 @@ def test_problems_met_once_are_found_where_they_stand_out():
     truth_P = np.where(np.arange(2000) < 100, -0.3, 0.15)
     errors = 0.06 * np.abs(random.standard_normal(2000))
     suspects = suspects_of(rows_of(np.arange(2000), truth_P + 0.06 * random.standard_normal(2000), errors, freedom=1))
-    is_bad = suspects.problem_id_S < 100
+    is_bad = ids(suspects) < 100
     assert is_bad.sum() > 90 and is_bad.mean() > 0.6
 
 
@@ -140,14 +146,11 @@ def test_sums_in_pieces_are_those_of_the_whole():
     piece = simulated(random, np.linspace(-0.1, 0.2, 50), 6)
     order = random.permutation(len(piece))
     whole = suspects_of(piece)
-    fields = {name: value for name, value in vars(piece).items() if name != "texts"}
-    parts = [
-        Rows(**{name: value[part] for name, value in fields.items()}, texts={}) for part in np.array_split(order, 7)
-    ]
+    parts = [piece.take(part) for part in np.array_split(order, 7)]
     divided = suspects_of(*parts)
-    assert divided.problem_id_S.tolist() == whole.problem_id_S.tolist()
-    np.testing.assert_allclose(divided.mean_S, whole.mean_S)
-    np.testing.assert_allclose(divided.error_S, whole.error_S)
+    assert ids(divided).tolist() == ids(whole).tolist()
+    for name in ("alignment", "standard_error"):
+        np.testing.assert_allclose(divided.table[name], whole.table[name])
 
 
 def test_interval_widths_are_students():

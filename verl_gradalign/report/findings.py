@@ -3,25 +3,33 @@
 
 for finding in findings_of(read_run(run)):
     print(finding.level, finding.message, finding.remedy)
+
+One rule per topic: first what a run chose and what came of it, then how well and at what price it measured. A rule says
+nothing of what was not measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import isnan
 
+import numpy as np
+
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.findings import GOOD, NOTE, PROBLEM, VERDICTS, WATCH, Finding
-from verl_gradalign.report.rules_measurement import FAIR, MEASURING_RULES, NOISE
-from verl_gradalign.report.rules_outcome import OUTCOME_RULES
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.visible_text import short
 
 __all__ = ["findings_of", "headline_of"]
 
+NOISE = 0.3
+"""A reliability below which a ranking is mostly noise: under a third of its variance would come out again."""
+FAIR = 0.5
+
 
 def findings_of(run: RunData) -> list[Finding]:
     """Return what is to be said of a run, the most important first. What was not measured is not mentioned."""
-    found = [finding for rule in (*OUTCOME_RULES, *MEASURING_RULES) for finding in rule(run)]
-    return sorted(found, key=lambda finding: VERDICTS.index(finding.level))
+    return sorted((f for rule in RULES for f in rule(run)), key=lambda finding: VERDICTS.index(finding.level))
 
 
 def headline_of(run: RunData) -> tuple[str, str]:
@@ -29,8 +37,7 @@ def headline_of(run: RunData) -> tuple[str, str]:
     if not run.steps.num_rows:
         return PROBLEM, "Nothing can be said: no row of the selection could be read."
     score = short(str(run.key("gradalign.score", "an unknown score")))
-    measured = not isnan(run.steps.mean("alignment", False)) or run.suspects.num_measured > 0
-    if not measured:
+    if isnan(run.steps.mean("alignment", False)) and not run.suspects.num_measured:
         return NOTE, f"Problems were chosen by {score}, without measuring alignment: a baseline to compare with."
     reliability = run.metrics.mean("gradalign/reliability/scores")
     gain = run.steps.mean("score", True) - run.steps.mean("score", False)
@@ -46,3 +53,207 @@ def headline_of(run: RunData) -> tuple[str, str]:
     if reliability < FAIR:
         return WATCH, f"The ranking by {score} holds information, and much noise: about as much of one as of the other."
     return GOOD, f"The selection works: the ranking by {score} would largely come out again."
+
+
+def _accuracy(run: RunData) -> Iterator[Finding]:
+    results = [r for r in run.accuracy() if r["first_step"] < r["last_step"]]
+    if not results:
+        return
+    change = float(np.mean([r["after"] - r["before"] for r in results]))
+    verdict = GOOD if change > 0.005 else PROBLEM if change < -0.01 else WATCH
+    word = run.held_out()[0]
+    form = ".1%" if word == "accuracy" else ".3g"
+    text = "; ".join(
+        f"{short(r['data_source'])} {r['before']:{form}} at step {r['first_step']:,}, "
+        f"{r['after']:{form}} at step {r['last_step']:,}"
+        for r in results[:4]
+    )
+    more = f"; and {len(results) - 4} more data sources" if len(results) > 4 else ""
+    remedy = "" if verdict == GOOD else "Compare with a run of gradalign.score=random before you blame the selection."
+    yield Finding("held-out accuracy", verdict, f"Held-out {word}: {text}{more}.", remedy)
+
+
+def _note_or_watch(topic: str, is_fine: bool, text: str, remedy: str) -> Finding:
+    return Finding(topic, NOTE, text) if is_fine else Finding(topic, WATCH, text, remedy)
+
+
+def _graded(topic: str, value: float, good: float, watch: float, text: str, remedy: str) -> Finding:
+    verdict = GOOD if value >= good else WATCH if value >= watch else PROBLEM
+    return Finding(topic, verdict, text, "" if verdict == GOOD else remedy)
+
+
+def _pool_and_kept(run: RunData, name: str) -> tuple[float, float] | None:
+    """Return a column's mean over all candidates and over the kept ones, None if either is not known."""
+    pool, kept = run.steps.mean(name, False), run.steps.mean(name, True)
+    return None if isnan(pool) or isnan(kept) else (pool, kept)
+
+
+def _alignment(run: RunData) -> Iterator[Finding]:
+    if means := _pool_and_kept(run, "alignment"):
+        pool, kept = means
+        text = (
+            f"Mean alignment (cosine with the direction): {kept:+.3f} of what was kept, {pool:+.3f} of all candidates."
+        )
+        reliability = run.metrics.mean("gradalign/reliability/scores")
+        if kept > pool and reliability > 0:  # the rest of the difference is favourable error of measurement
+            text += f" Of the difference about {min(1.0, reliability) * (kept - pool):.3f} would come out again."
+        remedy = "" if kept > pool else "Intended only where gradalign.score is not a measure of alignment."
+        yield Finding("alignment", WATCH if remedy else GOOD, text, remedy)
+
+
+def _suspicious(run: RunData) -> Iterator[Finding]:
+    suspects = run.suspects
+    if not suspects.num_measured:
+        return
+    text = (
+        f"{len(suspects):,} of {suspects.num_measured:,} problems look suspicious, {suspects.num_negative:,} of them "
+        "pointing away from the trusted set; by chance one would expect about "
+        f"{suspects.expected_by_chance:,.0f}."
+    )
+    is_many = len(suspects) > max(2 * suspects.expected_by_chance, 0.01 * suspects.num_measured, 3)
+    remedy = "Read them, below: wrong answers, broken graders, or another skill than the trusted set's."
+    yield _note_or_watch("suspicious problems", not is_many, text, remedy)
+
+
+def _composition(run: RunData) -> Iterator[Finding]:
+    alike = []
+    for column in run.columns:
+        shift = [row for row in run.composition(column) if row[1] >= 0.01 or row[2] >= 0.05]
+        if len(shift) < 2 or not run.steps.num_kept:
+            continue
+        ratios = [kept / max(pool, 1e-9) for _, pool, kept in shift]
+        if max(ratios) < 1.15 and min(ratios) > 0.87:
+            alike.append(short(column))
+            continue
+        most, least = (
+            f"{short(value)} ({pool:.0%} of the candidates, {kept:.0%} of what is kept)"
+            for value, pool, kept in (shift[int(np.argmax(ratios))], shift[int(np.argmin(ratios))])
+        )
+        value, pool, kept = shift[int(np.argmin(ratios))]
+        remedy = f"Nearly nothing of {short(value)} is trained on: is that meant? Look at the trusted set."
+        is_gone = pool >= 0.05 and kept < 0.2 * pool
+        text = f"By {short(column)}, selection prefers {most} and avoids {least}."
+        yield _note_or_watch(f"composition by {short(column)}", not is_gone, text, remedy)
+    if alike:
+        text = f"By {', '.join(alike)}, what is kept is what the candidates are, within 15%."
+        yield Finding("composition", NOTE, text)
+
+
+def _success(run: RunData) -> Iterator[Finding]:
+    if means := _pool_and_kept(run, "success_rate"):
+        pool, kept = means
+        text = f"Success rate: {kept:.0%} of what was kept, {pool:.0%} of all candidates."
+        easier = "easier" if kept < 0.05 else "harder"
+        remedy = f"Hardly a response differs from the others, so there is little to learn: use {easier} problems."
+        yield _note_or_watch("success rate", 0.05 <= kept <= 0.95, text, remedy)
+
+
+def _length(run: RunData) -> Iterator[Finding]:
+    if (means := _pool_and_kept(run, "response_tokens")) and means[0] > 0:
+        pool, kept = means
+        text = f"Responses: {kept:,.0f} tokens of what was kept, {pool:,.0f} of all candidates."
+        remedy = (
+            "The selection chooses by length: see gradalign.loss_agg_mode, and gradalign.score=cosine instead of dot."
+        )
+        yield _note_or_watch("length", 0.7 <= kept / pool <= 1.4, text, remedy)
+
+
+def _reliability(run: RunData) -> Iterator[Finding]:
+    scores, direction = (run.metrics.mean(f"gradalign/reliability/{name}") for name in ("scores", "direction"))
+    now_n, now_validation_n = (
+        f" (now {n})" if n else "" for n in (run.key("actor_rollout_ref.rollout.n"), run.key("gradalign.validation.n"))
+    )
+    if not isnan(scores):
+        means = "the rank correlation with fresh responses to the same problems"
+        text = f"Reliability of the scores is {scores:.2f}: {means}."
+        text += f" Below about {NOISE} a ranking is mostly noise." if scores < NOISE else ""
+        remedy = f"Raise actor_rollout_ref.rollout.n{now_n}, or try gradalign.score=confident_cosine."
+        yield _graded("reliability of scores", scores, FAIR, NOISE, text, remedy)
+    if not isnan(direction):
+        text = f"Reliability of the direction is {direction:.2f}: the cosine with one from fresh trusted responses."
+        remedy = (
+            f"Raise gradalign.validation.n{now_validation_n} first, then add trusted problems, "
+            "or average over refreshes with gradalign.direction.ema."
+        )
+        yield _graded("reliability of the direction", direction, FAIR, NOISE, text, remedy)
+
+
+def _reasons(run: RunData) -> Iterator[Finding]:
+    counts = {reason: int(count.sum()) for reason, count in run.reasons.counts(False).items()}
+    total = max(1, sum(counts.values()))
+    dead = (counts.get("dead", 0) + counts.get("filler", 0)) / total
+    failed, odd = counts.get("failed", 0) / total, counts.get("non_finite", 0)
+    if dead > 0:
+        text = f"Dead groups, all of whose responses have the same reward: {dead:.0%} of the candidates."
+        remedy = "Their rollouts are lost: leave out problems that are far too easy or hard, or raise rollout.n."
+        yield _note_or_watch("dead groups", dead <= 0.6, text, remedy)
+    if failed > 0:
+        text = f"Responses could not be generated for {failed:.1%} of the candidates."
+        remedy = "Look for errors of the rollout or the reward function in the run's output."
+        yield Finding("failed groups", PROBLEM if failed > 0.05 else WATCH, text, remedy)
+    if odd > 0:
+        text = f"{odd:,} scores were not finite; such problems are never kept."
+        remedy = "Look for a loss or gradient that is not finite (learning rate, precision)."
+        yield Finding("scores that are not finite", PROBLEM if odd > 0.01 * total else WATCH, text, remedy)
+
+
+def _cost(run: RunData) -> Iterator[Finding]:
+    probe, whole = (run.metrics.mean(f"gradalign/{name}/share_of_step") for name in ("seconds", "cost"))
+    if not isnan(probe):
+        text = f"Selection itself takes {probe:.0%} of a step's seconds"
+        text += "." if isnan(whole) else f"; with the rollouts that are not trained on, {whole:.0%}."
+        remedy = "Lower gradalign.oversample, or raise gradalign.direction.refresh_interval."
+        yield _note_or_watch("cost", not (probe > FAIR or whole > 0.8), text, remedy)
+
+
+FALLBACKS = (
+    (
+        *("reliability/fallback", "steps without a reliable ranking", "fell back to gradalign.reliability.fallback"),
+        "Raise rollout.n or validation.n; or lower gradalign.reliability.min_reliability.",
+    ),
+    (
+        *("direction/degenerate", "degenerate directions", "had trusted groups that gave no direction"),
+        "Use trusted problems that are neither always nor never solved, or more of them.",
+    ),
+)
+"""(metric, topic, what such steps did, remedy)"""
+
+
+def _fallbacks(run: RunData) -> Iterator[Finding]:
+    for name, topic, what, remedy in FALLBACKS:
+        share, number = run.metrics.mean(f"gradalign/{name}"), run.metrics.total(f"gradalign/{name}")
+        if share > 0:
+            text = f"{number:,.0f} step{'' if number == 1 else 's'} ({share:.1%}) {what}."
+            yield Finding(topic, PROBLEM if share > 0.2 else WATCH, text, remedy)
+
+
+def _estimator(run: RunData) -> Iterator[Finding]:
+    error = run.metrics.most("gradalign/probe/canary/relative_error")
+    if not isnan(error):
+        text = f"The estimator's largest error against exact backward passes was {error:.1e} of the gradient's norm."
+        is_bad = error > float(run.key("gradalign.probe.canary_threshold", ProbeConfig.canary_threshold))
+        remedy = "Set gradalign.estimator=backward and report the model." if is_bad else ""
+        yield Finding("exactness", PROBLEM if is_bad else GOOD, text, remedy)
+    fidelity = run.metrics.mean("gradalign/probe/fidelity/spearman")
+    if not isnan(fidelity):
+        text = f"The approximate estimator's ranks correlate with exact ones by {fidelity:.2f}, on a few problems."
+        yield _graded("fidelity", fidelity, 0.8, FAIR, text, "Set gradalign.estimator=ghost.")
+    oversized, candidates = (run.metrics.total(f"gradalign/{name}") for name in ("probe/oversized", "candidates"))
+    if oversized > 0.02 * candidates:
+        share = f"{oversized / candidates:.0%} of the candidates"
+        text = f"{share} were too long for a micro-batch and scored one at a time."
+        yield Finding("oversized problems", WATCH, text, "Raise gradalign.probe.max_tokens_per_rank.")
+
+
+def _direction_age(run: RunData) -> Iterator[Finding]:
+    age, cosine = run.metrics.most("gradalign/direction/age"), run.metrics.mean("gradalign/direction/cosine_previous")
+    if age > 1 and not isnan(cosine):
+        text = f"Directions were used until {age:.0f} steps old; one agrees with the next by {cosine:.2f} (cosine)."
+        remedy = "Refresh more often (gradalign.direction.refresh_interval), or average with gradalign.direction.ema."
+        yield _note_or_watch("age of the direction", cosine >= NOISE, text, remedy)
+
+
+RULES = (
+    *(_accuracy, _alignment, _suspicious, _composition, _success, _length),
+    *(_reliability, _reasons, _cost, _fallbacks, _estimator, _direction_age),
+)

@@ -2,30 +2,75 @@
 """A report as one HTML file that needs nothing else: no network, no script, no other file.
 
 path = write_report(find_runs(["outputs"]), "report.html")
+
+The template gets tables, pictures and plain values by name; every text from outside is made visible here.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verl_gradalign.files import replacing
-from verl_gradalign.report.page import comparison_table, page_of
-from verl_gradalign.report.pictures import compared
+from verl_gradalign.log.selection_log import EXTRA
+from verl_gradalign.report.findings import findings_of, headline_of
+from verl_gradalign.report.pictures import compared, pictures_of
+from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.run import RunData
+from verl_gradalign.report.visible_text import short, shown
 
 __all__ = ["render", "write_report"]
 
 MAX_RUNS_IN_FULL = 5
+MAX_TABLE_ROWS = 12
 TEXT_BYTES = 1_200_000
 """Of all prompts, answers and responses; together with pictures this stays below 5 MB."""
 TEXTS_PER_PROBLEM = 6
 MOST_CHARS, LEAST_CHARS = 3000, 300
+UNKNOWN = "\u2013"
+COMPARED = (
+    *("run", "score", "steps", "held-out accuracy", "reliability of scores, direction", "kept: success, alignment"),
+    *("selection's share of a step", "suspicious"),
+)
+SETTINGS = {
+    "Score": "gradalign.score",
+    "Schedule": "gradalign.schedule",
+    "Estimator": "gradalign.estimator",
+    "Candidates per place": "gradalign.oversample",
+    "Responses per problem": "actor_rollout_ref.rollout.n",
+    "Responses per trusted problem": "gradalign.validation.n",
+    "Direction refreshed every": "gradalign.direction.refresh_interval",
+    "Advantages": "algorithm.adv_estimator",
+    "Model": "actor_rollout_ref.model.path",
+}
+COSTS = {
+    "rollout": "generating candidates and trusted problems",
+    "direction": "making the direction of the trusted sets",
+    "scores": "measuring the candidates",
+    "rest of the selection": "moving data, choosing, logging",
+    "update": "the actor's update",
+    "everything else": "old log-probabilities, reference, weights, validation, checkpoints",
+}
+"""By stage of a step; those of one word are metrics, gradalign/seconds/<stage>."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; `bars` are lengths from 0 to 1 drawn beside the rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    bars: Sequence[float] = ()
 
 
 def render(runs: Sequence[RunData], top: int = 30) -> str:
@@ -35,7 +80,6 @@ def render(runs: Sequence[RunData], top: int = 30) -> str:
     # Four bytes hold a character of any language.
     fair_share = TEXT_BYTES // (4 * TEXTS_PER_PROBLEM * max(1, num_shown))
     text_chars = min(MOST_CHARS, max(LEAST_CHARS, fair_share))
-    pages = [page_of(run, number, top, text_chars) for number, run in enumerate(in_full, start=1)]
     environment = Environment(
         loader=PackageLoader("verl_gradalign.report"),
         autoescape=True,
@@ -44,8 +88,8 @@ def render(runs: Sequence[RunData], top: int = 30) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        pages=pages,
-        comparison=comparison_table(runs) if len(runs) > 1 else None,
+        pages=[_page(run, number, top, text_chars) for number, run in enumerate(in_full, start=1)],
+        comparison=_comparison_table(runs) if len(runs) > 1 else None,
         compared=compared(runs) if len(runs) > 1 else [],
         num_runs=len(runs),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -64,3 +108,146 @@ def write_report(
     with replacing(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="replace")
     return path
+
+
+def _page(run: RunData, number: int, top: int, text_chars: int) -> dict[str, Any]:
+    """Return everything of one run. `top`: suspicious problems shown; `text_chars`: what their texts are cut to."""
+    verdict, headline = headline_of(run)
+    suspects = run.suspects
+    return {
+        "anchor": f"run-{number}",
+        "name": short(run.name, 120),
+        "place": short(str(run.folder), 300),
+        "facts": _facts(run),
+        "verdict": verdict,
+        "headline": headline,
+        "findings": findings_of(run),
+        "missing": [short(text, 1500) for text in run.missing],
+        "pictures": pictures_of(run),
+        "composition": [_composition_table(run, column) for column in run.columns if run.steps.num_rows],
+        "reasons": _reasons_table(run),
+        "costs": _cost_table(run),
+        "suspects": _suspects(run, top, text_chars),
+        "num_suspects": len(suspects),
+        "num_measured": suspects.num_measured,
+        "num_negative": suspects.num_negative,
+        "typical": f"{suspects.typical:+.3f}",
+        "by_chance": f"{suspects.expected_by_chance:,.0f}",
+        "none_aligned": f"{suspects.negative_if_none_aligned:,.0f}",
+        "unit": suspects.unit,
+    }
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    known = {label: run.key(path) for label, path in SETTINGS.items()}
+    versions, created = run.about.get("versions"), run.about.get("created")
+    facts = [("Size", f"{run.steps.num_rows:,} candidates in {len(run.steps.steps):,} steps")]
+    facts += [(label, short(str(value))) for label, value in known.items() if value is not None]
+    if isinstance(versions, dict):
+        facts.append(("Versions", short(", ".join(f"{name} {version}" for name, version in versions.items()), 300)))
+    return facts + ([("Started", short(str(created)))] if created else [])
+
+
+def _comparison_table(runs: Sequence[RunData]) -> Table:
+    """Return a row per run."""
+    rows = []
+    for run in runs:
+        results = run.accuracy()
+        form = ".1%" if run.held_out()[0] == "accuracy" else ".3g"
+        before, after = (
+            float(np.mean([r[end] for r in results])) if results else math.nan for end in ("before", "after")
+        )
+        change = f"{before:{form}} \u2192 {after:{form}}" if results else f"{UNKNOWN} \u2192 {UNKNOWN}"
+        reliabilities = (run.metrics.mean(f"gradalign/reliability/{name}") for name in ("scores", "direction"))
+        rows.append(
+            (
+                short(run.name, 120),
+                short(str(run.key("gradalign.score", "?")), 40),
+                f"{len(run.steps.steps):,}",
+                change,
+                ", ".join(_number(value, ".2f") for value in reliabilities),
+                f"{_number(run.steps.mean('success_rate', True), '.1%')}, "
+                f"{_number(run.steps.mean('alignment', True), '+.3f')}",
+                _number(run.metrics.mean("gradalign/seconds/share_of_step"), ".1%"),
+                f"{len(run.suspects):,} of {run.suspects.num_measured:,}" if run.suspects.num_measured else UNKNOWN,
+            )
+        )
+    return Table(
+        COMPARED, rows, "Means over all steps; accuracies are means over data sources, first and last validation."
+    )
+
+
+def _composition_table(run: RunData, column: str) -> Table:
+    values = run.composition(column)
+    rows = [
+        (short(value), f"{pool:.1%}", f"{kept:.1%}", f"{kept / pool:.2f}" if pool else UNKNOWN)
+        for value, pool, kept in values[:MAX_TABLE_ROWS]
+    ]
+    name, rest = short(column.removeprefix(EXTRA)), len(values) - MAX_TABLE_ROWS
+    cut = f"; the {MAX_TABLE_ROWS} most frequent values, {rest} more are not shown" if rest > 0 else ""
+    return Table((name, "candidates", "kept", "kept / candidates"), rows, f"By {name}{cut}.")
+
+
+def _reasons_table(run: RunData) -> Table:
+    kept, total = run.reasons.counts(True), max(1, run.steps.num_rows)
+    rows = [
+        (short(reason), "kept" if kept[reason].any() else "rejected", f"{count.sum():,}", f"{count.sum() / total:.1%}")
+        for reason, count in run.reasons.counts(False).items()
+        if count.any()
+    ]
+    return Table(("reason", "", "candidates", "share"), rows, "Why candidates were kept or rejected.")
+
+
+def _cost_table(run: RunData) -> Table | None:
+    """Return the mean seconds of a step by stage, None if they are not known."""
+    num_steps, step_s = run.metrics.count("timing_s/step"), run.metrics.mean("timing_s/step")
+    if not step_s > 0 or not run.metrics.count("gradalign/seconds/selection"):
+        return None
+
+    def seconds_of(stage: str) -> float:
+        # A stage that not every step has counts with what it adds to the mean step.
+        total = run.metrics.total(f"gradalign/seconds/{stage}")
+        return 0.0 if math.isnan(total) else total / num_steps
+
+    seconds = {stage: seconds_of(stage) for stage in ("rollout", "direction", "scores", "update", "selection")}
+    seconds["rest of the selection"] = max(0.0, seconds["selection"] - seconds["direction"] - seconds["scores"])
+    seconds["everything else"] = max(0.0, step_s - seconds["selection"] - seconds["rollout"] - seconds["update"])
+    rows = [(name, f"{seconds[name]:,.2f}", f"{seconds[name] / step_s:.1%}", what) for name, what in COSTS.items()]
+    bars = [min(1.0, seconds[name] / step_s) for name in COSTS]
+    return Table(("stage", "s / step", "share", ""), rows, f"Mean of {num_steps:,} steps: {step_s:,.1f} s each.", bars)
+
+
+def _suspects(run: RunData, top: int, text_chars: int) -> list[dict[str, Any]]:
+    """Return the suspicious problems with their texts; None: not known."""
+    rows = run.suspects.table.slice(0, top).to_pylist()
+    texts = problem_texts(run.reader, run.about, [row["problem_id"] for row in rows])
+
+    def cut(text: str | None) -> Any:
+        return None if text is None else shown(text, text_chars)
+
+    return [
+        {
+            "problem_id": row["problem_id"],
+            "kind": row["kind"],
+            "source": short(row["data_source"]),
+            "mean": f"{row['alignment']:+.3f} \u00b1 {row['standard_error']:.3f}",
+            "interval": f"{row['low']:+.3f} to {row['high']:+.3f}",
+            "distance": f"{-row['distance']:.1f}",
+            "occurrences": f"{row['num_negative']} of {row['num_measured']}",
+            "success_rate": _number(row["success_rate"], ".0%"),
+            "kept": f"{row['num_kept']:,}",
+            "prompt": cut(text.prompt),
+            "answer": cut(text.answer),
+            "origin": short(text.origin, 300) if text.origin else "",
+            "responses": [
+                {"step": r.step, "reward": f"{r.reward:g}", "num_tokens": r.num_tokens, "text": cut(r.text)}
+                for r in text.responses
+            ],
+        }
+        for row in rows
+        for text in [texts[row["problem_id"]]]
+    ]
+
+
+def _number(value: float, form: str) -> str:
+    return UNKNOWN if math.isnan(value) else format(value, form)

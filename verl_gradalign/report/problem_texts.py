@@ -52,8 +52,7 @@ def problem_texts(reader: LogReader, about: Mapping[str, Any], problem_ids: Sequ
     texts = {int(problem_id): ProblemText() for problem_id in problem_ids}
     if not texts:
         return texts
-    wanted = pa.array(sorted(texts), pa.int64())
-    for rows in reader.batches("samples", having=wanted):
+    for rows in reader.batches("samples", having=pa.array(sorted(texts), pa.int64())):
         _take(rows, texts)
     for text in texts.values():
         text.responses = _newest_extremes(text.responses)
@@ -64,27 +63,23 @@ def problem_texts(reader: LogReader, about: Mapping[str, Any], problem_ids: Sequ
 
 
 def _take(rows: pa.Table, texts: dict[int, ProblemText]) -> None:
-    columns = {name: texts_of(rows[name]) for name in ("prompt", "answer", "response")}
-    numbers = {name: rows[name].to_pylist() for name in ("step", "problem_id", "reward", "num_tokens")}
-    is_there = {name: rows[name].is_valid().to_pylist() for name in columns}
-    for place, problem_id in enumerate(numbers["problem_id"]):
-        text = texts[problem_id]
-        if is_there["prompt"][place]:
-            text.prompt = columns["prompt"][place]
-        if is_there["answer"][place]:
-            text.answer = columns["answer"][place]
-        reward = numbers["reward"][place]
-        if is_there["response"][place]:
-            text.responses.append(
-                Response(
-                    numbers["step"][place],
-                    columns["response"][place],
-                    float("nan") if reward is None else reward,
-                    numbers["num_tokens"][place],
-                )
-            )
+    """Add the rows' texts to the problems': the last prompt and answer, and the responses."""
+    named = ("prompt", "answer", "response")
+    known = rows.select(["step", "problem_id", "reward", "num_tokens"]).to_pylist()
+    for row, *found in zip(known, *(_known_texts(rows[name]) for name in named), strict=True):
+        text, (prompt, answer, response) = texts[row["problem_id"]], found
+        text.prompt = text.prompt if prompt is None else prompt
+        text.answer = text.answer if answer is None else answer
+        if response is not None:
+            reward = float("nan") if row["reward"] is None else row["reward"]
+            text.responses.append(Response(row["step"], response, reward, row["num_tokens"]))
         if len(text.responses) > 8 * MAX_RESPONSES:
             text.responses = _newest_extremes(text.responses)
+
+
+def _known_texts(column: pa.ChunkedArray) -> list[str | None]:
+    is_there = column.is_valid().to_pylist()
+    return [text if known else None for text, known in zip(texts_of(column), is_there, strict=True)]
 
 
 def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
@@ -93,12 +88,13 @@ def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
     for step in sorted({response.step for response in responses}, reverse=True)[:2]:
         mine = sorted((r for r in responses if r.step == step), key=lambda r: -r.reward)
         chosen += [mine[0], mine[-1]] if len(mine) > 1 else mine
-    return chosen[:MAX_RESPONSES]
+    return chosen
 
 
 def _rows_of_train_files(about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[int, str, str, str]]:
     """Yield (problem_id, prompt, answer, file) of the problems that the train files, as they are now, still have."""
     files = key_of(about, "data.train_files", [])
+    prompt_key = key_of(about, "data.prompt_key", "prompt")
     first = 0
     for name in [files] if isinstance(files, str) else list(files):
         path = Path(str(name)).expanduser()
@@ -106,29 +102,26 @@ def _rows_of_train_files(about: Mapping[str, Any], wanted: set[int]) -> Iterator
             return  # without its number of rows, those of later files have unknown ids
         last = first
         try:
-            for last, row in enumerate(_rows_of(path, about, {w - first for w in wanted}), start=first):
-                if last in wanted and row is not None:
-                    yield last, *row, str(path)
+            for last, row in enumerate(_rows_of(path, prompt_key, {w - first for w in wanted}), start=first):
+                if row is not None:
+                    yield last, *_texts_of_row(row, prompt_key), str(path)
         except (OSError, ValueError, pa.ArrowException):
             return
         first = last + 1
 
 
-def _rows_of(path: Path, about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[str, str] | None]:
-    """Yield prompt and answer of every row of a file, None where they are not wanted."""
-    prompt_key = key_of(about, "data.prompt_key", "prompt")
+def _rows_of(path: Path, prompt_key: str, wanted: set[int]) -> Iterator[Mapping[str, Any] | None]:
+    """Yield every row of a file, None where it is not wanted."""
     if path.suffix != ".parquet":
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for place, line in enumerate(file):
-                yield _texts_of_row(json.loads(line), prompt_key) if place in wanted else None
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            yield from (json.loads(line) if place in wanted else None for place, line in enumerate(lines))
         return
     file = pq.ParquetFile(path)
     columns = [name for name in (prompt_key, "reward_model") if name in file.schema_arrow.names]
     place = 0
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         for row in range(len(batch)):
-            is_wanted = place + row in wanted
-            yield _texts_of_row(batch.slice(row, 1).to_pylist()[0], prompt_key) if is_wanted else None
+            yield batch.slice(row, 1).to_pylist()[0] if place + row in wanted else None
         place += len(batch)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,18 @@ from typing import Any
 
 from verl_gradalign.log.parts import NAME, parts_of
 from verl_gradalign.log.selection_log import EXTRA
-from verl_gradalign.report.problem_sums import ProblemSums
 from verl_gradalign.report.reader import LogReader
 from verl_gradalign.report.suspicious import Suspects, find_suspects
-from verl_gradalign.report.tallies import MetricTally, PointSample, Rows, StepBins, StepTally, ValueTally
+from verl_gradalign.report.tallies import Metrics, PointSample, ProblemSums, Rows, StepBins, StepTally, ValueTally
 
 __all__ = ["RunData", "RunFolder", "find_runs", "gaps_of", "key_of", "read_run"]
 
 MAX_GAPS = 4
 MAX_COLUMNS = 12
+MAX_DEPTH = 6
+LOG_FOLDER = "gradalign"
+NOT_SEARCHED = ("earlier-", "global_step_", ".")
+"""Beginnings of the names of folders that hold no log of their own: earlier runs, checkpoints, hidden ones."""
 WANTED_METRICS = (
     "gradalign/reliability/",
     "gradalign/direction/",
@@ -46,6 +50,14 @@ WANTED_METRICS = (
 
 
 @dataclass(frozen=True)
+class RunFolder:
+    """A run's log, and a name that distinguishes it from the others."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
 class RunData:
     """What is known of a run."""
 
@@ -61,21 +73,40 @@ class RunData:
     """By data_source, and what gradalign.log.columns asked for."""
     points: PointSample
     suspects: Suspects
-    metrics: MetricTally
+    metrics: Metrics
     reader: LogReader
-
-    @property
-    def sources(self) -> list[str]:
-        """Data sources by the number that suspects have them as."""
-        return list(self.columns["data_source"].values)
-
-    @property
-    def last_step(self) -> int:
-        return max(self.steps.steps, default=0)
 
     def key(self, path: str, default: Any = None) -> Any:
         """Return a key of the run's configuration ("gradalign.score"), the default if it is not known."""
         return key_of(self.about, path, default)
+
+    def held_out(self) -> tuple[str, dict[str, str]]:
+        """Return "accuracy", or "reward" where there is none, and verl's metric of it by data source."""
+        for quantity, word in (("acc", "accuracy"), ("reward", "reward")):
+            pattern = re.compile(rf"val-core/(.+)/{quantity}/mean@\d+", re.DOTALL)
+            found = {match[1]: name for name in self.metrics.names if (match := pattern.fullmatch(name))}
+            found = {source: name for source, name in found.items() if self.metrics.count(name)}
+            if found:
+                return word, found
+        return "accuracy", {}
+
+    def accuracy(self) -> list[dict[str, Any]]:
+        """Return the first and the last held-out accuracy, or reward, by data source."""
+        found = []
+        for source, name in self.held_out()[1].items():
+            steps, values = (column.tolist() for column in self.metrics.points(name))
+            ends = {"before": values[0], "after": values[-1], "first_step": int(steps[0]), "last_step": int(steps[-1])}
+            found.append({"data_source": source, **ends})
+        return found
+
+    def composition(self, column: str) -> list[tuple[str, float, float]]:
+        """Return (value, share of the candidates, share of the kept ones) of a column, the most frequent first."""
+        pool, kept = (
+            {value: int(count.sum()) for value, count in self.columns[column].counts(of_kept).items()}
+            for of_kept in (False, True)
+        )
+        num_pool, num_kept = sum(pool.values()), max(1, sum(kept.values()))
+        return [(value, pool[value] / num_pool, kept[value] / num_kept) for value in pool] if num_pool else []
 
 
 def key_of(about: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -106,16 +137,14 @@ def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> Ru
             if name in columns or len(columns) < MAX_COLUMNS:
                 columns.setdefault(name, ValueTally(bins)).add(rows, name)
         tell(f"{run.name}: {steps.num_rows:,} rows")
-    metrics = MetricTally(bins, WANTED_METRICS)
+    metrics = Metrics(bins, WANTED_METRICS)
     for table in reader.batches("metrics"):
         metrics.add(table)
         tell(f"{run.name}: metrics of {len(metrics.steps):,} steps")
     about = reader.abouts[-1] if reader.abouts else {}
     missing = [*reader.warnings(), *_missing(run.folder, reader.abouts, steps.steps, metrics.steps)]
-    problems = sums.problems()
-    return RunData(
-        run.name, run.folder, about, missing, steps, reasons, columns, points, find_suspects(problems), metrics, reader
-    )
+    suspects = find_suspects(sums, list(columns["data_source"].values))
+    return RunData(run.name, run.folder, about, missing, steps, reasons, columns, points, suspects, metrics, reader)
 
 
 def gaps_of(steps: Iterable[int], first: int = 1) -> list[tuple[int, int]]:
@@ -135,25 +164,40 @@ def _missing(folder: Path, abouts: list[dict[str, Any]], selected: set[int], mea
     if not selected:
         found.append("No row of the selection can be read: there is nothing to say of what was chosen.")
     elif gaps and gaps[0][0] == 1:
-        limit = key_of(abouts[-1], "gradalign.log.max_gb", "gradalign.log.max_gb") if abouts else "gradalign.log.max_gb"
+        limit = key_of(abouts[-1], "gradalign.log.max_gb") if abouts else None
         found.append(
             f"The log begins at step {gaps[0][1] + 1:,}: earlier steps were dropped (beyond gradalign.log.max_gb"
-            f"{f'={limit}' if limit != 'gradalign.log.max_gb' else ''}) or are lost."
+            f"{'' if limit is None else f'={limit}'}) or are lost."
         )
-    found += [] if not gaps else _named_gaps("", [gap for gap in gaps if gap[0] > 1])
+    found += _named_gaps("", [gap for gap in gaps if gap[0] > 1])
     if not measured:
         found.append(
             "There is no table of metrics (an older release wrote none): accuracy, reliability and cost are unknown."
         )
     elif selected:
         absent = selected - measured - {max(selected)}  # a step's metrics are written at its end
-        ranges = gaps_of({step for step in selected if step not in absent}, min(selected))
-        found += _named_gaps("The metrics of ", [gap for gap in ranges if gap not in gaps])
+        found += _named_gaps("The metrics of ", [g for g in gaps_of(selected - absent, min(selected)) if g not in gaps])
     if not parts_of(folder, "samples"):
         found.append(
             "There are no sample texts: gradalign.log.sample_problems was 0, or an older release wrote the log."
         )
-    return found + _of_the_run(abouts, selected)
+    if not abouts:
+        return found
+    planned, last = key_of(abouts[-1], "trainer.total_training_steps"), max(selected, default=0)
+    if isinstance(planned, int) and last < planned:
+        found.append(f"The run is not at its end: {last:,} of {planned:,} steps so far, or it was interrupted.")
+    versions = [about.get("versions") for about in abouts]
+    writers = [
+        str(known.get("verl-gradalign", "unknown")) if isinstance(known, dict) else "unknown" for known in versions
+    ]
+    mine = importlib.metadata.version("verl-gradalign")
+    if len(set(writers)) > 1:
+        found.append(
+            f"The run was resumed with another release: {', then '.join(dict.fromkeys(writers))} of verl-gradalign."
+        )
+    elif mine not in writers:
+        found.append(f"The log was written by verl-gradalign {writers[0]}; this report is made by {mine}.")
+    return found
 
 
 def _named_gaps(beginning: str, gaps: list[tuple[int, int]]) -> list[str]:
@@ -164,42 +208,6 @@ def _named_gaps(beginning: str, gaps: list[tuple[int, int]]) -> list[str]:
     text = f"{beginning}{', '.join(named[:MAX_GAPS])}{more}"
     verb = "is" if len(gaps) == 1 and gaps[0][0] == gaps[0][1] and not beginning else "are"
     return [f"{text[0].upper()}{text[1:]} {verb} missing."]
-
-
-def _of_the_run(abouts: list[dict[str, Any]], selected: set[int]) -> list[str]:
-    found = []
-    if not abouts:
-        return []
-    planned = key_of(abouts[-1], "trainer.total_training_steps")
-    last = max(selected, default=0)
-    if isinstance(planned, int) and last < planned:
-        found.append(f"The run is not at its end: {last:,} of {planned:,} steps so far, or it was interrupted.")
-    writers = {str(_versions(about).get("verl-gradalign", "unknown")): None for about in abouts}
-    mine = importlib.metadata.version("verl-gradalign")
-    if len(writers) > 1:
-        found.append(f"The run was resumed with another release: {', then '.join(writers)} of verl-gradalign.")
-    elif mine not in writers:
-        found.append(f"The log was written by verl-gradalign {next(iter(writers))}; this report is made by {mine}.")
-    return found
-
-
-def _versions(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    versions = about.get("versions")
-    return versions if isinstance(versions, Mapping) else {}
-
-
-LOG_FOLDER = "gradalign"
-MAX_DEPTH = 6
-NOT_SEARCHED = ("earlier-", "global_step_", ".")
-"""Beginnings of the names of folders that hold no log of their own: earlier runs, checkpoints, hidden ones."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's log, and a name that tells it from the others."""
-
-    name: str
-    folder: Path
 
 
 def find_runs(places: Sequence[str | Path]) -> list[RunFolder]:
@@ -222,7 +230,7 @@ def find_runs(places: Sequence[str | Path]) -> list[RunFolder]:
     return [RunFolder(name, folder) for name, folder in zip(_names(list(folders)), folders, strict=True)]
 
 
-def holds_log(folder: Path) -> bool:
+def _holds_log(folder: Path) -> bool:
     """Return whether parts of a log are in the folder, be they damaged."""
     try:
         names = os.listdir(folder)
@@ -232,16 +240,16 @@ def holds_log(folder: Path) -> bool:
 
 
 def _logs_below(place: Path) -> Iterator[Path]:
-    if holds_log(place):
+    if _holds_log(place):
         yield place
-    elif holds_log(place / LOG_FOLDER):
+    elif _holds_log(place / LOG_FOLDER):
         yield place / LOG_FOLDER
     else:
         for parent, subfolders, _ in os.walk(place):
             here = Path(parent)
             is_deep = len(here.relative_to(place).parts) >= MAX_DEPTH
             subfolders[:] = [] if is_deep else sorted(n for n in subfolders if not n.startswith(NOT_SEARCHED))
-            logs = [name for name in subfolders if holds_log(here / name)]
+            logs = [name for name in subfolders if _holds_log(here / name)]
             yield from (here / name for name in logs)
             subfolders[:] = [name for name in subfolders if name not in logs]
 

@@ -9,8 +9,8 @@ this, and one that is taken for exact by chance is not suspicious for it.
 The 95% interval (Student's t) lies below zero: `negative`. It contains zero, but not the typical alignment of the pool:
 `noise-like`, what a coin-flip reward looks like. Any other is in order, or not measured well enough to say.
 
-    suspects = find_suspects(problems)
-    print(len(suspects.problem_id_S), suspects.expected_by_chance)
+    suspects = find_suspects(sums, sources)
+    print(suspects.table["problem_id"], suspects.expected_by_chance)
 
 Shape legend: P problems, M measured problems, S suspects, the farthest from the typical alignment first.
 """
@@ -18,11 +18,13 @@ Shape legend: P problems, M measured problems, S suspects, the farthest from the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from verl_gradalign.report.problem_sums import Problems
+from verl_gradalign.report.tallies import ProblemSums
 
 __all__ = ["Suspects", "find_suspects"]
 
@@ -41,43 +43,43 @@ class Suspects:
     """What was found, and how much of it would be found in a pool without fault."""
 
     is_cosine: bool
-    num_problems: int
-    num_measured: int
-    """Problems whose alignment and standard error are known."""
     typical: float
     """Median alignment of the measured problems; nan of none."""
     expected_by_chance: float
     """How many would look suspicious if problems lay below the typical alignment only as far as others lie above it,
     by their own differences and by measurement error."""
-    negative_if_none_aligned: float
-    """How many would look negative if no problem were aligned at all."""
     mean_M: np.ndarray
-    """Mean alignments of all the measured ones."""
-    problem_id_S: np.ndarray
-    source_S: np.ndarray
-    is_negative_S: np.ndarray
-    """Else noise-like."""
-    mean_S: np.ndarray
-    error_S: np.ndarray
-    low_S: np.ndarray
-    high_S: np.ndarray
-    distance_S: np.ndarray
-    """(m - typical) / standard error, below zero, drawn in where the error is estimated with few degrees of freedom."""
-    num_measured_S: np.ndarray
-    num_negative_S: np.ndarray
-    success_rate_S: np.ndarray
-    num_kept_S: np.ndarray
+    """Mean alignments of all problems whose alignment and standard error are known."""
+    table: pa.Table
+    """A row per suspect, its columns as in the summary. `kind`: negative or noise-like; `distance`: (m - typical) /
+    standard error, below zero, drawn in where the error is estimated with few degrees of freedom."""
 
     def __len__(self) -> int:
-        return len(self.problem_id_S)
+        return len(self.table)
 
-    def kind(self, place: int) -> str:
-        return NEGATIVE if self.is_negative_S[place] else NOISE_LIKE
+    @property
+    def num_measured(self) -> int:
+        return len(self.mean_M)
+
+    @property
+    def unit(self) -> str:
+        return "cosine" if self.is_cosine else "dot product"
+
+    @property
+    def num_negative(self) -> int:
+        return self.table["kind"].to_pylist().count(NEGATIVE)
+
+    @property
+    def negative_if_none_aligned(self) -> float:
+        """How many would look negative if no problem were aligned at all."""
+        return 0.025 * self.num_measured
 
 
-def find_suspects(problems: Problems) -> Suspects:
-    """Return the suspicious ones among the problems."""
-    mean_P, error_P, width_P = _estimates(problems)
+def find_suspects(sums: ProblemSums, sources: Sequence[str]) -> Suspects:
+    """Return the suspicious ones among the problems. `sources`: the data sources' names, by the numbers in `sums`."""
+    problems = sums.table()
+    columns = {name: column.to_numpy() for name, column in zip(problems.column_names, problems.columns, strict=True)}
+    mean_P, error_P, width_P = _estimates(columns)
     is_measured_P = np.isfinite(error_P)
     mean, error, width = (a[is_measured_P] for a in (mean_P, error_P, width_P))
     typical = float(np.median(mean)) if len(mean) else float("nan")
@@ -88,31 +90,25 @@ def find_suspects(problems: Problems) -> Suspects:
     distance = (mean - max(typical, 0.0)) / (error * width / Z) if len(mean) else mean
     chosen = np.flatnonzero(is_negative | is_noise)
     chosen = chosen[np.argsort(distance[chosen], kind="stable")]
-    rows = np.flatnonzero(is_measured_P)[chosen]
-    sums = problems.sums
+    found = {name: column_P[is_measured_P][chosen] for name, column_P in columns.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
-        success_rate = sums["success"][rows] / sums["num_rated"][rows]
-    return Suspects(
-        is_cosine=problems.is_cosine,
-        num_problems=len(problems),
-        num_measured=int(is_measured_P.sum()),
-        typical=typical,
-        expected_by_chance=_expected(typical, mean, error, width),
-        negative_if_none_aligned=0.025 * len(mean),
-        mean_M=mean,
-        problem_id_S=problems.problem_id_P[rows],
-        source_S=problems.source_P[rows],
-        is_negative_S=is_negative[chosen],
-        mean_S=mean[chosen],
-        error_S=error[chosen],
-        low_S=low[chosen],
-        high_S=high[chosen],
-        distance_S=distance[chosen],
-        num_measured_S=sums["num_measured"][rows].astype(int),
-        num_negative_S=sums["num_negative"][rows].astype(int),
-        success_rate_S=success_rate,
-        num_kept_S=sums["num_kept"][rows].astype(int),
-    )
+        success_rate = found["success"] / found["num_rated"]
+    table = {
+        "problem_id": found["problem_id"],
+        "kind": pa.array(np.where(is_negative[chosen], NEGATIVE, NOISE_LIKE), pa.string()),
+        "data_source": pa.array(sources, pa.string()).take(pa.array(found["source"])),
+        "alignment": mean[chosen],
+        "standard_error": error[chosen],
+        "low": low[chosen],
+        "high": high[chosen],
+        "distance": distance[chosen],
+        "num_measured": found["num_measured"].astype(int),
+        "num_negative": found["num_negative"].astype(int),
+        "success_rate": success_rate,
+        "num_kept": found["num_kept"].astype(int),
+    }
+    expected = _expected(typical, mean, error, width)
+    return Suspects(sums.is_cosine is not False, typical, expected, mean, pa.table(table))
 
 
 def student_t(freedom: np.ndarray) -> np.ndarray:
@@ -128,12 +124,11 @@ def student_t(freedom: np.ndarray) -> np.ndarray:
     return np.asarray(Z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
 
 
-def _estimates(problems: Problems) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _estimates(sums: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each problem's mean alignment, its standard error (nan: not known), and the interval's half width in it.
 
     From the errors of single occurrences where they are known, else from the spread of at least three occurrences.
     """
-    sums = problems.sums
     k_P, e_P, own_freedom_P = sums["num_measured"], sums["num_with_error"], sums["freedom"]
     with np.errstate(divide="ignore", invalid="ignore"):
         has_error_P = (e_P > 0) & (own_freedom_P > 0)

@@ -1,46 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over a selection table that is read in pieces: by step, by a column's values, and a random part of the rows.
-
-Steps are put together in at most 400 bins, so that a tally's size does not depend on the log's.
+"""Sums over a run's tables, which are read in pieces: by bin of steps, by a column's values, by metric, by problem.
 
     bins = StepBins(first=1, last=20_000)
     tally = StepTally(bins)
-    for rows in reader.batches("selection"):
-        tally.add(Rows.of(rows))
+    for table in reader.batches("selection"):
+        tally.add(Rows.of(table))
 
-Shape legend: N rows of a piece, B bins.
+Steps share at most 400 bins, so that a tally's size does not depend on the log's. Sums by bin are numpy's bincount, not
+queries of pyarrow.dataset: text columns have their codes already, and additions have the same order each time.
+
+Shape legend: N rows of a piece, B bins, S steps.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from verl_gradalign.log.selection_log import EXTRA
+from verl_gradalign.log.selection_log import EXTRA, SCHEMA
 
-__all__ = [
-    "MetricTally",
-    "PointSample",
-    "Rows",
-    "StepBins",
-    "StepTally",
-    "ValueTally",
-    "alignment",
-    "codes_of",
-    "numbers_of",
-    "texts_of",
-]
+__all__ = ["Metrics", "PointSample", "ProblemSums", "Rows", "StepBins", "StepTally", "ValueTally", "texts_of"]
 
 MAX_BINS = 400
 MAX_VALUES = 250
+MAX_METRICS = 3000
+MAX_POINTS = 20_000
+MAX_PENDING_ROWS = 1_000_000
 OTHERS = "(other values)"
 UNKNOWN = "(none)"
 SCHEDULED = "scheduled"
 """The reason of selection.select for what a schedule has put on a step."""
+AVERAGED = ("alignment", "score", "success_rate", "response_tokens")
+NUMBERS = ("score", "dot", "norm", "dot_error", "error_freedom", "success_rate", "response_tokens", "num_responses")
 
 
 @dataclass(frozen=True)
@@ -70,46 +67,33 @@ class StepBins:
 
 @dataclass(frozen=True)
 class Rows:
-    """A piece of the selection table as arrays. nan: not known."""
+    """A piece of the selection table as arrays."""
 
     step_N: np.ndarray
     problem_id_N: np.ndarray
     is_kept_N: np.ndarray
     is_candidate_N: np.ndarray
     """Else put on the step by a schedule, so there was nothing to choose."""
-    score_N: np.ndarray
-    dot_N: np.ndarray
-    norm_N: np.ndarray
-    dot_error_N: np.ndarray
-    freedom_N: np.ndarray
-    """Degrees of freedom that dot_error is estimated with."""
-    success_rate_N: np.ndarray
-    tokens_N: np.ndarray
-    num_responses_N: np.ndarray
+    numbers: dict[str, np.ndarray]
+    """By name of NUMBERS, and `alignment`, the cosine: float64 (N,), nan where not known."""
     texts: dict[str, tuple[np.ndarray, list[str]]]
     """By column of text: positions (N,) in the list of values that follows."""
 
     @classmethod
-    def of(cls, rows: pa.Table) -> Rows:
-        score, dot, norm, error, freedom, rate, tokens, responses = (numbers_of(rows[name]) for name in NUMBERS)
-        texts = {
-            name: codes_of(rows[name])
-            for name in rows.column_names
-            if name in ("reason", "data_source") or name.startswith(EXTRA)
-        }
+    def of(cls, table: pa.Table) -> Rows:
+        numbers = {name: numbers_of(table[name]) for name in NUMBERS}
+        freedom_N = numbers["error_freedom"]
+        numbers["error_freedom"] = np.where(np.isfinite(freedom_N), freedom_N, numbers["num_responses"] - 1)
+        numbers["alignment"] = per_norm(numbers["dot"], numbers["norm"])
+        columns = [n for n in table.column_names if n in ("reason", "data_source") or n.startswith(EXTRA)]
+        texts = {name: codes_of(table[name]) for name in columns}
+        code_N, reasons = texts["reason"]
         return cls(
-            step_N=rows["step"].to_numpy(),
-            problem_id_N=rows["problem_id"].to_numpy(),
-            is_kept_N=pc.fill_null(rows["kept"], False).to_numpy(zero_copy_only=False).astype(bool),
-            is_candidate_N=_is_candidate(texts, len(rows)),
-            score_N=score,
-            dot_N=dot,
-            norm_N=norm,
-            dot_error_N=error,
-            freedom_N=np.where(np.isfinite(freedom), freedom, responses - 1),
-            success_rate_N=rate,
-            tokens_N=tokens,
-            num_responses_N=responses,
+            step_N=table["step"].to_numpy(),
+            problem_id_N=table["problem_id"].to_numpy(),
+            is_kept_N=pc.fill_null(table["kept"], False).to_numpy(zero_copy_only=False).astype(bool),
+            is_candidate_N=np.array([name != SCHEDULED for name in reasons], dtype=bool)[code_N],
+            numbers=numbers,
             texts=texts,
         )
 
@@ -117,81 +101,36 @@ class Rows:
         return len(self.step_N)
 
 
-def _is_candidate(texts: dict[str, tuple[np.ndarray, list[str]]], size: int) -> np.ndarray:
-    if "reason" not in texts:
-        return np.ones(size, dtype=bool)
-    code_N, names = texts["reason"]
-    return np.array([name != SCHEDULED for name in names], dtype=bool)[code_N]
-
-
-NUMBERS = ("score", "dot", "norm", "dot_error", "error_freedom", "success_rate", "response_tokens", "num_responses")
-
-
-def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Return text as it stands, with the replacement character for bytes that are not text."""
-    values = column.cast(pa.binary()).to_pylist()
-    return [UNKNOWN if value is None else value.decode("utf-8", "replace") for value in values]
-
-
 class StepTally:
-    """Counts and sums by bin, of all candidates and of the kept ones among them."""
+    """Counts rows, and averages columns by bin: of all candidates, and of the kept ones among them."""
 
     def __init__(self, bins: StepBins) -> None:
         self.bins = bins
-        self.num_rows = 0
-        self.num_kept = 0
-        self.num_scored = 0
+        self.num_rows = self.num_kept = self.num_scored = 0
         self.steps: set[int] = set()
-        self._sums: dict[tuple[str, bool], np.ndarray] = {}
-        self._counts: dict[tuple[str, bool], np.ndarray] = {}
+        self.has_rows_B = np.zeros(len(bins), dtype=bool)
+        self._sums_and_counts = {key: np.zeros((2, len(bins))) for key in product(AVERAGED, (False, True))}
 
     def add(self, rows: Rows) -> None:
         self.num_rows += len(rows)
         self.num_kept += int(rows.is_kept_N.sum())
-        self.num_scored += int(np.isfinite(rows.score_N).sum())
+        self.num_scored += int(np.isfinite(rows.numbers["score"]).sum())
         self.steps.update(np.unique(rows.step_N).tolist())
         bin_N = self.bins.of(rows.step_N)
-        self._add("rows", False, bin_N, np.ones(len(rows)))
-        columns = {
-            "alignment": alignment(rows.dot_N, rows.norm_N),
-            "score": rows.score_N,
-            "success_rate": rows.success_rate_N,
-            "tokens": rows.tokens_N,
-            "num_responses": rows.num_responses_N,
-        }
-        for name, value_N in columns.items():
-            is_known_N = np.isfinite(value_N) & rows.is_candidate_N
-            self._add(name, False, bin_N[is_known_N], value_N[is_known_N])
-            is_known_N &= rows.is_kept_N
-            self._add(name, True, bin_N[is_known_N], value_N[is_known_N])
+        self.has_rows_B[bin_N] = True
+        for (name, of_kept), totals in self._sums_and_counts.items():
+            value_N = rows.numbers[name]
+            is_mine_N = np.isfinite(value_N) & rows.is_candidate_N & (rows.is_kept_N | (not of_kept))
+            totals += _sums_and_counts(bin_N[is_mine_N], value_N[is_mine_N], len(self.bins))
 
     def means(self, name: str, of_kept: bool) -> np.ndarray:
         """Return a column's mean by bin (B,), nan where no row has it."""
-        none = np.zeros(len(self.bins))
-        counts = self._counts.get((name, of_kept), none)
-        return np.where(counts > 0, self._sums.get((name, of_kept), none) / np.maximum(counts, 1), np.nan)
-
-    @property
-    def has_rows(self) -> np.ndarray:
-        """Return whether a bin has any row (B,)."""
-        return np.isfinite(self.means("rows", of_kept=False))
+        sum_B, count_B = self._sums_and_counts[name, of_kept]
+        return np.where(count_B > 0, sum_B / np.maximum(count_B, 1), np.nan)
 
     def mean(self, name: str, of_kept: bool) -> float:
         """Return a column's mean over all rows, nan if none has it."""
-        counts = self._counts.get((name, of_kept))
-        total = 0.0 if counts is None else float(counts.sum())
-        return float(self._sums[name, of_kept].sum()) / total if total else float("nan")
-
-    def _add(self, name: str, of_kept: bool, bin_N: np.ndarray, value_N: np.ndarray) -> None:
-        key, size = (name, of_kept), len(self.bins)
-        self._sums[key] = self._sums.get(key, 0.0) + np.bincount(bin_N, value_N, size)
-        self._counts[key] = self._counts.get(key, 0.0) + np.bincount(bin_N, minlength=size)
-
-
-def alignment(dot_N: np.ndarray, norm_N: np.ndarray) -> np.ndarray:
-    """Return cosines, nan where the gradient is zero or was not measured."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(norm_N > 0, dot_N / norm_N, np.nan)
+        return _mean(*self._sums_and_counts[name, of_kept])
 
 
 class ValueTally:
@@ -208,19 +147,14 @@ class ValueTally:
 
     def add(self, rows: Rows, column: str) -> np.ndarray:
         """Count the rows, and return each row's value as its place in `values` (N,)."""
-        if column not in rows.texts:
-            return np.zeros(len(rows), dtype=np.int64)
         code_N, names = rows.texts[column]
-        place_of = np.array([self._place(name) for name in names], dtype=np.int64)
-        missing = len(self.values) - self._counts.shape[1]
-        if missing:
-            self._counts = np.pad(self._counts, ((0, 0), (0, missing), (0, 0)))
-        place_N = place_of[code_N]
+        place_N = np.array([self._place(name) for name in names], dtype=np.int64)[code_N]
+        self._counts = np.pad(self._counts, ((0, 0), (0, len(self.values) - self._counts.shape[1]), (0, 0)))
         cell_N = place_N * len(self.bins) + self.bins.of(rows.step_N)
-        size = len(self.values) * len(self.bins)
-        is_mine_N = np.ones(len(rows), dtype=bool) if self._all_rows else rows.is_candidate_N
-        for group, is_counted_N in enumerate((is_mine_N, is_mine_N & rows.is_kept_N)):
-            self._counts[group] += np.bincount(cell_N[is_counted_N], minlength=size).reshape(-1, len(self.bins))
+        is_mine_N = self._all_rows | rows.is_candidate_N
+        for of_kept, is_counted_N in enumerate((is_mine_N, is_mine_N & rows.is_kept_N)):
+            count = np.bincount(cell_N[is_counted_N], minlength=self._counts[of_kept].size)
+            self._counts[of_kept] += count.reshape(-1, len(self.bins))
         return place_N
 
     def counts(self, of_kept: bool) -> dict[str, np.ndarray]:
@@ -238,18 +172,18 @@ class ValueTally:
 class PointSample:
     """A random part, the same each time, of the rows that have a score and a success rate."""
 
-    def __init__(self, size: int = 20_000) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._random = np.random.default_rng(0)
         self._threshold = 1.0
         self._points = np.zeros((0, 4))
 
     def add(self, rows: Rows) -> None:
         key_N = self._random.random(len(rows))
-        is_mine_N = (key_N < self._threshold) & np.isfinite(rows.score_N) & np.isfinite(rows.success_rate_N)
-        columns = (key_N, rows.success_rate_N, rows.score_N, rows.is_kept_N)
-        self._points = np.concatenate([self._points, np.stack([c[is_mine_N] for c in columns], 1)])
-        if len(self._points) > 2 * self._size:
+        rate_N, score_N = rows.numbers["success_rate"], rows.numbers["score"]
+        is_mine_N = (key_N < self._threshold) & np.isfinite(score_N) & np.isfinite(rate_N)
+        points = np.stack([column_N[is_mine_N] for column_N in (key_N, rate_N, score_N, rows.is_kept_N)], 1)
+        self._points = np.concatenate([self._points, points])
+        if len(self._points) > 2 * MAX_POINTS:
             self._cut()
 
     def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -258,9 +192,121 @@ class PointSample:
         return self._points[:, 1], self._points[:, 2], self._points[:, 3].astype(bool)
 
     def _cut(self) -> None:
-        if len(self._points) > self._size:
-            self._points = self._points[np.argsort(self._points[:, 0])[: self._size]]
+        if len(self._points) > MAX_POINTS:
+            self._points = self._points[np.argsort(self._points[:, 0])[:MAX_POINTS]]
             self._threshold = float(self._points[-1, 0])
+
+
+class ProblemSums:
+    """Sums by problem over all steps in which it was a candidate. Pieces are summed again now and then, so memory
+    follows the number of problems."""
+
+    def __init__(self) -> None:
+        self.is_cosine: bool | None = None
+        """Whether `value` sums cosines; else dot products, of an estimator that gives no norms. None: neither yet."""
+        self._pending: list[pa.Table] = []
+        self._num_pending = 0
+        self.add(Rows.of(SCHEMA.empty_table()), np.zeros(0, dtype=np.int64))  # so that there is always a table
+
+    def add(self, rows: Rows, source_N: np.ndarray) -> None:
+        """Add a piece of the selection table; `source_N` are its data sources as numbers."""
+        dot_N, norm_N, value_N, error_N = (rows.numbers[name] for name in ("dot", "norm", "alignment", "dot_error"))
+        has_dot_N = np.isfinite(dot_N)
+        if self.is_cosine is None and has_dot_N.any():
+            self.is_cosine = bool(np.isfinite(norm_N[has_dot_N]).any())
+        value_N, error_N = (dot_N, error_N) if self.is_cosine is False else (value_N, per_norm(error_N, norm_N))
+        is_measured_N = np.isfinite(value_N)
+        has_error_N = is_measured_N & np.isfinite(error_N) & (error_N > 0)
+        success_N = rows.numbers["success_rate"]
+        value_N = np.where(is_measured_N, value_N, 0.0)
+        columns = {
+            "num_kept": rows.is_kept_N,
+            "num_rated": np.isfinite(success_N),
+            "success": np.where(np.isfinite(success_N), success_N, 0.0),
+            "num_measured": is_measured_N,
+            "value": value_N,
+            "square": value_N**2,
+            "num_negative": value_N < 0,
+            "num_with_error": has_error_N,
+            "value_with_error": np.where(has_error_N, value_N, 0.0),
+            "variance": np.where(has_error_N, error_N, 0.0) ** 2,
+            "freedom": np.where(has_error_N, np.nan_to_num(rows.numbers["error_freedom"]), 0.0),
+        }
+        floats = {name: column_N.astype(float) for name, column_N in columns.items()}
+        self._pending.append(_by_problem(pa.table({"problem_id": rows.problem_id_N, "source": source_N, **floats})))
+        self._num_pending += len(self._pending[-1])
+        if self._num_pending > MAX_PENDING_ROWS:
+            # What is put together counts again only as far as new rows come to it.
+            self._pending, self._num_pending = [_by_problem(pa.concat_tables(self._pending))], 0
+
+    def table(self) -> pa.Table:
+        """Return a row per problem, ids ascending, its `source` and sums as columns."""
+        return _by_problem(pa.concat_tables(self._pending)).sort_by("problem_id")
+
+
+class Metrics:
+    """A run's metrics whose names begin with one of `wanted`, whole: a number per step and metric is little."""
+
+    def __init__(self, bins: StepBins, wanted: Sequence[str]) -> None:
+        self.bins = bins
+        self.steps: set[int] = set()
+        self._wanted = tuple(wanted)
+        self._pieces = defaultdict[str, list[tuple[np.ndarray, np.ndarray]]](list)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._pieces)
+
+    def add(self, table: pa.Table) -> None:
+        """Add a piece of the metrics table (one chunk)."""
+        step_N, value_N = table["step"].to_numpy(), numbers_of(table["value"])
+        code_N, names = codes_of(table["name"])
+        self.steps.update(np.unique(step_N).tolist())
+        for code, name in enumerate(names):
+            if name.startswith(self._wanted) and (name in self._pieces or len(self._pieces) < MAX_METRICS):
+                is_mine_N = (code_N == code) & np.isfinite(value_N)
+                self._pieces[name].append((step_N[is_mine_N], value_N[is_mine_N]))
+
+    def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return every step and value of a metric, steps ascending; of a step that was written twice the last value."""
+        pairs = sorted(dict(zip(*self._values(name), strict=True)).items())
+        return np.array([step for step, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps and means by bin, only of bins that have the metric."""
+        sum_B, count_B = self._binned(name)
+        is_there_B = count_B > 0
+        return self.bins.steps[is_there_B], sum_B[is_there_B] / count_B[is_there_B]
+
+    def mean(self, name: str) -> float:
+        """Return the mean over all steps that have the metric, nan if none has."""
+        return _mean(*self._binned(name))
+
+    def total(self, name: str) -> float:
+        """Return the sum over all steps, nan if no step has the metric."""
+        return float(self._binned(name)[0].sum()) if self.count(name) else float("nan")
+
+    def count(self, name: str) -> int:
+        """Return the number of steps that have the metric."""
+        return len(self._values(name)[0])
+
+    def most(self, name: str) -> float:
+        """Return the highest value, nan if there is none."""
+        return float(self._values(name)[1].max()) if self.count(name) else float("nan")
+
+    def _values(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        steps, values = zip(*self._pieces.get(name, [(np.zeros(0, dtype=int), np.zeros(0))]), strict=True)
+        return np.concatenate(steps), np.concatenate(values)
+
+    def _binned(self, name: str) -> np.ndarray:
+        step_S, value_S = self._values(name)
+        return _sums_and_counts(self.bins.of(step_S), value_S, len(self.bins))
+
+
+def per_norm(value_N: np.ndarray, norm_N: np.ndarray) -> np.ndarray:
+    """Return dot products as cosines, nan where the gradient is zero or was not measured."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(norm_N > 0, value_N / norm_N, np.nan)
 
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -278,92 +324,21 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return code_N, [*names, UNKNOWN] if array.null_count else names
 
 
-MAX_METRICS = 3000
-VALIDATION = "val-core/"
-"""Begins the names of metrics that are few, so every point of theirs is kept."""
+def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str]:
+    """Return text as it stands, with the replacement character for bytes that are not text."""
+    values = column.cast(pa.binary()).to_pylist()
+    return [UNKNOWN if value is None else value.decode("utf-8", "replace") for value in values]
 
 
-class MetricTally:
-    """Means of metrics by bin, and the extremes of each. Other names than wanted are passed over."""
+def _sums_and_counts(bin_N: np.ndarray, value_N: np.ndarray, num_bins: int) -> np.ndarray:
+    return np.stack([np.bincount(bin_N, value_N, num_bins), np.bincount(bin_N, minlength=num_bins)])
 
-    def __init__(self, bins: StepBins, wanted: Sequence[str]) -> None:
-        self.bins = bins
-        self.steps: set[int] = set()
-        self._wanted = tuple(wanted)
-        self._place_of: dict[str, int] = {}
-        self._sums = np.zeros((0, len(bins)))
-        self._counts = np.zeros((0, len(bins)))
-        self._extremes = np.zeros((0, 2))
-        self._points: dict[str, dict[int, float]] = {}
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._place_of)
+def _mean(sum_B: np.ndarray, count_B: np.ndarray) -> float:
+    return float(sum_B.sum() / count_B.sum()) if count_B.any() else float("nan")
 
-    def add(self, rows: pa.Table) -> None:
-        """Add a piece of the metrics table (one chunk)."""
-        step_N, value_N = rows["step"].to_numpy(), numbers_of(rows["value"])
-        code_N, names = codes_of(rows["name"])
-        self.steps.update(np.unique(step_N).tolist())
-        place_of = np.array([self._place(name) for name in names], dtype=np.int64)
-        self._grow()
-        place_N = place_of[code_N]
-        is_mine_N = (place_N >= 0) & np.isfinite(value_N)
-        place_N, step_N, value_N, code_N = (a[is_mine_N] for a in (place_N, step_N, value_N, code_N))
-        cell = (place_N, self.bins.of(step_N))
-        np.add.at(self._sums, cell, value_N)
-        np.add.at(self._counts, cell, 1.0)
-        np.minimum.at(self._extremes[:, 0], place_N, value_N)
-        np.maximum.at(self._extremes[:, 1], place_N, value_N)
-        for code, name in enumerate(names):
-            if name.startswith(VALIDATION):
-                is_this_N = code_N == code
-                self._points.setdefault(name, {}).update(zip(step_N[is_this_N], value_N[is_this_N], strict=True))
 
-    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return steps and means by bin, only of bins that have the metric."""
-        if name not in self._place_of:
-            return np.zeros(0), np.zeros(0)
-        place = self._place_of[name]
-        is_there_B = self._counts[place] > 0
-        return self.bins.steps[is_there_B], self._sums[place, is_there_B] / self._counts[place, is_there_B]
-
-    def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return every step and value of a validation's metric, steps ascending."""
-        pairs = sorted(self._points.get(name, {}).items())
-        return np.array([step for step, _ in pairs], dtype=float), np.array([value for _, value in pairs], dtype=float)
-
-    def mean(self, name: str) -> float:
-        """Return the mean over all steps that have the metric, nan if none has."""
-        place = self._place_of.get(name)
-        if place is None or not self._counts[place].sum():
-            return float("nan")
-        return float(self._sums[place].sum() / self._counts[place].sum())
-
-    def total(self, name: str) -> float:
-        """Return the sum over all steps, nan if no step has the metric."""
-        place = self._place_of.get(name)
-        return float(self._sums[place].sum()) if place is not None and self._counts[place].sum() else float("nan")
-
-    def count(self, name: str) -> int:
-        """Return the number of steps that have the metric."""
-        place = self._place_of.get(name)
-        return 0 if place is None else int(self._counts[place].sum())
-
-    def most(self, name: str) -> float:
-        """Return the highest value, nan if there is none."""
-        return float(self._extremes[self._place_of[name], 1]) if self.count(name) else float("nan")
-
-    def _place(self, name: str) -> int:
-        if name not in self._place_of:
-            if not name.startswith(self._wanted) or len(self._place_of) >= MAX_METRICS:
-                return -1
-            self._place_of[name] = len(self._place_of)
-        return self._place_of[name]
-
-    def _grow(self) -> None:
-        missing = len(self._place_of) - len(self._sums)
-        if missing:
-            self._sums = np.pad(self._sums, ((0, missing), (0, 0)))
-            self._counts = np.pad(self._counts, ((0, missing), (0, 0)))
-            self._extremes = np.concatenate([self._extremes, np.tile([np.inf, -np.inf], (missing, 1))])
+def _by_problem(table: pa.Table) -> pa.Table:
+    sums = [name for name in table.column_names if name not in ("problem_id", "source")]
+    grouped = table.group_by("problem_id").aggregate([("source", "max"), *((name, "sum") for name in sums)])
+    return grouped.rename_columns([name.removesuffix("_max").removesuffix("_sum") for name in grouped.column_names])
