@@ -9,22 +9,13 @@ one. It knows nothing until `verl_gradalign.toy.warmup` has taught it the tasks.
     tokenizer = AutoTokenizer.from_pretrained("models/tiny")
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-
-__all__ = ["CHAT_TEMPLATE", "END_OF_TURN", "MAX_POSITIONS", "PAD", "build_tiny_model", "build_tokenizer"]
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
 END_OF_TURN = "<|im_end|>"
 START_OF_TURN = "<|im_start|>"
@@ -40,10 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+ARCHITECTURES = ("qwen2", "qwen3")
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -87,10 +75,14 @@ def build_tiny_model(
     Units: sizes are in features; positions are limited to MAX_POSITIONS tokens.
     Raises: ValueError for an unknown architecture or sizes that do not divide each other.
     """
-    _check_sizes(architecture, hidden_size, num_layers, num_heads, num_key_value_heads, intermediate_size)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {sorted(ARCHITECTURES)}")
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+    sizes |= {"num_key_value_heads": num_key_value_heads, "intermediate_size": intermediate_size}
+    _check_sizes(sizes)
     tokenizer = build_tokenizer()
-    config_class, model_class = ARCHITECTURES[architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -111,40 +103,24 @@ def build_tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
     folder = Path(path)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _check_sizes(
-    architecture: str,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_key_value_heads: int,
-    intermediate_size: int,
-) -> None:
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {sorted(ARCHITECTURES)}")
-    sizes = {
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "intermediate_size": intermediate_size,
-    }
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1; choose a positive size")
+    hidden_size, num_heads, num_groups = (sizes[n] for n in ("hidden_size", "num_heads", "num_key_value_heads"))
     if hidden_size % (2 * num_heads):
         raise ValueError(
             f"num_heads={num_heads} does not cut hidden_size={hidden_size} into heads of one even size, which rotary "
             f"positions need; choose a hidden_size that is a multiple of {2 * num_heads}"
         )
-    if num_heads % num_key_value_heads:
+    if num_heads % num_groups:
         raise ValueError(
-            f"num_key_value_heads={num_key_value_heads} does not divide num_heads={num_heads}; "
-            "choose a divisor of num_heads"
+            f"num_key_value_heads={num_groups} does not divide num_heads={num_heads}; choose a divisor of num_heads"
         )

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from verl_gradalign.data.tasks import FAMILIES, GUESS, ROTATION, SHARING_FAMILIES, write_splits
 from verl_gradalign.files import atomic_folder
-
-__all__ = ["MINIATURES", "WARM_UP_STEPS", "Miniature", "prepare_policy", "write_miniature"]
 
 NUM_POOL = 2000
 NUM_TRUSTED = 64
@@ -72,11 +72,8 @@ MINIATURES = {
 
 def _named(shares: Mapping[str, float], num: int) -> list[str]:
     """Return `num` family names in these shares, rounded so that none is lost."""
-    bounds, total = [0], 0.0
-    for share in shares.values():
-        total += share
-        bounds.append(round(total * num))
-    return [f for f, low, high in zip(shares, bounds, bounds[1:], strict=False) for _ in range(high - low)]
+    counts = np.diff(np.round(np.cumsum([0.0, *shares.values()]) * num).astype(int))
+    return [str(family) for family in np.repeat(list(shares), counts)]
 
 
 def write_miniature(name: str, folder: str | Path, seed: int) -> dict[str, Path]:
@@ -86,13 +83,10 @@ def write_miniature(name: str, folder: str | Path, seed: int) -> dict[str, Path]
     """
     if name not in MINIATURES:
         raise ValueError(f"regime={name!r} is no miniature; choose one of {', '.join(MINIATURES)}")
-    miniature = MINIATURES[name]
-    splits = {
-        "test": _named(miniature.test, NUM_TEST),
-        "trusted": _named(miniature.trusted, NUM_TRUSTED),
-        "pool": _named(miniature.pool, NUM_POOL),
-    }
-    return write_splits(folder, splits, miniature.corrupted_share, seed)
+    of = MINIATURES[name]
+    shares = {"test": (of.test, NUM_TEST), "trusted": (of.trusted, NUM_TRUSTED), "pool": (of.pool, NUM_POOL)}
+    splits = {split: _named(*share_and_num) for split, share_and_num in shares.items()}
+    return write_splits(folder, splits, of.corrupted_share, seed)
 
 
 def prepare_policy(

@@ -17,26 +17,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_gradalign.data.rewards import is_right_task_answer
-from verl_gradalign.data.tasks import (
-    GUESS,
-    SHARING_FAMILIES,
-    STYLES_OF,
-    Problem,
-    draw_problems,
-    draw_wrong_answer,
-)
-
-__all__ = ["DEFAULT_NUM_STEPS", "Sample", "evaluate", "sample_responses", "warm_up"]
+from verl_gradalign.data.tasks import GUESS, SHARING_FAMILIES, STYLES_OF, Problem, draw_problems, draw_wrong_answer
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
@@ -50,28 +41,11 @@ MAX_GRADIENT_NORM = 1.0
 MAX_RESPONSE_TOKENS = 8  # style mark, at most four characters of answer, end of turn
 SAMPLING_BATCH_SIZE = 256
 NUM_EVALUATION_PROBLEMS = 250
+NUM_EVALUATION_RESPONSES = 4
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sampled response to a problem, decoded without its end of turn."""
-
-    problem: Problem
-    response: str
-
-    @property
-    def is_right(self) -> bool:
-        return is_right_task_answer(self.response, self.problem.answer)
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the prompt's token ids as verl renders them for rollout."""
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float) -> str:
+def _draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float) -> str:
     """Return a response to be imitated: one of the two styles, with equal chance, and its answer."""
     right_style, unreliable_style = STYLES_OF[problem.family]
     is_right_style = rng.random() < 0.5
@@ -89,8 +63,11 @@ def _make_batch(
     """Return (inputs_BT, targets_BT), right-padded; targets are IGNORED except at the response and its end of turn."""
     inputs, targets = [], []
     for problem in problems:
-        prompt = render_prompt(tokenizer, problem.prompt)
-        response = tokenizer.encode(draw_demonstration(problem, rng, unreliable_right_share)) + [tokenizer.eos_token_id]
+        # As verl renders prompts for rollout.
+        messages = [{"role": "user", "content": problem.prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        response = tokenizer.encode(_draw_demonstration(problem, rng, unreliable_right_share))
+        response.append(tokenizer.eos_token_id)
         inputs.append(torch.tensor(prompt + response[:-1]))
         targets.append(torch.tensor([IGNORED] * (len(prompt) - 1) + response))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -98,7 +75,7 @@ def _make_batch(
     return inputs_BT, pad(targets, batch_first=True, padding_value=IGNORED)
 
 
-def learning_rate(step: int, num_steps: int) -> float:
+def _learning_rate(step: int, num_steps: int) -> float:
     """Return the learning rate of a step counted from 0: a linear rise, then half a cosine down to two per cent."""
     if step < RISE_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / RISE_STEPS
@@ -150,7 +127,7 @@ def warm_up(
     started = time.monotonic()
     model.train()
     for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
+        optimizer.param_groups[0]["lr"] = _learning_rate(step, num_steps)
         problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True, families=families)
         unreliable_right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
         loss = _train_step(model, optimizer, *_make_batch(tokenizer, problems, rng, unreliable_right_share))
@@ -161,31 +138,21 @@ def warm_up(
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     problems = draw_problems(NUM_EVALUATION_PROBLEMS, random.Random(seed), families=families)
-    return {"num_steps": num_steps, "seconds": seconds, "loss": loss, **evaluate(model, tokenizer, problems, seed=seed)}
+    return {"num_steps": num_steps, "seconds": seconds, "loss": loss, **evaluate(model, tokenizer, problems, seed)}
 
 
 @torch.no_grad()
-def sample_responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    num_responses: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> list[Sample]:
-    """Return `num_responses` samples of every problem, the problems in order and a problem's samples together.
-
-    The model must be in evaluation mode. The caller's random state is left as it was.
-    """
-    queue = [problem for problem in problems for _ in range(num_responses)]
-    samples: list[Sample] = []
+def _sample_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], seed: int
+) -> list[str]:
+    """Return a response to every problem, without its end of turn. The caller's random state is left as it was."""
+    responses: list[str] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for start in range(0, len(queue), SAMPLING_BATCH_SIZE):
-            chunk = queue[start : start + SAMPLING_BATCH_SIZE]
-            messages = [[{"role": "user", "content": problem.prompt}] for problem in chunk]
+        for start in range(0, len(problems), SAMPLING_BATCH_SIZE):
+            chunk = problems[start : start + SAMPLING_BATCH_SIZE]
             inputs = tokenizer.apply_chat_template(
-                messages,
+                [[{"role": "user", "content": problem.prompt}] for problem in chunk],
                 add_generation_prompt=True,
                 padding=True,
                 return_tensors="pt",
@@ -193,48 +160,37 @@ def sample_responses(
                 tokenizer_kwargs={"padding_side": "left"},
             )
             outputs_BT = model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=MAX_RESPONSE_TOKENS,
+                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE_TOKENS
             )
             responses_BT = outputs_BT[:, inputs["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(responses_BT, skip_special_tokens=True)
-            samples += [Sample(problem, text) for problem, text in zip(chunk, texts, strict=True)]
-    return samples
+            responses += tokenizer.batch_decode(responses_BT, skip_special_tokens=True)
+    return responses
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    num_responses: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, Any]:
-    """Return shares of sampled responses: `success`, `right_style` and `accuracy[family][style]`.
+    """Return shares of responses sampled at temperature 1: `success`, `right_style`, `accuracy[family][style]`.
 
     `success` is the share that is right, `right_style` the share that begins with its family's right mark, and the
     accuracies are the shares that are right among a family's responses of one style, or of any under "all". A style
-    that was never sampled has accuracy 0.
+    that was never sampled has accuracy 0. The model must be in evaluation mode.
     """
-    samples = sample_responses(model, tokenizer, problems, num_responses, temperature, seed)
-    accuracy = {}
-    for family in dict.fromkeys(problem.family for problem in problems):
-        by_style = {
-            style: [s.is_right for s in samples if s.problem.family == family and s.response[:1] == style]
-            for style in STYLES_OF[family]
-        }
-        of_family = [s.is_right for s in samples if s.problem.family == family]
-        accuracy[family] = {name: _share(hits) for name, hits in {"all": of_family, **by_style}.items()}
+    asked = [problem for problem in problems for _ in range(NUM_EVALUATION_RESPONSES)]
+    responses = _sample_responses(model, tokenizer, asked, seed)
+    is_right = np.array([is_right_task_answer(r, p.answer) for r, p in zip(responses, asked, strict=True)])
+    families = np.array([problem.family for problem in asked])
+    styles = np.array([response[:1] for response in responses])
+
+    def accuracy(chosen: Any) -> float:
+        return float(is_right[chosen].mean()) if chosen.any() else 0.0
+
     return {
-        "success": _share([s.is_right for s in samples]),
-        "right_style": _share([s.response[:1] == STYLES_OF[s.problem.family][0] for s in samples]),
-        "accuracy": accuracy,
+        "success": float(is_right.mean()),
+        "right_style": float((styles == [STYLES_OF[problem.family][0] for problem in asked]).mean()),
+        "accuracy": {
+            family: {"all": accuracy(families == family)}
+            | {style: accuracy((families == family) & (styles == style)) for style in STYLES_OF[family]}
+            for family in dict.fromkeys(problem.family for problem in problems)
+        },
     }
-
-
-def _share(hits: Sequence[bool]) -> float:
-    return sum(hits) / len(hits) if hits else 0.0
