@@ -94,18 +94,16 @@ class BatchedRollout:
             self.num_tokens += sum(len(c.token_ids) for group in completions for c in group)
         keys, fields, tags, statuses = [], [], [], []
         for row, prompt, group in zip(rows, prompt_ids, completions, strict=True):
-            kwargs = {name: value for name, value in row.items() if name not in INSTRUCTIONS}
+            shared = {name: value for name, value in row.items() if name not in INSTRUCTIONS}
             try:
-                outputs = [self._output(prompt, c, {**kwargs, "session_id": i}, version) for i, c in enumerate(group)]
+                fields += [self._fields(prompt, c, {**shared, "session_id": i}, version) for i, c in enumerate(group)]
             except Exception:
-                logger.exception("the reward of problem %s could not be computed", kwargs["uid"])
+                logger.exception("the reward of problem %s could not be computed", row["uid"])
                 statuses.append("failure")
                 continue
             statuses.append("finished")
-            for session, output in enumerate(outputs):
-                keys.append(f"{kwargs['uid']}_{session}_0")
-                fields.append(_fields(output, {**kwargs, "session_id": session}))
-                tags.append(_tag(len(prompt), len(output.response_ids), kwargs["global_steps"], version))
+            keys += [f"{row['uid']}_{i}_0" for i in range(len(group))]
+            tags += [_tag(len(prompt), len(c.token_ids), row["global_steps"], version) for c in group]
         partition = "val" if is_validation else "train"
         if keys:
             tq.kv_batch_put(keys=keys, fields=_columns(fields), tags=tags, partition_id=partition)
@@ -121,9 +119,10 @@ class BatchedRollout:
             self._prompt_ids[key] = ids[-self._rollout.prompt_length :]
         return self._prompt_ids[key]
 
-    def _output(
+    def _fields(
         self, prompt: list[int], completion: Completion, row: Mapping[str, Any], version: int
-    ) -> AgentLoopOutput:
+    ) -> dict[str, Any]:
+        """Return a response and its reward as verl's workers read a trajectory."""
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         result = self._compute_score(
             data_source=row["data_source"],
@@ -133,7 +132,7 @@ class BatchedRollout:
             extra_info={**row.get("extra_info", {}), "session_id": row["session_id"], "num_turns": 2},
         )
         result = result if isinstance(result, dict) else {"score": result, "acc": result}
-        return AgentLoopOutput(
+        output = AgentLoopOutput(
             prompt_ids=prompt,
             response_ids=completion.token_ids,
             response_mask=[1] * len(completion.token_ids),
@@ -151,28 +150,20 @@ class BatchedRollout:
                 "reward_extra_info": result,
             },
         )
+        fields = {**output.as_dict(), **row}
+        fields.pop("multi_modal_data", None)
+        fields["loss_mask"] = fields["response_mask"]
+        fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
+        fields["position_ids"] = torch.arange(len(fields["input_ids"]))
+        fields["multi_modal_inputs"] = {}
+        return fields
 
 
 def _row(batch: TensorDict, place: int) -> dict[str, Any]:
     """Return one prompt's columns."""
-    row = {}
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            row[name] = value[place]
-        else:
-            row[name] = value.data if isinstance(value, NonTensorData) else value[place].data
-    return row
-
-
-def _fields(output: AgentLoopOutput, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a trajectory as verl's workers read it."""
-    fields = {**output.as_dict(), **row}
-    fields.pop("multi_modal_data", None)
-    fields["loss_mask"] = fields["response_mask"]
-    fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
-    fields["position_ids"] = torch.arange(len(fields["input_ids"]))
-    fields["multi_modal_inputs"] = {}
-    return fields
+    shared = {name: value.data for name, value in batch.items() if isinstance(value, NonTensorData)}
+    own = {name: value[place] for name, value in batch.items() if name not in shared}
+    return shared | {name: value if isinstance(value, torch.Tensor) else value.data for name, value in own.items()}
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> TensorDict:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,26 +12,27 @@ from torch.distributed.fsdp import _init_utils
 from transformers import AutoModelForTokenClassification
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-CHECK = "_check_module_states_for_sync_module_states"
-
 
 @contextmanager
-def cpu_weights_may_be_synced() -> Iterator[None]:
+def _replaced(owner: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def cpu_weights_may_be_synced() -> AbstractContextManager[None]:
     """Let FSDP1 broadcast weights that are on the CPU.
 
     verl builds FSDP1 with sync_module_states=True, which torch refuses for CPU weights because NCCL could not send
     them; gloo can. There is no argument for it. tests/unit/test_plugin.py fails when torch renames the check.
     """
-    check = getattr(_init_utils, CHECK)
-    setattr(_init_utils, CHECK, lambda states: None)
-    try:
-        yield
-    finally:
-        setattr(_init_utils, CHECK, check)
+    return _replaced(_init_utils, "_check_module_states_for_sync_module_states", lambda states: None)
 
 
-@contextmanager
-def critics_need_no_flash_attention() -> Iterator[None]:
+def critics_need_no_flash_attention() -> AbstractContextManager[None]:
     """Let verl build a critic with torch's own attention.
 
     verl names flash attention, which no CPU has, as an argument where it loads a critic, whatever the configuration
@@ -42,11 +43,7 @@ def critics_need_no_flash_attention() -> Iterator[None]:
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **{**kwargs, "attn_implementation": "sdpa"})
 
-    AutoModelForTokenClassification.from_pretrained = from_pretrained
-    try:
-        yield
-    finally:
-        AutoModelForTokenClassification.from_pretrained = original
+    return _replaced(AutoModelForTokenClassification, "from_pretrained", from_pretrained)
 
 
 class CpuFSDPEngineWithLMHead(FSDPEngineWithLMHead):

@@ -24,12 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process as processors
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 
@@ -100,7 +95,7 @@ class Completion:
 
 
 @dataclass
-class _SeededChoice(LogitsProcessor):
+class _SeededChoice(processing.LogitsProcessor):
     """Chooses the next token of every sequence with that sequence's own generator, and notes its log-probability.
 
     It runs last and leaves a single finite logit, so transformers' greedy decoding takes the token chosen here.
@@ -121,27 +116,23 @@ class _SeededChoice(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, choice_B, 0.0)
 
 
-class _StopStrings(StoppingCriteria):
-    """Ends the rows whose *generated* text contains a stop string; transformers' own also looks at the prompt."""
+@dataclass
+class _Ending(StoppingCriteria):
+    """Ends every row once `should_stop` says so, and rows whose *generated* text contains a stop string.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], prompt_width: int) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._prompt_width = prompt_width
+    transformers' own criterion for stop strings also looks at the prompt.
+    """
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_width :])
-        return torch.tensor([any(stop in text for stop in self._stop) for text in texts])
-
-
-class _Interruption(StoppingCriteria):
-    """Ends every row as soon as the caller asks for it."""
-
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self._should_stop = should_stop
+    tokenizer: PreTrainedTokenizerBase
+    stop: tuple[str, ...]
+    prompt_width: int
+    should_stop: Callable[[], bool] | None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._should_stop())
+        if self.should_stop is not None and self.should_stop():
+            return torch.ones(len(input_ids), dtype=torch.bool)
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :]) if self.stop else [""] * len(input_ids)
+        return torch.tensor([any(stop in text for stop in self.stop) for text in texts])
 
 
 class SequenceGenerator:
@@ -173,7 +164,8 @@ class SequenceGenerator:
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        choice = _SeededChoice(_generators(seeds) if params.temperature > 0 else None)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds] if params.temperature > 0 else None
+        choice = _SeededChoice(generators)
         end_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.tokenizer.eos_token_id})
         config = GenerationConfig(
             max_new_tokens=params.max_tokens,
@@ -181,11 +173,7 @@ class SequenceGenerator:
             eos_token_id=sorted(end_ids) or None,
             pad_token_id=pad,
         )
-        criteria: list[StoppingCriteria] = []
-        if params.stop:
-            criteria.append(_StopStrings(self.tokenizer, params.stop, width))
-        if should_stop is not None:
-            criteria.append(_Interruption(should_stop))
+        ending = _Ending(self.tokenizer, params.stop, width, should_stop)
         # What `config` leaves unset transformers takes from the model's own settings, which must not change the policy.
         own, self.model.generation_config = self.model.generation_config, config
         try:
@@ -193,8 +181,8 @@ class SequenceGenerator:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*_warpers(params), choice]),
-                stopping_criteria=StoppingCriteriaList(criteria),
+                logits_processor=processing.LogitsProcessorList([*_warpers(params), choice]),
+                stopping_criteria=StoppingCriteriaList([ending]),
             )
         finally:
             self.model.generation_config = own
@@ -213,19 +201,12 @@ class SequenceGenerator:
         return Completion(tokens, log_probs, "length" if len(tokens) == params.max_tokens else "aborted")
 
 
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+def _warpers(params: SamplingParams) -> list[processing.LogitsProcessor]:
     """Return transformers' own processors for `params`, in vLLM's order: penalty, temperature, top_k, top_p."""
-    warpers: list[LogitsProcessor] = []
-    if params.repetition_penalty != 1.0:
-        warpers.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(params.temperature)))
-    if params.top_k > 0:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    return warpers
+    warpers = (
+        (params.repetition_penalty != 1, processing.RepetitionPenaltyLogitsProcessor, params.repetition_penalty),
+        (params.temperature not in (0, 1), processing.TemperatureLogitsWarper, float(params.temperature)),
+        (params.top_k > 0, processing.TopKLogitsWarper, params.top_k),
+        (params.top_p < 1, processing.TopPLogitsWarper, params.top_p),
+    )
+    return [warper(value) for is_wanted, warper, value in warpers if is_wanted]

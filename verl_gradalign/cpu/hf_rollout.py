@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Generator
+from itertools import islice
 from typing import Any
 
 import ray
@@ -106,17 +107,17 @@ class HFServer:
         Prompts of like length share a batch: padding is computed too.
         """
         params = SamplingParams.from_request(sampling_params, self._response_length)
-        asked = [(len(prompt), i) for i, prompt in enumerate(prompts) for _ in range(counts[i])]
-        seeds = [self._next_seed(prompts[i]) for _, i in asked]
-        order = sorted(range(len(asked)), key=lambda place: asked[place])
-        completions: dict[int, Completion] = {}
+        asked = [i for i, count in enumerate(counts) for _ in range(count)]
+        seeds = [self._next_seed(prompts[i]) for i in asked]
+        order = sorted(range(len(asked)), key=lambda place: (len(prompts[asked[place]]), asked[place]))
+        answers: dict[int, Completion] = {}
         for start in range(0, len(order), self._max_num_seqs):
             places = order[start : start + self._max_num_seqs]
-            batch, batch_seeds = [prompts[asked[place][1]] for place in places], [seeds[place] for place in places]
-            answers = await asyncio.to_thread(self._generator.generate, batch, params, batch_seeds)
-            completions |= dict(zip(places, answers, strict=True))
-        ordered = iter([completions[place] for place in range(len(asked))])
-        return [[next(ordered) for _ in range(count)] for count in counts], self._weights_version
+            batch, batch_seeds = [prompts[asked[place]] for place in places], [seeds[place] for place in places]
+            completions = await asyncio.to_thread(self._generator.generate, batch, params, batch_seeds)
+            answers |= dict(zip(places, completions, strict=True))
+        in_order = (answers[place] for place in range(len(asked)))
+        return [list(islice(in_order, count)) for count in counts], self._weights_version
 
     async def reseed(self, seed: int) -> None:
         """Sample as a server that was started with this seed."""
@@ -139,17 +140,17 @@ class HFServer:
             for prompt, params, future in batch:
                 by_params[params].append((prompt, future))
             for params, requests in by_params.items():
-                prompts = [prompt for prompt, _ in requests]
+                prompts, futures = zip(*requests, strict=True)
                 seeds = [self._next_seed(prompt) for prompt in prompts]
                 try:
                     completions = await asyncio.to_thread(
                         self._generator.generate, prompts, params, seeds, self._paused.is_set
                     )
                 except Exception as error:
-                    for _, future in requests:
+                    for future in futures:
                         future.set_exception(error)
                     continue
-                for (_, future), completion in zip(requests, completions, strict=True):
+                for future, completion in zip(futures, completions, strict=True):
                     future.set_result(completion)
 
     async def _until_quiet(self) -> None:
@@ -200,24 +201,11 @@ class HFServer:
         self._rejects = False
         self._start_work()
 
-    async def read_weights(self) -> dict[str, torch.Tensor]:
-        """Return the rollout's weights by name (for tests and debugging)."""
-        return self._generator.model.state_dict()
+    async def _nothing(self, **_: Any) -> None:
+        """Return at once: there is no device memory to give back here, and nothing to profile."""
 
-    # verl calls these around weight pushes and scoring. There is no device memory to give back here.
-    async def wake_up(self) -> None: ...
-
-    async def sleep(self) -> None: ...
-
-    async def clear_kv_cache(self) -> None: ...
-
-    async def release_kv_cache(self) -> None: ...
-
-    async def resume_kv_cache(self) -> None: ...
-
-    async def start_profile(self, **_: Any) -> None: ...
-
-    async def stop_profile(self) -> None: ...
+    # verl calls these around weight pushes and scoring.
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
 
 class HFReplica(RolloutReplica):
@@ -226,26 +214,22 @@ class HFReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         """Start the server and wait until its model is loaded."""
         node_id = await self.workers[0].__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-        server = (
-            ray.remote(HFServer)
-            .options(
-                name=server_name(self.replica_rank, self.name_suffix),
-                num_cpus=0,
-                max_concurrency=MAX_CALLS,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
-            )
-            .remote(
-                model_path=self.model_config.path,
-                dtype=self.config.dtype,
-                seed=(self.config.seed, self.replica_rank),
-                response_length=self.config.response_length,
-                max_num_seqs=self.config.max_num_seqs,
-            )
+        name = server_name(self.replica_rank, self.name_suffix)
+        actor = ray.remote(HFServer).options(
+            name=name,
+            num_cpus=0,
+            max_concurrency=MAX_CALLS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+        )
+        server = actor.remote(
+            model_path=self.model_config.path,
+            dtype=self.config.dtype,
+            seed=(self.config.seed, self.replica_rank),
+            response_length=self.config.response_length,
+            max_num_seqs=self.config.max_num_seqs,
         )
         await server.ready.remote()
-        self.servers = [server]
-        self._server_handle = server
-        self._server_address = server_name(self.replica_rank, self.name_suffix)
+        self.servers, self._server_handle, self._server_address = [server], server, name
 
 
 class HFRollout(BaseRollout):

@@ -18,11 +18,17 @@ from verl.plugin.platform import PlatformRegistry
 from verl.plugin.platform.platform_base import PlatformBase
 
 
+def _do_nothing(*_: Any, **__: Any) -> None: ...
+
+
 class CpuDeviceModule(ModuleType):
     """The part of the `torch.cuda` namespace that verl calls, answered for a CPU.
 
-    Memory figures are the resident set of this process, in bytes.
+    Memory figures are the resident set of this process, in bytes. Random states are those of torch's CPU generator.
     """
+
+    empty_cache = ipc_collect = reset_peak_memory_stats = reset_max_memory_allocated = set_device = _do_nothing
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
 
     def __getattr__(self, name: str) -> Any:
         # torch.cpu has the stream and device calls (synchronize, current_stream, ...).
@@ -33,12 +39,6 @@ class CpuDeviceModule(ModuleType):
         return psutil.Process().memory_info().rss
 
     memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = _resident
-
-    @staticmethod
-    def _nothing(*_: Any, **__: Any) -> None:
-        return None
-
-    empty_cache = ipc_collect = reset_peak_memory_stats = reset_max_memory_allocated = set_device = _nothing
 
     @staticmethod
     def mem_get_info(*_: Any) -> tuple[int, int]:
@@ -53,20 +53,11 @@ class CpuDeviceModule(ModuleType):
 
     @staticmethod
     def get_rng_state(*_: Any) -> torch.Tensor:
-        """Return the state of torch's CPU generator."""
         return torch.get_rng_state()
 
     @staticmethod
     def set_rng_state(state: torch.Tensor, *_: Any) -> None:
-        """Set the state of torch's CPU generator."""
         torch.set_rng_state(state)
-
-    @staticmethod
-    def manual_seed(seed: int) -> None:
-        """Seed torch's CPU generator."""
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
 
 
 _DEVICE_MODULE = CpuDeviceModule("torch_cpu_as_device")
@@ -82,6 +73,9 @@ class CpuDevice(str):
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
     """CPU backend: gloo collectives, no device memory, no profiler ranges."""
+
+    set_device = synchronize = set_allocator_settings = empty_cache = _do_nothing
+    profiler_start = profiler_stop = cudart = _do_nothing
 
     @property
     def device_name(self) -> str:
@@ -108,23 +102,10 @@ class PlatformCPU(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        return None
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        return None
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        return None
+    manual_seed_all = manual_seed
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -147,12 +128,3 @@ class PlatformCPU(PlatformBase):
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
-
-    def profiler_start(self) -> None:
-        return None
-
-    def profiler_stop(self) -> None:
-        return None
-
-    def cudart(self) -> Any:
-        return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that makes verl run without a GPU, planted when `VERL_PLATFORM=cpu`.
+"""Everything that makes verl run without a GPU, registered when `VERL_PLATFORM=cpu`.
 
 Registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module that owns
 the registry. The engines bring further shims (`engines.py`), and vLLM's CPU build one (`_keep_weight_loaders`).
@@ -13,7 +13,7 @@ from typing import Any
 
 import wrapt
 
-Loudly = Callable[[str, Callable[[], None]], Callable[[ModuleType], None]]
+ReportingFailure = Callable[[str, Callable[[], None]], Callable[[ModuleType], None]]
 
 
 def _register_engines() -> None:
@@ -21,11 +21,9 @@ def _register_engines() -> None:
 
     from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead, CpuFSDPEngineWithValueHead
 
-    for model_type, engine in (
-        ("language_model", CpuFSDPEngineWithLMHead),
-        ("value_model", CpuFSDPEngineWithValueHead),
-    ):
-        EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
+    backends = ["fsdp", "fsdp2"]
+    EngineRegistry.register("language_model", backends, device="cpu")(CpuFSDPEngineWithLMHead)
+    EngineRegistry.register("value_model", backends, device="cpu")(CpuFSDPEngineWithValueHead)
 
 
 def _register_replica() -> None:
@@ -81,16 +79,15 @@ def _keep_weight_loaders() -> None:
     ops._supports_onednn = False
 
 
-def register_cpu_hooks(loudly: Loudly) -> None:
-    """Register the platform now (verl asks for it during its own import) and plant the rest."""
+def register_cpu_hooks(reporting_failure: ReportingFailure) -> None:
+    """Register the platform now (verl asks for it during its own import), and the rest when its module is imported."""
     import verl_gradalign.cpu.platform  # noqa: F401  (registers itself)
 
-    hooks = {
-        "verl.workers.engine.fsdp.transformer_impl": loudly("CPU engines", _register_engines),
-        "verl.workers.rollout.replica": loudly("hf rollout replica", _register_replica),
-        "verl.workers.rollout.base": loudly("hf rollout", _register_rollout),
-        "verl.utils.distributed": loudly("gloo process group", _use_gloo),
-        "vllm._custom_ops": loudly("weight pushes into vLLM", _keep_weight_loaders),
-    }
-    for module, hook in hooks.items():
-        wrapt.register_post_import_hook(hook, module)
+    for module, what, hook in (
+        ("verl.workers.engine.fsdp.transformer_impl", "CPU engines", _register_engines),
+        ("verl.workers.rollout.replica", "hf rollout replica", _register_replica),
+        ("verl.workers.rollout.base", "hf rollout", _register_rollout),
+        ("verl.utils.distributed", "gloo process group", _use_gloo),
+        ("vllm._custom_ops", "weight pushes into vLLM", _keep_weight_loaders),
+    ):
+        wrapt.register_post_import_hook(reporting_failure(what, hook), module)

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.utils import need_critic
@@ -105,16 +104,13 @@ class SharesProcesses(_Trainer):
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **kwargs: Any
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
-        metrics.update(shares_of(tq.kv_batch_get(batch.keys, batch.partition_id, ["data_source", "extra_info"])))
+        rows = tq.kv_batch_get(batch.keys, batch.partition_id, ["data_source", "extra_info"])
+        is_corrupted = [bool(info.get("corrupted")) for info in rows["extra_info"]]
+        metrics["experiment/share/corrupted"] = sum(is_corrupted) / len(is_corrupted)
+        for source, count in Counter(map(str, rows["data_source"])).items():
+            metrics[f"experiment/share/{source}"] = count / len(is_corrupted)
         if hasattr(self.agent_loop_manager, "num_tokens"):
             metrics["experiment/num_tokens"] = self.agent_loop_manager.num_tokens
-
-
-def shares_of(rows: TensorDict) -> dict[str, float]:
-    """Return the shares of what was trained on: of corrupted problems, and of each data source."""
-    infos, sources = list(rows["extra_info"]), Counter(map(str, rows["data_source"]))
-    shares = {f"experiment/share/{source}": count / len(infos) for source, count in sources.items()}
-    return shares | {"experiment/share/corrupted": sum(bool(i.get("corrupted")) for i in infos) / len(infos)}
 
 
 @ray.remote
@@ -186,30 +182,32 @@ def check_series(configs: Mapping[str, DictConfig]) -> None:
     wanted, allowed = _given_to_processes(config), ", ".join(PER_RUN).replace(".", "")
     for folder, other in others:
         given = _given_to_processes(other)
-        for key in sorted(wanted.keys() | given.keys()):
-            if given.get(key) != wanted.get(key):
-                raise ValueError(
-                    f"{folder}: {key}={given.get(key)}, in {first} it is {wanted.get(key)}, and it is fixed when "
-                    f"processes start. Remedy: runs of a series may differ in {allowed} only; start this one by itself."
-                )
+        differing = sorted(key for key in wanted.keys() | given.keys() if given.get(key) != wanted.get(key))
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{folder}: {key}={given.get(key)}, in {first} it is {wanted.get(key)}, and it is fixed when "
+                f"processes start. Remedy: runs of a series may differ in {allowed} only; start this one by itself."
+            )
 
 
 def _given_to_processes(config: DictConfig) -> dict[str, Any]:
     """Return the values that processes are started with, by dotted key; names of experiments are only labels."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                walk(inner, f"{key}.{name}" if key else str(name))
-        elif not key.endswith(".experiment_name"):
-            flat[key] = value
-
-    walk(OmegaConf.to_container(config, resolve=True), "")
+    flat = _flat(OmegaConf.to_container(config, resolve=True))
     per_run: tuple[str, ...] = PER_RUN
     if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class"):
         per_run += PER_MANAGER
-    return {key: value for key, value in flat.items() if not f"{key}:".startswith(per_run)}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not f"{key}:".startswith(per_run) and not key.endswith(".experiment_name")
+    }
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
 
 
 def run_series(runs: Sequence[Mapping[str, Any]]) -> None:
