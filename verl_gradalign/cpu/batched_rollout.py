@@ -29,8 +29,6 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_gradalign.cpu.generate import Completion
 from verl_gradalign.cpu.hf_rollout import server_name
 
-__all__ = ["BatchedRollout"]
-
 logger = logging.getLogger(__name__)
 
 # Columns that tell the agent loop what to do, and are no part of a trajectory.
@@ -103,7 +101,17 @@ class BatchedRollout:
                 continue
             statuses.append("finished")
             keys += [f"{row['uid']}_{i}_0" for i in range(len(group))]
-            tags += [_tag(len(prompt), len(c.token_ids), row["global_steps"], version) for c in group]
+            tags += [
+                {
+                    "status": "success",
+                    "prompt_len": len(prompt),
+                    "response_len": len(c.token_ids),
+                    "seq_len": len(prompt) + len(c.token_ids),
+                    **_versions(version),
+                    "global_steps": row["global_steps"],
+                }
+                for c in group
+            ]
         partition = "val" if is_validation else "train"
         if keys:
             tq.kv_batch_put(keys=keys, fields=_columns(fields), tags=tags, partition_id=partition)
@@ -142,9 +150,7 @@ class BatchedRollout:
             metrics=AgentLoopMetrics(),
             reward_score=result["score"],
             extra_fields={
-                "global_steps": version,
-                "min_global_steps": version,
-                "max_global_steps": version,
+                **_versions(version),
                 "turn_scores": [],
                 "tool_rewards": [],
                 "reward_extra_info": result,
@@ -183,13 +189,6 @@ def _columns(rows: Sequence[dict[str, Any]]) -> TensorDict:
     return list_of_dict_to_tensordict([{name: wrap(value) for name, value in row.items()} for row in rows])
 
 
-def _tag(prompt_len: int, response_len: int, step: int, version: int) -> dict[str, Any]:
-    return {
-        "status": "success",
-        "prompt_len": prompt_len,
-        "response_len": response_len,
-        "seq_len": prompt_len + response_len,
-        "global_steps": step,
-        "min_global_steps": version,
-        "max_global_steps": version,
-    }
+def _versions(version: int) -> dict[str, int]:
+    """Return the versions of the weights that a response was sampled with, as verl notes them: one, all along."""
+    return dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), version)

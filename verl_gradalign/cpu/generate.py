@@ -17,14 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.generation import logits_process as processors
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import logits_process as processing
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 
@@ -32,22 +26,16 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 class SamplingParams:
     """How to sample, in the words of vLLM's sampling parameters.
 
-    Raises:
-        ValueError: a value outside its range, named with the remedy.
+    Raises: ValueError for a value outside its range, named with the remedy.
     """
 
     max_tokens: int
-    temperature: float = 1.0
-    """0 is greedy."""
+    temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
-    top_k: int = -1
-    """-1 or 0: all tokens."""
-    n: int = 1
-    """Completions per prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion; the string itself is part of it."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a completion, besides the tokenizer's end-of-sequence token."""
+    top_k: int = -1  # -1 or 0: all tokens
+    n: int = 1  # completions per prompt
+    stop: tuple[str, ...] = ()  # strings that end a completion, and are part of it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end a completion, besides the tokenizer's end of sequence
     ignore_eos: bool = False
     repetition_penalty: float = 1.0
     logprobs: bool = True
@@ -88,10 +76,8 @@ class Completion:
     """One sampled sequence, its end-of-sequence token included."""
 
     token_ids: list[int]
-    log_probs: list[float]
-    """log pi(token) under the distribution it was drawn from (after temperature, top_k and top_p)."""
-    stop_reason: str
-    """"stop", "length", or "aborted" if the caller stopped the batch first."""
+    log_probs: list[float]  # log pi(token) under the distribution drawn from (after temperature, top_k and top_p)
+    stop_reason: str  # "stop", "length", or "aborted" if the caller stopped the batch first
 
 
 @dataclass

@@ -41,6 +41,10 @@ def server_name(replica_rank: int, suffix: str = "") -> str:
     return f"hf_server_{replica_rank}{suffix}"
 
 
+async def _nothing(*_: Any, **__: Any) -> None:
+    """Return at once: there is no device memory to give back here, and nothing to profile."""
+
+
 class HFServer:
     """Generates for one replica. An async Ray actor: requests queue up while a batch is computed in a thread."""
 
@@ -60,10 +64,6 @@ class HFServer:
         # Set from an abort to the next resume. The thread that computes a batch looks at it after every token.
         self._paused = threading.Event()
         self._rejects = False
-
-    async def ready(self) -> bool:
-        """Return True once the model is loaded."""
-        return True
 
     async def generate(
         self,
@@ -201,9 +201,6 @@ class HFServer:
         self._rejects = False
         self._start_work()
 
-    async def _nothing(self, **_: Any) -> None:
-        """Return at once: there is no device memory to give back here, and nothing to profile."""
-
     # verl calls these around weight pushes and scoring.
     wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
@@ -228,18 +225,14 @@ class HFReplica(RolloutReplica):
             response_length=self.config.response_length,
             max_num_seqs=self.config.max_num_seqs,
         )
-        await server.ready.remote()
+        await server.__ray_ready__.remote()
         self.servers, self._server_handle, self._server_address = [server], server, name
 
 
 class HFRollout(BaseRollout):
     """The training worker's end of the weight push to its replica's server."""
 
-    async def resume(self, tags: list[str]) -> None:
-        """Nothing was released."""
-
-    async def release(self) -> None:
-        """Nothing to release."""
+    resume = release = _nothing
 
     async def update_weights(
         self,

@@ -7,7 +7,7 @@ accelerators by that name: start Ray with as many logical GPUs as there are rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,9 @@ from verl.plugin.platform import PlatformRegistry
 from verl.plugin.platform.platform_base import PlatformBase
 
 
-def _do_nothing(*_: Any, **__: Any) -> None: ...
+def _always(value: Any) -> Callable[..., Any]:
+    """Return a function, or method, whose answer is `value` whatever it is asked."""
+    return lambda *_, **__: value
 
 
 class CpuDeviceModule(ModuleType):
@@ -27,7 +29,9 @@ class CpuDeviceModule(ModuleType):
     Memory figures are the resident set of this process, in bytes. Random states are those of torch's CPU generator.
     """
 
-    empty_cache = ipc_collect = reset_peak_memory_stats = reset_max_memory_allocated = set_device = _do_nothing
+    empty_cache = ipc_collect = reset_peak_memory_stats = reset_max_memory_allocated = set_device = _always(None)
+    # verl looks its peak FLOP/s up by this name, and reports a utilisation of zero where it is unknown.
+    get_device_name = _always("CPU")
     manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,11 +49,6 @@ class CpuDeviceModule(ModuleType):
         """Return (available, total) bytes of main memory."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
-
-    @staticmethod
-    def get_device_name(*_: Any) -> str:
-        """Return a name; verl looks its peak FLOP/s up and reports a utilisation of zero where it is unknown."""
-        return "CPU"
 
     @staticmethod
     def get_rng_state(*_: Any) -> torch.Tensor:
@@ -74,56 +73,24 @@ class CpuDevice(str):
 class PlatformCPU(PlatformBase):
     """CPU backend: gloo collectives, no device memory, no profiler ranges."""
 
-    set_device = synchronize = set_allocator_settings = empty_cache = _do_nothing
-    profiler_start = profiler_stop = cudart = _do_nothing
-
-    @property
-    def device_name(self) -> str:
-        return "cpu"
-
-    @property
-    def vendor_name(self) -> str:
-        return "cpu"
-
-    @property
-    def device_module(self) -> ModuleType:
-        return _DEVICE_MODULE
-
-    def is_available(self) -> bool:
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # Never found by detection: a GPU machine must not fall back to its CPU in silence.
-        return False
-
-    def current_device(self) -> CpuDevice:
-        return CpuDevice("cpu")
-
-    def device_count(self) -> int:
-        return 1
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
-    def ray_resource_name(self) -> str:
-        return "GPU"
+    device_name = vendor_name = "cpu"
+    device_module: ModuleType = _DEVICE_MODULE
+    is_available = _always(True)
+    # Never found by detection: a GPU machine must not fall back to its CPU in silence.
+    is_platform_available = _always(False)
+    current_device = _always(CpuDevice("cpu"))
+    device_count = _always(1)
+    get_device_capability = _always((None, None))
+    communication_backend_name = _always("gloo")
+    visible_devices_envvar = _always("CUDA_VISIBLE_DEVICES")
+    ray_resource_name = _always("GPU")
+    is_ipc_supported = _always(False)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    set_device = synchronize = set_allocator_settings = empty_cache = _always(None)
+    profiler_start = profiler_stop = cudart = _always(None)
 
     def ray_noset_envvars(self) -> list[str]:
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
-
-    def is_ipc_supported(self) -> bool:
-        return False
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:

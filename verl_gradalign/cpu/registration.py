@@ -63,10 +63,8 @@ def _keep_weight_loaders() -> None:
     """Make vLLM's linear layers keep the parameters that weights are pushed into.
 
     On a CPU vLLM hands every linear layer's weight to oneDNN after loading and leaves an empty parameter without
-    `weight_loader` behind, so verl's next weight push ends in an AttributeError. Told that there is no oneDNN, vLLM
-    multiplies with torch and the parameters stay. There is no option for it. `tests/vllm/test_reload.py` fails when
-    vLLM changes.
-
+    `weight_loader`, so verl's next weight push ends in an AttributeError. Told that there is no oneDNN, vLLM multiplies
+    with torch and the parameters stay. There is no option for it. tests/vllm/test_reload.py fails when vLLM changes.
     Raises: RuntimeError if vLLM no longer has the switch.
     """
     import vllm._custom_ops as ops

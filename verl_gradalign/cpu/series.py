@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs of verl, one after the other, in one set of worker processes.
 
-Starting Ray, the actor, the rollout and the rest takes a minute, which is longer than a small run trains. Here every
-run is verl's own trainer with a configuration of its own; what they share are the processes: between two runs the actor
-is built anew from its model folder, with a new optimizer, and its weights are pushed to the rollout. A run is the same
-as if it had been started alone (tests/e2e/test_series.py).
+Starting the processes takes a minute, which is longer than a small run trains. Every run is verl's own trainer with a
+separate configuration; what they share are the processes: between two runs the actor is built anew from its model
+folder, with a new optimizer, and its weights are pushed to the rollout. A run is the same as if it had been started
+alone (tests/e2e/test_series.py).
 
     python -m verl_gradalign.cpu.series series.json
 
@@ -146,13 +146,13 @@ class SeriesRunner:
         self._ready = trainer
         for replica in trainer.llm_server_manager.get_replicas():
             ray.get([server.reseed.remote(seed) for server in replica.servers])
-        is_complete = False
+        exit_code = 1
         try:
             trainer.fit(self._manager(trainer, config))
-            is_complete = True
+            exit_code = 0
         finally:
             if tracking := getattr(trainer, "logger", None):
-                tracking.finish(exit_code=0 if is_complete else 1)
+                tracking.finish(exit_code=exit_code)
             for partition, keys in (tq.kv_list() or {}).items():
                 if keys:
                     tq.kv_clear(keys=list(keys), partition_id=partition)
@@ -182,9 +182,8 @@ def check_series(configs: Mapping[str, DictConfig]) -> None:
     wanted, allowed = _given_to_processes(config), ", ".join(PER_RUN).replace(".", "")
     for folder, other in others:
         given = _given_to_processes(other)
-        differing = sorted(key for key in wanted.keys() | given.keys() if given.get(key) != wanted.get(key))
-        if differing:
-            key = differing[0]
+        key = min((key for key in wanted.keys() | given.keys() if given.get(key) != wanted.get(key)), default=None)
+        if key is not None:
             raise ValueError(
                 f"{folder}: {key}={given.get(key)}, in {first} it is {wanted.get(key)}, and it is fixed when "
                 f"processes start. Remedy: runs of a series may differ in {allowed} only; start this one by itself."
@@ -193,15 +192,10 @@ def check_series(configs: Mapping[str, DictConfig]) -> None:
 
 def _given_to_processes(config: DictConfig) -> dict[str, Any]:
     """Return the values that processes are started with, by dotted key; names of experiments are only labels."""
+    has_own_manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
+    per_run = PER_RUN + PER_MANAGER if has_own_manager else PER_RUN
     flat = _flat(OmegaConf.to_container(config, resolve=True))
-    per_run: tuple[str, ...] = PER_RUN
-    if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class"):
-        per_run += PER_MANAGER
-    return {
-        key: value
-        for key, value in flat.items()
-        if not f"{key}:".startswith(per_run) and not key.endswith(".experiment_name")
-    }
+    return {k: v for k, v in flat.items() if not f"{k}:".startswith(per_run) and not k.endswith(".experiment_name")}
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
