@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_gradalign.data.pools import Pool, SourceProblem
 from verl_gradalign.data.prepare import PreparationPlan, prepare
 from verl_gradalign.data.rewards import compute_score
 from verl_gradalign.data.schema import PREPARED_SCHEMA
 from verl_gradalign.data.sources import SOURCES
-from verl_gradalign.data.splits import SPLITS, choose_problems, parse_request
+from verl_gradalign.data.splits import SPLITS, Pool, SourceProblem, choose_problems, parse_request
 
 GSM8K_FOLDER = Path(__file__).parents[2].parent / "shared/data/gsm8k"
 

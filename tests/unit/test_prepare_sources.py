@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl_gradalign.data.pools import load_pool, normalise_question
 from verl_gradalign.data.rewards import compute_score
 from verl_gradalign.data.sources import DAPO_AFTER, DAPO_BEFORE, SOURCES
+from verl_gradalign.data.splits import load_pool, normalise_question
 
 AOPS = "https://artofproblemsolving.com/wiki/index.php/"
 # One row in each data set's own columns, and what is read from it.
@@ -164,7 +164,7 @@ def test_a_year_is_kept_where_rows_tell_it(tmp_path):
     path = write(tmp_path / "train.parquet", rows)
     pools = {name: read(path, name) for name in ("amc22", "amc23")}
     assert [len(pool.problems) for pool in pools.values()] == [3, 4]
-    assert pools["amc22"].num_other_years == 4
+    assert pools["amc22"].left_out["rows_of_other_years"] == 4
     with pytest.raises(ValueError, match="holds no problems of 2024 for aime24: none of its 7 rows is usable"):
         read(path, "aime24")
     with pytest.raises(ValueError, match=r"line 1 has no year in its year or url \('here'\)"):
@@ -176,7 +176,8 @@ def test_duplicates_are_counted_and_the_first_stays(tmp_path):
     rows = [{"problem": question, "answer": str(n)} for n, question in enumerate(questions)]
     pool = read(write(tmp_path / "in.jsonl", rows))
     assert [problem.truth for problem in pool.problems] == ["0", "2"]
-    assert (pool.num_rows, pool.num_duplicates, pool.num_conflicting) == (4, 2, 2)
+    assert pool.num_rows == 4
+    assert (pool.left_out["duplicates_removed"], pool.left_out["duplicates_with_another_answer"]) == (2, 2)
 
 
 def test_questions_that_differ_in_what_counts_stay_apart():
@@ -236,7 +237,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(GOOD + b'{"problem": "q", "answer": ""}\n' * 7)
     pool = read(path, skip_bad_rows=True)
-    assert (len(pool.problems), pool.num_skipped, len(pool.first_reasons)) == (1, 7, 5)
+    assert (len(pool.problems), pool.left_out["bad_rows_skipped"], len(pool.first_reasons)) == (1, 7, 5)
     assert "line 2 has an empty 'answer'" in pool.first_reasons[0]
 
 

@@ -63,18 +63,16 @@ def draw_countdown_problems(num: int, seed: int) -> list[CountdownProblem]:
     if num < 0:
         raise ValueError(f"num={num} must not be negative; ask for at least 0 problems")
     rng = random.Random(f"countdown {seed}")
-    seen: set[tuple[tuple[int, ...], int]] = set()
-    problems: list[CountdownProblem] = []
+    problems: dict[tuple[tuple[int, ...], int], CountdownProblem] = {}
     while len(problems) < num:
         for _ in range(MAX_DRAWS_PER_PROBLEM):
             problem = _draw_problem(rng)
-            if problem is not None and (problem.numbers, problem.target) not in seen:
+            if problem is not None and (problem.numbers, problem.target) not in problems:
                 break
         else:
             raise ValueError(f"no new Countdown problem after {len(problems)} of num={num}; ask for fewer problems")
-        seen.add((problem.numbers, problem.target))
-        problems.append(problem)
-    return problems
+        problems[problem.numbers, problem.target] = problem
+    return list(problems.values())
 
 
 def _draw_problem(rng: random.Random) -> CountdownProblem | None:

@@ -13,7 +13,7 @@ import json
 import platform
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import verl_gradalign
-from verl_gradalign.data.pools import Pool, draw_pool, load_pool
 from verl_gradalign.data.rows import read_file
 from verl_gradalign.data.schema import PREPARED_SCHEMA, draw_corrupted, write_rows
 from verl_gradalign.data.sources import SOURCES
-from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, parse_request
+from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, load_pool, parse_request
 from verl_gradalign.files import atomic_folder, hash_file
 
 
@@ -86,7 +85,18 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already; remove it or choose another --output")
     requests = plan.requests()
-    pools = _load_pools(plan, requests)
+    asked = [request for split in SPLITS for request in requests[split]]
+    pools = {
+        request.pool: load_pool(
+            SOURCES[request.name],
+            request.source_split,
+            plan.origin_of(request),
+            plan.skip_bad_rows,
+            num_generated=sum(other.count or 0 for other in asked if other.pool == request.pool),
+            seed=plan.seed,
+        )
+        for request in {request.pool: request for request in asked}.values()
+    }
     chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
     with atomic_folder(output) as folder:
         hashes, splits = {}, {}
@@ -124,27 +134,10 @@ def _make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> lis
     if split == "train":
         random.Random(f"order {plan.seed}").shuffle(problems)
     corrupted = draw_corrupted(len(problems), share, random.Random(f"corrupted {plan.seed}"))
-    rows = []
-    for index, problem in enumerate(problems):
-        row = SOURCES[problem.source].row(problem.question, problem.truth, index, split, corrupted[index])
-        row["extra_info"]["source"] = problem.place
-        rows.append(row)
-    return rows
-
-
-def _load_pools(plan: PreparationPlan, requests: Mapping[str, Sequence[Request]]) -> dict[tuple[str, str], Pool]:
-    pools: dict[tuple[str, str], Pool] = {}
-    in_order = [request for split in SPLITS for request in requests[split]]
-    for request in in_order:
-        if request.pool in pools:
-            continue
-        source, origin = SOURCES[request.name], plan.origin_of(request)
-        if source.hub_id is None and origin is None:
-            num = sum(other.count or 0 for other in in_order if other.pool == request.pool)
-            pools[request.pool] = draw_pool(source, num, plan.seed)
-        else:
-            pools[request.pool] = load_pool(source, request.source_split, origin, plan.skip_bad_rows)
-    return pools
+    return [
+        SOURCES[p.source].row(p.question, p.truth, index=i, split=split, corrupted=corrupted[i], source=p.place)
+        for i, p in enumerate(problems)
+    ]
 
 
 def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max_rows: int | None = None) -> Path:
@@ -160,7 +153,7 @@ def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max
         raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to keep every row")
     source = SOURCES["gsm8k"]
     numbered = enumerate(islice(read_file(Path(jsonl_path)), max_rows))
-    rows = [source.row(*source.read(row), index, split) for index, row in numbered]
+    rows = [source.row(*source.read(row), index=i, split=split, corrupted=False) for i, row in numbered]
     if not rows:
         raise ValueError(f"{jsonl_path} holds no problems; download GSM8K's {split}.jsonl again")
     return write_rows(rows, Path(output_path))

@@ -29,16 +29,14 @@ SCHEMA = _schema_with(EXTRA_INFO)
 PREPARED_SCHEMA = _schema_with([*EXTRA_INFO, ("source", pa.string())])
 
 
-def make_row(
-    data_source: str, prompt: str, ability: str, answer: str, index: int, split: str, family: str, corrupted: bool
-) -> dict[str, Any]:
-    """Return one problem as a row of SCHEMA; `index` numbers the rows of its file from 0."""
+def make_row(data_source: str, prompt: str, ability: str, answer: str, **extra_info: Any) -> dict[str, Any]:
+    """Return one problem as a row of SCHEMA, or of PREPARED_SCHEMA if `extra_info` has its source; index is from 0."""
     return {
         "data_source": data_source,
         "prompt": [{"role": "user", "content": prompt}],
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": answer},
-        "extra_info": {"index": index, "split": split, "family": family, "corrupted": corrupted},
+        "extra_info": extra_info,
     }
 
 

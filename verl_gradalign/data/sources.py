@@ -58,10 +58,10 @@ class Source:
         """Return the question followed by the instruction that says where the answer is looked for."""
         return f"{question} {INSTRUCTIONS[self.rule]}"
 
-    def row(self, question: str, truth: str, index: int, split: str, corrupted: bool = False) -> dict[str, Any]:
+    def row(self, question: str, truth: str, **extra_info: Any) -> dict[str, Any]:
         """Return one of its problems as a row of verl's schema."""
         prompt = self.prompt(question)
-        return make_row(self.data_source, prompt, self.ability, truth, index, split, self.name, corrupted)
+        return make_row(self.data_source, prompt, self.ability, truth, family=self.name, **extra_info)
 
 
 def year_of(row: Row) -> int | None:

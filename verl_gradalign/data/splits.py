@@ -1,30 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which problems of which source go into train, trusted and test, so that no problem is in two of them.
 
-A request is `NAME[@SPLIT][:COUNT]`: `gsm8k`, `dapo:17000`, `math@test:200`. A count draws at random, by the seed;
-`webinstruct:first-40000` takes the first ones of the file instead. Test problems are chosen first, then trusted ones,
-then train ones from what is left, so that neither depends on how many train problems are asked for.
+A pool is all usable problems of one split of a source, each once: two problems are the same if their questions are,
+after `normalise_question`. A request is `NAME[@SPLIT][:COUNT]`: `gsm8k`, `dapo:17000`, `math@test:200`. A count draws
+at random, by the seed; `webinstruct:first-40000` takes the first ones of the file instead. Test problems are chosen
+first, then trusted ones, then train ones from what is left, so that neither depends on how many train problems are
+asked for.
 
-    chosen = choose_problems({"test": [parse_request("gsm8k", "test")], ...}, pools, seed=0, drop_overlap=False)
-    chosen["train"].problems
+    requests = {"test": [parse_request("gsm8k", "test")], "train": [parse_request("gsm8k:500", "train")]}
+    pools = {("gsm8k", split): load_pool(SOURCES["gsm8k"], split, "path/to/gsm8k") for split in ("train", "test")}
+    choose_problems(requests, pools, seed=0, drop_overlap=False)["train"].problems
 """
 
 import random
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from verl_gradalign.data.pools import Pool, SourceProblem
-from verl_gradalign.data.sources import SOURCES
+from verl_gradalign.data.countdown import draw_countdown_problems
+from verl_gradalign.data.math_answers import squeeze_spaces
+from verl_gradalign.data.rows import Row, files_of, read_file, read_hub
+from verl_gradalign.data.sources import SOURCES, Source, year_of
+from verl_gradalign.files import hash_file
 
 SPLITS = ("test", "trusted", "train")  # in the order in which they choose
 REQUEST = re.compile(r"(?P<name>[^@:]+)(?:@(?P<split>[^@:]+))?(?::(?P<first>first-)?(?P<count>\d+))?")
-# Why a problem of a pool is not in a split, as the manifest names it: it is in the split already, from an earlier
-# request; in another split from the same source; in another split from another source.
-REASONS = ("duplicates_removed", "held_out_for_another_split", "overlaps_removed")
-DUPLICATE, HELD_OUT, OVERLAP = REASONS
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NUM_REASONS_KEPT = 5
+
+# What the manifest counts. Of a pool's rows: repeated questions, those of them whose answer differs from the one kept,
+# rows of other years, rows that cannot be read.
+NOT_IN_POOL = ("duplicates_removed", "duplicates_with_another_answer", "rows_of_other_years", "bad_rows_skipped")
+DUPLICATE, CONFLICTING, OTHER_YEAR, BAD_ROW = NOT_IN_POOL
+# Of a pool's problems: in the split already, from an earlier request; in another split, from the same source; in
+# another split, from another source.
+NOT_IN_SPLIT = (DUPLICATE, "held_out_for_another_split", "overlaps_removed")
+_, HELD_OUT, OVERLAP = NOT_IN_SPLIT
+
+
+@dataclass(frozen=True, slots=True)
+class SourceProblem:
+    """One problem of a source: question and right answer, and where it stands, for messages."""
+
+    source: str
+    question: str
+    truth: str
+    key: str
+    place: str
+
+
+@dataclass
+class Pool:
+    """The distinct problems of one split of a source in the order of its files, and what happened to the other rows."""
+
+    source: Source
+    split: str
+    origin: str
+    is_drawn: bool = False  # generated, so that its order is random already, and as long as what is asked for
+    problems: list[SourceProblem] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # path to SHA-256, or hub id to fingerprint
+    num_rows: int = 0
+    left_out: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(NOT_IN_POOL, 0)))
+    first_reasons: list[str] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the pool's entry in the manifest; the hash is of the questions and answers, in order."""
+        texts = "".join(f"{problem.question}\0{problem.truth}\0" for problem in self.problems)
+        return {
+            "source": self.source.name,
+            "split": self.split,
+            "from": self.origin,
+            "files": self.files,
+            "rows": self.num_rows,
+            "distinct": len(self.problems),
+            **self.left_out,
+            "first_reasons": self.first_reasons,
+            "problems_sha256": sha256(texts.encode()).hexdigest(),
+        }
+
+
+def normalise_question(text: str) -> str:
+    """Return the text by which questions are compared.
+
+    Letter case, Unicode variants, white space around signs, dollar signs and LaTeX's sizes and thin spaces do not
+    count, nor does a closing full stop.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!,;:()\[\]]|\$", " ", text)
+    return squeeze_spaces(text).rstrip(".")
+
+
+def load_pool(
+    source: Source,
+    split: str,
+    origin: str | None = None,
+    skip_bad_rows: bool = False,
+    num_generated: int = 0,
+    seed: int = 0,
+) -> Pool:
+    """Return the pool of a split, read from a file, a folder or a hub id; without `origin`, from the source's hub id.
+
+    A source without either is generated. With `skip_bad_rows`, rows that lack a column, a question or an answer are
+    counted and left out. Raises: ValueError naming file and row for anything unusable, or if no problem is left.
+    """
+    pool = Pool(source, split, origin or source.hub_id or f"generated with seed {seed}")
+    pool.is_drawn = not (origin or source.hub_id)
+    # Filled row by row, and questions normalised once: the hub's DAPO-Math-17k holds every problem 100 times.
+    kept: dict[str, SourceProblem] = {}
+    keys: dict[str, str] = {}
+    for row in _generate(source, num_generated, seed) if pool.is_drawn else _read_rows(pool):
+        pool.num_rows += 1
+        try:
+            if source.year and year_of(row) not in (None, source.year):
+                pool.left_out[OTHER_YEAR] += 1
+                continue
+            question, truth = source.read(row)
+        except ValueError as error:
+            if not skip_bad_rows:
+                raise
+            pool.left_out[BAD_ROW] += 1
+            pool.first_reasons = [*pool.first_reasons, str(error)][:NUM_REASONS_KEPT]
+            continue
+        key = keys.get(question) or keys.setdefault(question, normalise_question(question))
+        problem = SourceProblem(source.name, question, truth, key, row.place)
+        first = kept.setdefault(key, problem)
+        if first is not problem:
+            pool.left_out[DUPLICATE] += 1
+            pool.left_out[CONFLICTING] += first.truth != truth
+    pool.problems = list(kept.values())
+    if not pool.problems:
+        reason = f"none of its {pool.num_rows} rows is usable" if pool.num_rows else "it has no rows"
+        of_year = f" of {source.year}" if pool.left_out[OTHER_YEAR] else ""
+        raise ValueError(f"{pool.origin} holds no problems{of_year} for {source.name}: {reason}; give other files")
+    return pool
+
+
+def _generate(source: Source, num: int, seed: int) -> Iterable[Row]:
+    problems = enumerate(draw_countdown_problems(num, seed), start=1)
+    return (Row(f"generated {source.name}, row {n}", {"nums": p.numbers, "target": p.target}) for n, p in problems)
+
+
+def _read_rows(pool: Pool) -> Iterable[Row]:
+    """Return the rows of the pool's origin, and note in the pool which files they are read from."""
+    path = Path(pool.origin)
+    if path.exists():
+        files = files_of(path, pool.split)
+        pool.files = {str(file): hash_file(file) for file in files}
+        return (row for file in files for row in read_file(file))
+    if not HUB_ID.fullmatch(pool.origin):
+        raise ValueError(
+            f"{pool.origin} for {pool.source.name} is no file, folder or hub id (owner/name); correct the path"
+        )
+    config = pool.source.hub_config if pool.origin == pool.source.hub_id else None
+    rows, fingerprint = read_hub(pool.origin, config, pool.split)
+    pool.files = {pool.origin: fingerprint}
+    return rows
 
 
 @dataclass(frozen=True)
@@ -48,7 +184,7 @@ class ChosenProblems:
     """One split: its problems in file order within each source, and what was left out, by reason and source."""
 
     problems: list[SourceProblem] = field(default_factory=list)
-    left_out: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in REASONS})
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in NOT_IN_SPLIT})
 
 
 def parse_request(text: str, split: str) -> Request:
@@ -120,7 +256,7 @@ def _draw(request: Request, split: str, free: list[SourceProblem], pool: Pool, s
         wanted = "all rows" if request.count is None else f"{count} problems"
         raise ValueError(
             f"--{split} {request.text} asks for {wanted}, but of the {pool.num_rows} rows of {pool.origin} "
-            f"({pool.split}) {len(free)} are left ({pool.num_duplicates} duplicates, "
+            f"({pool.split}) {len(free)} are left ({pool.left_out[DUPLICATE]} duplicates, "
             f"{len(pool.problems) - len(free)} in use elsewhere); "
             + (f"ask for at most {len(free)}" if free else "leave the request out or ask for fewer elsewhere")
         )

@@ -167,7 +167,16 @@ def write_splits(
         rng.shuffle(problems)
         corrupted = draw_corrupted(len(problems), corrupted_share if split == "pool" else 0.0, rng)
         rows = [
-            make_row(f"{TASKS_DATA_SOURCE}/{p.family}", p.prompt, p.family, p.answer, i, split, p.family, corrupted[i])
+            make_row(
+                f"{TASKS_DATA_SOURCE}/{p.family}",
+                p.prompt,
+                p.family,
+                p.answer,
+                index=i,
+                split=split,
+                family=p.family,
+                corrupted=corrupted[i],
+            )
             for i, p in enumerate(problems)
         ]
         paths[split] = write_rows(rows, Path(output_dir) / f"{split}.parquet")
