@@ -16,16 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from verl_gradalign.errors import require, require_choice
 
-RELIABILITIES = ("scores", "direction")
-FALLBACKS = ("random", "accuracy_greedy", "accuracy_band")
-ON_DEGENERATE = ("previous", "random", "stop")
-AGGREGATIONS = ("aggregate", "per_problem_unit")
-METRICS_OF_DIRECTION = ("none", "adam", "candidates")
-OVERSIZED = ("backward", "stop")
-POOL_DOTS = ("exact", "sketch")
 SCHEDULES = ("step", "round", "once", "staged")
-DEAD_GROUPS = ("drop", "rank")
-ADVANTAGES = ("trainer", "centred")
 # Literals, as this module imports neither torch nor the probe; tests/unit/test_config.py holds them equal to it.
 ESTIMATORS = ("ghost", "backward", "finite_difference", "low_rank", "output_layer")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -33,9 +24,17 @@ LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-tok
 T = TypeVar("T")
 
 
-def neutral(default: T) -> T:
+def key(default: T, *, one_of: tuple[str, ...] = (), least: float | None = None, is_neutral: bool = False) -> T:
+    """Return a field with the values that it allows; None is always allowed where it is the default.
+
+    `is_neutral`: a resumed run may change it.
+    """
+    return field(default=default, metadata={"one_of": one_of, "least": least, "is_neutral": is_neutral})
+
+
+def neutral(default: T, *, one_of: tuple[str, ...] = (), least: float | None = None) -> T:
     """Return a field that a resumed run may change."""
-    return field(default=default, metadata={"is_neutral": True})
+    return key(default, one_of=one_of, least=least, is_neutral=True)
 
 
 def decisive(config: Any) -> dict[str, Any]:
@@ -44,8 +43,35 @@ def decisive(config: Any) -> dict[str, Any]:
     return {name: decisive(value) if is_dataclass(value) else value for name, value in named.items()}
 
 
+class Block:
+    """A block of keys, checked when it is built: its fields' own bounds, then what `_check` adds."""
+
+    _prefix = ""
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        """`name`: the block's, as in gradalign.<name>.<key>; none for the outermost."""
+        cls._prefix = f"{name}." if name else ""
+
+    def __post_init__(self) -> None:
+        this: Any = self
+        for f in fields(this):
+            value, name = getattr(self, f.name), f"{self._prefix}{f.name}"
+            one_of, least = f.metadata.get("one_of"), f.metadata.get("least")
+            if value is None:
+                continue
+            if one_of:
+                require_choice(name, value, one_of)
+            if least is not None:
+                remedy = f"leave it out, or set {least} or more" if f.default is None else f"set {least} or more"
+                require(value >= least, name, value, f"must be at least {least}", remedy)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError for what a bound of one field does not say."""
+
+
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(Block, name="score_options"):
     """What some scores are set by; the others do not look at it."""
 
     band_low: float = 0.2
@@ -55,7 +81,7 @@ class ScoreOptions:
     z: float = 1.0
     """lower_bound: standard errors taken off the mean, at least 0; 0 is cosine."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         keys, rule = "score_options.band_low, band_high", "must be two success rates in ascending order"
         remedy = "set gradalign.score_options.band_low=0.2 and band_high=0.8"
         require(0 <= self.band_low <= self.band_high <= 1, keys, [self.band_low, self.band_high], rule, remedy)
@@ -63,20 +89,20 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Block, name="curriculum"):
     """Which problems are candidates when, and how long the kept ones are trained on. Schedule `step` needs none."""
 
-    steps_per_round: int = 10
+    steps_per_round: int = key(10, least=1)
     """round: steps trained on the problems kept, the round's first included; at least 1. 10 is the reference's."""
-    num_candidates: int | None = None
+    num_candidates: int | None = key(None, least=1)
     """round: candidates of a round, the next ones of a seeded shuffle. None: oversample x batch x steps_per_round."""
     keep: float | None = None
     """Problems kept of the candidates: a share from 0 to 1, or a whole number from 1 on (1.0 is the share: all).
     None: `step` keeps a batch, `round` the share 1 / oversample; `once` and `staged` must name it (per stage)."""
-    n: int | None = None
+    n: int | None = key(None, least=1)
     """round, once, staged: responses per candidate, at least rollout.n. None: rollout.n. The step that scores trains
     on the first rollout.n of them, so none is generated twice."""
-    warmup_steps: int = 0
+    warmup_steps: int = key(0, least=0)
     """once: steps of plain training on a random part of the pool before the pool is scored, 0 or more."""
     warmup_problems: int | None = None
     """once, staged: problems of that random part, at least a batch. None: the whole pool."""
@@ -84,11 +110,7 @@ class CurriculumConfig:
     """staged: the steps, ascending, in which the problems not yet released are scored and the best `keep` released.
     Steps before the first are warm-up."""
 
-    def __post_init__(self) -> None:
-        for key, least in (("steps_per_round", 1), ("num_candidates", 1), ("n", 1), ("warmup_steps", 0)):
-            value = getattr(self, key)
-            is_enough = value is None or value >= least
-            require(is_enough, f"curriculum.{key}", value, f"must be at least {least}", "leave it")
+    def _check(self) -> None:
         keep, rule = self.keep, "must be a share above 0 up to 1, or a whole number"
         is_share_or_count = keep is None or 0 < keep <= 1 or (keep > 1 and keep == int(keep))
         require(is_share_or_count, "curriculum.keep", keep, rule, "set 0.25, or 1000")
@@ -98,33 +120,31 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
-class ReliabilityConfig:
+class ReliabilityConfig(Block, name="reliability"):
     """How far a selection can be trusted, and what to do when it cannot. Measured on halves of the responses, in the
     passes that are made anyway."""
 
     min_reliability: float | None = None
     """Below it the step falls back to `fallback`: a correlation from -1 to 1. None: never."""
-    of: str = "scores"
+    of: str = key("scores", one_of=("scores", "direction"))
     """What min_reliability bounds: `scores` (Spearman-Brown corrected rank correlation of the candidates' scores) or
     `direction` (corrected cosine of v)."""
-    fallback: str = "random"
+    fallback: str = key("random", one_of=("random", "accuracy_greedy", "accuracy_band"))
     """The score used in a step below it: random, accuracy_greedy or accuracy_band."""
     shrinkage: float = 0.0
     """How far a problem's score is drawn to the mean of its earlier scores: with k of them by shrinkage * k / (k + 1),
     from 0 (off) to 1 (the running mean)."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         least, rule = self.min_reliability, "is a correlation, so from -1 to 1"
         is_correlation = least is None or -1 <= least <= 1
         require(is_correlation, "reliability.min_reliability", least, rule, "set 0.1, or null to switch it off")
-        require_choice("reliability.of", self.of, RELIABILITIES)
-        require_choice("reliability.fallback", self.fallback, FALLBACKS)
         value = self.shrinkage
         require(0 <= value <= 1, "reliability.shrinkage", value, "must be from 0 to 1", "set 0 to switch it off")
 
 
 @dataclass(frozen=True)
-class TrustedSetConfig:
+class TrustedSetConfig(Block):
     """One of several trusted sets, each with a direction of its own."""
 
     name: str = ""
@@ -136,7 +156,7 @@ class TrustedSetConfig:
     n: int | None = None
     """Responses per problem, at least 1. None: validation.n."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         key = f"validation.sets[{self.name}]"
         require(self.name.isidentifier(), "validation.sets.name", self.name, "must be a plain word", "name each set")
         require(bool(self.files), f"{key}.files", list(self.files), "is empty", "name a file with trusted problems")
@@ -145,21 +165,20 @@ class TrustedSetConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Block, name="validation"):
     """The trusted set, whose policy gradient is the direction."""
 
     files: tuple[str, ...] = ()
     """Parquet, json or jsonl files in verl's schema. Its problems must not stand in data.train_files. Required by
     every score that needs a direction."""
-    n: int | None = None
+    n: int | None = key(None, least=1)
     """Responses per trusted problem (k_v), at least 1. None: actor_rollout_ref.rollout.n. More responses give a less
     noisy direction; the noise of |v| falls with the square root of problems x n."""
     sets: tuple[TrustedSetConfig, ...] = ()
     """Instead of `files`: several trusted sets. Each gives a unit direction of its own, so sets with rewards of another
     size count alike; the weighted sum of them is the direction."""
 
-    def __post_init__(self) -> None:
-        require(self.n is None or self.n >= 1, "validation.n", self.n, "must be at least 1", "leave it out, or 8")
+    def _check(self) -> None:
         names = [trusted.name for trusted in self.sets]
         are_distinct = not (self.files and self.sets) and len(set(names)) == len(names)
         rule = "stands beside validation.files, or names a set twice"
@@ -175,96 +194,81 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class DirectionConfig:
+class DirectionConfig(Block, name="direction"):
     """How the direction is kept up to date."""
 
-    refresh_interval: int = 1
+    refresh_interval: int = key(1, least=1)
     """Steps between two directions made from fresh rollouts of the trusted set. 1: every step, the default, because
     the policy moves every step; larger values save the trusted rollouts."""
-    on_degenerate: str = "previous"
+    on_degenerate: str = key("previous", one_of=("previous", "random", "stop"))
     """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or not finite):
     `previous` uses the last good one (`random` while there is none, as after a resume if none is saved), `random`
     selects at random, `stop` ends the run. Every such step is counted and logged."""
-    aggregation: str = "aggregate"
+    aggregation: str = key("aggregate", one_of=("aggregate", "per_problem_unit"))
     """`aggregate`: the gradient of all trusted responses together, as published; problems of middling difficulty weigh
     more. `per_problem_unit`: each problem's unit gradient, averaged; costs a second pass over the trusted set."""
     ema: float = 0.0
     """Weight of the earlier directions in a moving average over refreshes (exponential, bias-corrected), from 0 to
     below 1. 0: the newest alone. The policy moves slowly, so old rollouts still carry signal."""
-    metric: str = "none"
+    metric: str = key("none", one_of=("none", "adam", "candidates"))
     """`adam` divides v elementwise by the square root of the actor's (bias-corrected) second moments, as its optimizer
     does to a gradient; without effect until the first update. `candidates` divides it by the root mean square over live
     candidates' gradients (plus a tenth of its mean), one backward pass for each. `none`: v, the published method."""
-    metric_problems: int = 32
+    metric_problems: int = key(32, least=2)
     """metric=candidates: how many of the live candidates it is measured on, at random, at least 2."""
     offload: bool = False
     """Whether v lies in CPU memory between its uses: saves 4 bytes per parameter and rank count, costs transfers."""
 
-    def __post_init__(self) -> None:
-        interval, remedy = self.refresh_interval, "set 1 to refresh the direction every step"
-        require(interval >= 1, "direction.refresh_interval", interval, "must be at least 1", remedy)
-        require_choice("direction.on_degenerate", self.on_degenerate, ON_DEGENERATE)
-        require_choice("direction.metric", self.metric, METRICS_OF_DIRECTION)
-        require_choice("direction.aggregation", self.aggregation, AGGREGATIONS)
+    def _check(self) -> None:
         require(0 <= self.ema < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off")
-        least = self.metric_problems
-        require(least >= 2, "direction.metric_problems", least, "must be at least 2", "set 32")
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Block, name="probe"):
     """How the estimators work, and how they are watched."""
 
-    max_tokens_per_rank: int | None = neutral(None)
+    max_tokens_per_rank: int | None = neutral(None, least=1)
     """Positions of one micro-batch of one rank, padding included. None: the actor's own budget
     (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
-    oversized: str = neutral("backward")
+    oversized: str = neutral("backward", one_of=("backward", "stop"))
     """Problems larger than that: `backward` scores them one at a time on all ranks, exactly, with one warning and a
     count; `stop` ends the run."""
     response_derivatives: bool = True
     """Whether d_ij, the derivative of each response's log-probability along v, is measured where a score uses it; the
     others need only sums over a problem, which are cheaper the shorter the responses."""
-    rank: int = 16
+    rank: int = key(16, least=1)
     """low_rank: singular directions kept of each matrix of the direction, at least 1."""
     relative_step: float = 1e-3
     """finite_difference: the step as a share of |theta|, above 0. In bf16 good from 0.6e-3 to 2.3e-3 (one toy); much
     smaller drowns in rounding, much larger bends."""
-    pool_dots: str = "exact"
+    pool_dots: str = key("exact", one_of=("exact", "sketch"))
     """learnalign, pool_cosine: how candidates are compared with their own pool. `exact`: the pool's weighted gradient
     is formed, then every candidate is scored along it. `sketch`: one pass that keeps a random projection of each
     candidate's gradient, and estimates its own rank correlation with the exact scores."""
-    sketch_rank: int = 16
+    sketch_rank: int = key(16, least=2)
     """sketch: random directions on each side of a matrix, even, at least 2. Rank correlation with the exact scores on a
     tiny model: 0.70, 0.84, 0.94, 0.96 at 4, 8, 16, 32."""
-    fidelity_problems: int = 8
+    fidelity_problems: int = key(8, least=3)
     """Estimators that are not exact: problems scored with `backward` too in every selection, at least 3, to report
     the rank correlation with the exact scores."""
-    canary_interval: int = neutral(10)
+    canary_interval: int = neutral(10, least=0)
     """Exact estimators: every so many selections, the first included, a few problems are rescored with `backward`.
     0: never."""
-    canary_problems: int = neutral(2)
+    canary_problems: int = neutral(2, least=1)
     """How many, at least 1, drawn at random."""
     canary_threshold: float = neutral(0.05)
     """Largest error, as a share of the gradient's norm, that does not stop the run. Half precision differs by about
     1e-2, a layer that was missed by far more."""
 
-    def __post_init__(self) -> None:
-        least_of = {"rank": 1, "sketch_rank": 2, "fidelity_problems": 3, "canary_interval": 0, "canary_problems": 1}
-        for key, least in least_of.items():
-            value = getattr(self, key)
-            require(value >= least, f"probe.{key}", value, f"must be at least {least}", f"set {least} or more")
+    def _check(self) -> None:
         step, threshold = self.relative_step, self.canary_threshold
         require(0 < step < math.inf, "probe.relative_step", step, "must be above 0", "set 0.001")
         require(0 < threshold < math.inf, "probe.canary_threshold", threshold, "must be above 0", "set 0.05")
-        tokens, key = self.max_tokens_per_rank, "probe.max_tokens_per_rank"
-        require(tokens is None or tokens >= 1, key, tokens, "must be at least 1", "leave it out, or 16384")
-        require_choice("probe.oversized", self.oversized, OVERSIZED)
-        require_choice("probe.pool_dots", self.pool_dots, POOL_DOTS)
         require(self.sketch_rank % 2 == 0, "probe.sketch_rank", self.sketch_rank, "must be even", "set 16")
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Block, name="log"):
     """The selection log, and what is shown of it meanwhile."""
 
     dir: str | None = None
@@ -272,26 +276,22 @@ class LogConfig:
     columns: tuple[str, ...] = ()
     """Keys of the problems' extra_info that the composition of candidates and kept ones is reported by, and that become
     columns of the log. data_source is always reported."""
-    sample_problems: int = 16
+    sample_problems: int = key(16, least=0)
     """Problems of every scored step whose prompt, answer and a best and a worst response are kept as text, those that
     look least trustworthy first; 0 or more. 0: none, and the report lists suspicious problems without their text."""
-    sample_chars: int = 4000
+    sample_chars: int = key(4000, least=1)
     """Length that each of these texts is cut to, in characters, at least 1."""
-    steps_per_part: int = 100
+    steps_per_part: int = key(100, least=2)
     """Steps whose parts are merged into one file, at least 2: few files, quickly read, and little to rewrite."""
     max_gb: float | None = 8.0
     """Size of the log in GB (1e9 bytes), above 0; beyond it the oldest steps are dropped, with a warning. None: no
     limit. A row takes about 20 to 60 bytes, a sampled problem up to about 9,000."""
-    pages_interval: int = 20
+    pages_interval: int = key(20, least=0)
     """wandb: steps between two tables of problems (top, bottom, most uncertain) and figures; 0: never."""
-    pages_problems: int = 10
+    pages_problems: int = key(10, least=1)
     """wandb: problems of each kind in the table, at least 1."""
 
-    def __post_init__(self) -> None:
-        least_of = {"sample_problems": 0, "sample_chars": 1, "steps_per_part": 2, "pages_interval": 0}
-        for key, least in {**least_of, "pages_problems": 1}.items():
-            value = getattr(self, key)
-            require(value >= least, f"log.{key}", value, f"must be at least {least}", f"set {least} or more")
+    def _check(self) -> None:
         limit = self.max_gb
         require(limit is None or limit > 0, "log.max_gb", limit, "must be above 0", "set 8, or null for no limit")
         names = [name for name in self.columns if not name]
@@ -299,7 +299,7 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class GradAlignConfig:
+class GradAlignConfig(Block):
     """Everything under `gradalign:`.
 
     Raises: ValueError that names the key, the value and the remedy.
@@ -308,30 +308,30 @@ class GradAlignConfig:
     score: str = "cosine"
     """What candidates are ranked by: a name of `selection.scores.SCORES`, or your own function as `module:function` or
     `path/to/file.py:function` (recipes/how_to/own_score.md)."""
-    schedule: str = "step"
+    schedule: str = key("step", one_of=SCHEDULES)
     """When candidates are scored. `step`: every step scores its own candidates and trains on the best. `round`: every
     curriculum.steps_per_round steps. `once`: after curriculum.warmup_steps, the whole pool. `staged`: at
     curriculum.stages, the problems not yet released."""
     oversample: float = 4.0
     """Candidates rolled out per problem trained on, at least 1. The rollout cost of a step grows with it; 4 keeps
     the top quarter, the share of the published noisy-reward experiment."""
-    dead_groups: str = "drop"
+    dead_groups: str = key("drop", one_of=("drop", "rank"))
     """Groups without a non-zero advantage, or whose advantages cancel over equal responses. `drop`: trained on only
     where live groups do not fill the batch. `rank`: they score 0 and are ranked, so they beat every negatively aligned
     problem (what the reference code does)."""
-    advantage: str = "trainer"
+    advantage: str = key("trainer", one_of=("trainer", "centred"))
     """`trainer`: what algorithm.adv_estimator gives, so that scores see the gradient that training will take.
     `centred`: reward minus the group's mean, for estimators whose advantages do not exist before the selection."""
-    loss_agg_mode: str | None = None
+    loss_agg_mode: str | None = key(None, one_of=LOSS_AGG_MODES)
     """Token weights within a problem. None: actor_rollout_ref.actor.loss_agg_mode."""
-    estimator: str = "ghost"
+    estimator: str = key("ghost", one_of=ESTIMATORS)
     """How gradients are measured: a name of `probe.estimators.ESTIMATORS`. Exact: `ghost`, about the cost of an update
     over the same tokens, and `backward`, one problem at a time, for models that ghost has no rules for. Cheaper and
     approximate: `finite_difference`, `low_rank`, `output_layer`; they report their fidelity."""
     success_threshold: float = 0.0
     """A response counts as a success when its reward (any number, in the reward's own unit) is above this. Used for
     success rates in metrics and the log, and by scores that ask for them."""
-    seed: int = 0
+    seed: int = key(0, least=0)
     """Seeds the shuffle that breaks ties and the random score, 0 or more."""
     regime: str | None = None
     """Set by a file of configs/regime that changes keys of this block, to its name; see `checks.read_config`."""
@@ -345,17 +345,10 @@ class GradAlignConfig:
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     log: LogConfig = field(default_factory=LogConfig, metadata={"is_neutral": True})
 
-    def __post_init__(self) -> None:
-        require_choice("schedule", self.schedule, SCHEDULES)
-        require_choice("estimator", self.estimator, ESTIMATORS)
-        require_choice("dead_groups", self.dead_groups, DEAD_GROUPS)
-        require_choice("advantage", self.advantage, ADVANTAGES)
-        if self.loss_agg_mode is not None:
-            require_choice("loss_agg_mode", self.loss_agg_mode, LOSS_AGG_MODES)
+    def _check(self) -> None:
         rule = "must be a number from 1 on; below 1 there are fewer candidates than the batch holds"
         remedy = "set 1 or more; 4 keeps a quarter of the candidates"
         require(1 <= self.oversample < math.inf, "oversample", self.oversample, rule, remedy)
-        require(self.seed >= 0, "seed", self.seed, "must be 0 or more", "set 0")
         require(self.poll_interval_s > 0, "poll_interval_s", self.poll_interval_s, "must be above 0", "set 0.5")
 
     @classmethod

@@ -88,25 +88,17 @@ def field_texts() -> dict[tuple[str, str], str]:
     }
 
 
-def choices_of_keys() -> dict[str, tuple[str, ...]]:
+def choices_of_keys(cls: Any = GradAlignConfig, prefix: str = "") -> dict[str, tuple[str, ...]]:
     """Return the names that a key may have, for every key that has some (by its name without `gradalign.`)."""
     from verl_gradalign.selection.scores import SCORES
 
-    return {
-        "score": tuple(SCORES),
-        "schedule": config.SCHEDULES,
-        "estimator": config.ESTIMATORS,
-        "dead_groups": config.DEAD_GROUPS,
-        "advantage": config.ADVANTAGES,
-        "loss_agg_mode": config.LOSS_AGG_MODES,
-        "direction.on_degenerate": config.ON_DEGENERATE,
-        "direction.aggregation": config.AGGREGATIONS,
-        "direction.metric": config.METRICS_OF_DIRECTION,
-        "probe.oversized": config.OVERSIZED,
-        "probe.pool_dots": config.POOL_DOTS,
-        "reliability.of": config.RELIABILITIES,
-        "reliability.fallback": config.FALLBACKS,
-    }
+    choices = {"score": tuple(SCORES)} if cls is GradAlignConfig else {}
+    for field in fields(cls):
+        if is_dataclass(field.default_factory):
+            choices |= choices_of_keys(field.default_factory, f"{field.name}.")
+        elif field.metadata.get("one_of"):
+            choices[prefix + field.name] = field.metadata["one_of"]
+    return choices
 
 
 def blocks_of(cls: Any = GradAlignConfig, name: str = "gradalign") -> list[Block]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
@@ -42,8 +42,14 @@ def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
     return options
 
 
-class _Attached:
-    """What both samplers have beside verl's replay buffer: the trainer's function that chooses."""
+if TYPE_CHECKING:
+    _Buffer = ReplayBuffer
+else:
+    _Buffer = object
+
+
+class _Selecting(_Buffer):
+    """Mixed into a replay buffer of verl: training batches are chosen by the trainer's function."""
 
     _in_flight: InFlight | None = None
     _choose: Choose | None = None
@@ -53,24 +59,6 @@ class _Attached:
         """Connect the sampler to its trainer, which does this once."""
         self._in_flight, self._choose = in_flight, choose
 
-    def _attached(self) -> tuple[InFlight, Choose]:
-        if self._in_flight is None or self._choose is None:
-            raise RuntimeError(
-                "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with "
-                "its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
-            )
-        return self._in_flight, self._choose
-
-    def _without_trusted(self, uids: Iterable[str]) -> set[str]:
-        return {uid for uid in uids if self._in_flight is None or not self._in_flight.is_trusted(uid)}
-
-
-class GradAlignSampler(_Attached, ReplayBuffer):
-    """verl's synchronous replay buffer, whose training batches are chosen by alignment."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**_options(kwargs, train_batch_size=True))
-
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own.
 
@@ -78,10 +66,29 @@ class GradAlignSampler(_Attached, ReplayBuffer):
         """
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
-        in_flight, choose = self._attached()
-        batch, metrics = super().sample(global_steps, partition_id, len(in_flight))
-        kept, own_metrics = choose(batch, list(self._taken), set(self.failure_keys[partition_id]), global_steps)
+        if self._in_flight is None or self._choose is None:
+            raise RuntimeError(
+                "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with "
+                "its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
+            )
+        batch, metrics = super().sample(global_steps, partition_id, self._num_groups(self._in_flight))
+        failed = set(self.failure_keys[partition_id])
+        kept, own_metrics = self._choose(batch, list(self._taken), failed, global_steps)
         return kept, {**metrics, **own_metrics}
+
+    def _num_groups(self, in_flight: InFlight) -> int:
+        """Return how many groups a selection is among: all of the step's, trusted ones included."""
+        return len(in_flight)
+
+    def _without_trusted(self, uids: Iterable[str]) -> set[str]:
+        return {uid for uid in uids if self._in_flight is None or not self._in_flight.is_trusted(uid)}
+
+
+class GradAlignSampler(_Selecting, ReplayBuffer):
+    """verl's synchronous replay buffer, whose training batches are chosen by alignment."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**_options(kwargs, train_batch_size=True))
 
     def _dapo_filtered_keys(self, partition_id: str) -> tuple[set[str], Counter[float]]:
         """Leave trusted groups alone: they are not trained on, and a new prompt would not replace them."""
@@ -99,7 +106,7 @@ class GradAlignSampler(_Attached, ReplayBuffer):
         return uids[:batch_size], snapshot, steps
 
 
-class GradAlignAsyncSampler(_Attached, ReplayBufferAsync):
+class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
     """verl's asynchronous replay buffer: chooses among the oldest finished candidates while others are generated.
 
     Staleness is verl's: groups beyond `max_off_policy_threshold` are evicted and replaced before the choice. Trusted
@@ -109,14 +116,8 @@ class GradAlignAsyncSampler(_Attached, ReplayBufferAsync):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**_options(kwargs, train_batch_size=False))
 
-    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own."""
-        if partition_id != "train":
-            return super().sample(global_steps, partition_id, batch_size)
-        in_flight, choose = self._attached()
-        batch, metrics = super().sample(global_steps, partition_id, in_flight.num_candidates)
-        kept, own_metrics = choose(batch, list(self._taken), set(self.failure_keys[partition_id]), global_steps)
-        return kept, {**metrics, **own_metrics}
+    def _num_groups(self, in_flight: InFlight) -> int:
+        return in_flight.num_candidates
 
     def _terminal_eviction_reasons(
         self, global_steps: int, partition_id: str
