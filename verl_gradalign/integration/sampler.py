@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
@@ -42,14 +42,8 @@ def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
     return options
 
 
-if TYPE_CHECKING:
-    _Buffer = ReplayBuffer
-else:
-    _Buffer = object
-
-
-class _Selecting(_Buffer):
-    """Mixed into a replay buffer of verl: training batches are chosen by the trainer's function."""
+class _Selecting(ReplayBuffer):
+    """What both samplers share: training batches are chosen by the trainer's function."""
 
     _in_flight: InFlight | None = None
     _choose: Choose | None = None
@@ -84,7 +78,7 @@ class _Selecting(_Buffer):
         return {uid for uid in uids if self._in_flight is None or not self._in_flight.is_trusted(uid)}
 
 
-class GradAlignSampler(_Selecting, ReplayBuffer):
+class GradAlignSampler(_Selecting):
     """verl's synchronous replay buffer, whose training batches are chosen by alignment."""
 
     def __init__(self, **kwargs: Any) -> None:
