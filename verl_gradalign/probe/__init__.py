@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of problems: objective, direction, estimators and the float64 oracle. Imports torch, never verl."""
+"""Gradients of problems: objective, direction, estimators, and audits of them. Imports torch, never verl."""
