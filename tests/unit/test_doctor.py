@@ -303,7 +303,7 @@ def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):
     trainer = SimpleNamespace(device="cuda", n_gpus_per_node=8)
     for gb, level in ((70, "warning"), (140, "ok")):
         findings = Findings()
-        machine = Machine(8, gb * 1e9, 1e12)
+        machine = Machine(8, gb, 1e3)
         _memory(estimate(setting), SimpleNamespace(trainer=trainer), machine, findings)
         (finding,) = findings.all
         assert finding.level == level and "making the direction" in finding.message

@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 HOSTS = {"verl", "ray", "transfer_queue"}
 KNOW_VERL = {"integration", "doctor", "cpu", "plugin"}
 
-LEAVES = {"errors", "files", "markdown", "types", "metrics", "rank_correlation"}
+LEAVES = {"errors", "files", "markdown", "types", "metrics", "rank_correlation", "versions"}
 SPINE = LEAVES | {"config", "findings"}
 # What may be imported, by folder or module of the package, besides the part itself: a row for each.
 ALLOWED_PARTS = {
@@ -25,6 +25,7 @@ ALLOWED_PARTS = {
     "errors": set(),
     "files": set(),
     "markdown": set(),
+    "versions": set(),
     "types": set(),
     "metrics": set(),
     "rank_correlation": set(),

@@ -26,13 +26,14 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.cost import Cost
 from verl_gradalign.doctor.cost import examine_cost, total_steps
 from verl_gradalign.doctor.data import examine_data
-from verl_gradalign.doctor.machine import Machine, version_of
+from verl_gradalign.doctor.machine import Machine, asks_for_cpu
 from verl_gradalign.doctor.model import examine_model
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
 from verl_gradalign.selection.scores import score_of
+from verl_gradalign.versions import version_of
 
 __all__ = ["examine_configuration", "examine_trainer_mode"]
 
@@ -76,9 +77,8 @@ def examine_configuration(
         findings.add(AREA, "ok", f"score {config.score} with schedule {config.schedule} can be measured and planned")
     with findings.refusals("folders"):
         check_resume(identity(config, verl_config), verl_config)
-    score = score_of(config.score)
-    model = examine_model(config, verl_config, score.needs_gradients, findings)
-    data = examine_data(config, verl_config, score.needs_direction, findings)
+    model = examine_model(config, verl_config, findings)
+    data = examine_data(config, verl_config, findings)
     if data is not None:
         _check_steps(verl_config, config, data.num_problems, findings)
     if model is None or data is None:
@@ -95,9 +95,8 @@ def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None
         with composing():
             config = compose_run(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        findings.refusal(
-            AREA, ValueError(str(error)), "correct the override; keys that verl lacks need a + before them"
-        )
+        remedy = "correct the override; keys that verl lacks need a + before them"
+        findings.refusal(AREA, ValueError(str(error)), remedy)
         return None
     # Elsewhere verl has mandatory keys that matter only where their part is switched on.
     missing = sorted(OmegaConf.missing_keys(config.actor_rollout_ref))
@@ -127,27 +126,24 @@ def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig 
 
 @contextmanager
 def _warnings_of_checks(findings: Findings) -> Iterator[None]:
-    """Turn what `checks` only logs into findings."""
+    """Turn what `checks` only logs into findings, and keep it from the log."""
 
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            findings.add(AREA, "warning", record.getMessage())
+    def keep(record: logging.LogRecord) -> bool:
+        findings.add(AREA, "warning", record.getMessage())
+        return False
 
-    logger, handler = logging.getLogger("verl_gradalign.integration.checks"), Keep(logging.WARNING)
-    propagates, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+    logger = logging.getLogger("verl_gradalign.integration.checks")
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagates
+        logger.removeFilter(keep)
 
 
 def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
     """Whether the devices, the rollout engine and the kernels that are asked for are here."""
     trainer, rollout = verl_config.trainer, verl_config.actor_rollout_ref.rollout.name
-    is_cpu_platform = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
-    if trainer.device == "cpu" and not is_cpu_platform:
+    if trainer.device == "cpu" and not asks_for_cpu():
         text = "trainer.device=cpu, but VERL_PLATFORM is not cpu: verl will look for GPUs"
         findings.add("hardware", "error", text, "run with VERL_PLATFORM=cpu in the environment")
     if trainer.device != "cpu" and machine.num_gpus == 0:
@@ -159,7 +155,7 @@ def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings
     if rollout in ("vllm", "sglang") and version_of(rollout) is None:
         text = f"actor_rollout_ref.rollout.name={rollout}, and {rollout} is not installed here"
         findings.add("environment", "error", text, f"pip install 'verl[{rollout}]', or +platform=cpu on a CPU")
-    if rollout == "hf" and not is_cpu_platform:
+    if rollout == "hf" and not asks_for_cpu():
         text = "actor_rollout_ref.rollout.name=hf is only there with VERL_PLATFORM=cpu"
         findings.add("environment", "error", text, "set VERL_PLATFORM=cpu, or actor_rollout_ref.rollout.name=vllm")
     if verl_config.actor_rollout_ref.model.use_remove_padding and version_of("flash-attn") is None:
@@ -186,25 +182,20 @@ def _check_logging(verl_config: DictConfig, findings: Findings) -> None:
 
 
 def _has_wandb_login() -> bool:
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        return path.is_file() and WANDB_HOST in netrc.netrc(path).hosts
+        return WANDB_HOST in netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").hosts
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
     """Whether checkpoints and log can be written, and whether the run would go on from a checkpoint."""
-    log_dir = OmegaConf.select(verl_config, "gradalign.log.dir")
-    for key, folder in (
-        ("trainer.default_local_dir", verl_config.trainer.default_local_dir),
-        ("gradalign.log.dir", log_dir),
-    ):
+    for key in ("trainer.default_local_dir", "gradalign.log.dir"):
+        folder = OmegaConf.select(verl_config, key)
         if folder is None:
             continue
-        there = Path(str(folder)).expanduser().absolute()
-        while not there.exists():
-            there = there.parent
+        path = Path(str(folder)).expanduser().absolute()
+        there = next(each for each in (path, *path.parents) if each.exists())
         try:
             # Asked by writing, as permissions say nothing of read-only mounts.
             with tempfile.TemporaryFile(dir=there):
@@ -220,15 +211,17 @@ def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
 
 
 def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems: int, findings: Findings) -> None:
-    steps, epochs = total_steps(verl_config, num_problems), verl_config.trainer.total_epochs
+    trainer, batch, steps = (
+        verl_config.trainer,
+        verl_config.data.train_batch_size,
+        total_steps(verl_config, num_problems),
+    )
     if steps < 1:
-        text = f"{num_problems} problems make no batch of data.train_batch_size={verl_config.data.train_batch_size}"
+        text = f"{num_problems} problems make no batch of data.train_batch_size={batch}"
         findings.add("train files", "error", text, "lower data.train_batch_size")
         return
-    batch = verl_config.data.train_batch_size
-    passes = steps * batch * (config.oversample if config.schedule == "step" else 1.0) / num_problems
-    asked = "trainer.total_training_steps" if verl_config.trainer.total_training_steps else f"{epochs} epochs"
+    asked = "trainer.total_training_steps" if trainer.total_training_steps else f"{trainer.total_epochs} epochs"
     text = f"{num_problems} problems, {steps} steps of {batch} ({asked})"
     if config.schedule == "step" and score_of(config.score).rank is not None:
-        text += f"; as candidates they are gone through {passes:.3g} times"
+        text += f"; as candidates they are gone through {steps * batch * config.oversample / num_problems:.3g} times"
     findings.add("train files", "note", text)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
-from verl_gradalign.cost import Cost, Setting, estimate
+from verl_gradalign.cost import Cost, ModelShape, Setting, estimate
+from verl_gradalign.cost.passes import memory_of
 from verl_gradalign.cost.tables import GPU_SHARE
 from verl_gradalign.doctor.data import ExaminedData
 from verl_gradalign.doctor.machine import Machine
@@ -39,21 +40,20 @@ def examine_cost(
         if model.has_adapters:
             findings.add(AREA, "note", "the cost of training adapters is not estimated; see recipes/how_to/cost.md")
         return None
-    setting = setting_of(config, verl_config, model, data, response_tokens)
+    setting = setting_of(config, verl_config, model.shape, data)
+    assumed = f" (assumed: {setting.response_tokens:.0f} tokens a response; --response-tokens)"
+    if response_tokens:
+        setting, assumed = replace(setting, response_tokens=response_tokens), ""
     cost = estimate(setting)
     # Parameters may be sharded over fewer GPUs than there are.
     shards = int(OmegaConf.select(verl_config, "actor_rollout_ref.actor.fsdp_config.fsdp_size") or -1)
     if 0 < shards < setting.num_gpus:
-        cost = dataclasses.replace(cost, memory=estimate(dataclasses.replace(setting, num_gpus=shards)).memory)
-    assumed = (
-        "" if response_tokens else f" (assumed: {setting.response_tokens:.0f} tokens a response; --response-tokens)"
-    )
-    findings.add(
-        AREA,
-        "note",
+        cost = replace(cost, memory=memory_of(replace(setting, num_gpus=shards)))
+    text = (
         f"a mean step generates {cost.generated:,.0f} responses, {cost.ratios['rollout']:.2f} times those trained on, "
-        f"and takes {cost.ratios['flops']:.2f} times the operations of a step without selection{assumed}",
+        f"and takes {cost.ratios['flops']:.2f} times the operations of a step without selection{assumed}"
     )
+    findings.add(AREA, "note", text)
     for note in cost.notes:
         findings.add(AREA, "note", note)
     if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
@@ -63,38 +63,29 @@ def examine_cost(
     return cost
 
 
-def setting_of(
-    config: GradAlignConfig,
-    verl_config: DictConfig,
-    model: ExaminedModel,
-    data: ExaminedData,
-    response_tokens: float | None = None,
-) -> Setting:
+def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelShape, data: ExaminedData) -> Setting:
     """Return the calculator's setting of a configuration. `once` and `staged` count as rounds of the whole run."""
-    assert model.shape is not None
     actor_rollout, data_config, trainer = verl_config.actor_rollout_ref, verl_config.data, verl_config.trainer
-    actor, score = actor_rollout.actor, score_of(config.score)
-    is_plain = score.rank is None and config.schedule == "step"
-    direction = config.direction
-    num_steps = total_steps(verl_config, data.num_problems)
-    schedule: dict[str, Any] = {"schedule": "step", "oversample": 1.0 if is_plain else config.oversample}
-    if config.schedule != "step":
-        num_selections = max(1, len(config.curriculum.stages)) if config.schedule == "staged" else 1
-        is_round = config.schedule == "round"
-        schedule |= {
-            "schedule": "round",
-            "steps_per_round": config.curriculum.steps_per_round if is_round else max(1, num_steps // num_selections),
-            "num_candidates": config.curriculum.num_candidates if is_round else data.num_problems,
-            "candidate_n": config.curriculum.n,
-        }
+    actor, score, direction = actor_rollout.actor, score_of(config.score), config.direction
+    curriculum, num_problems = config.curriculum, data.num_problems
+    schedule: dict[str, Any] = {"schedule": "round", "oversample": config.oversample, "candidate_n": curriculum.n}
+    if config.schedule == "step":
+        schedule = {"oversample": 1.0 if score.rank is None else config.oversample}
+    elif config.schedule == "round":
+        schedule |= {"steps_per_round": curriculum.steps_per_round, "num_candidates": curriculum.num_candidates}
+    else:
+        steps = total_steps(verl_config, num_problems) // (
+            max(1, len(curriculum.stages)) if config.schedule == "staged" else 1
+        )
+        schedule |= {"steps_per_round": max(1, steps), "num_candidates": num_problems}
     param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or actor.fsdp_config.get("dtype")
     return Setting(
-        shape=model.shape,
+        shape=shape,
         num_gpus=trainer.n_gpus_per_node * trainer.nnodes,
         train_batch_size=data_config.train_batch_size,
         rollout_n=actor_rollout.rollout.n,
         prompt_tokens=data.mean_prompt_tokens or data_config.max_prompt_length / 2,
-        response_tokens=response_tokens or RESPONSE_SHARE * data_config.max_response_length,
+        response_tokens=RESPONSE_SHARE * data_config.max_response_length,
         max_prompt_tokens=data_config.max_prompt_length,
         max_response_tokens=data_config.max_response_length,
         trusted_problems=data.num_trusted,
@@ -117,22 +108,20 @@ def setting_of(
 
 def total_steps(verl_config: DictConfig, num_problems: int) -> int:
     """Return the steps that verl trains: as asked, else the epochs' batches."""
-    trainer = verl_config.trainer
-    return int(
-        trainer.total_training_steps or trainer.total_epochs * (num_problems // verl_config.data.train_batch_size)
-    )
+    trainer, batch = verl_config.trainer, verl_config.data.train_batch_size
+    return int(trainer.total_training_steps or trainer.total_epochs * (num_problems // batch))
 
 
 def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
     """Compare the highest point with a GPU, or all ranks' with the host's memory on a CPU."""
     memory, is_cpu = cost.memory, verl_config.trainer.device == "cpu"
     gb, plain_gb, host_gb = memory["peak"] / 1e9, memory["plain"] / 1e9, cost.host_bytes / 1e9
-    has_gb = machine.gpu_gb if not is_cpu else machine.host_bytes / 1e9 / verl_config.trainer.n_gpus_per_node
+    has_gb = machine.gpu_gb if not is_cpu else machine.host_gb / verl_config.trainer.n_gpus_per_node
     of_what = "of this machine's free memory for each rank" if is_cpu else "of each GPU here"
     phases = {"the update": "update", "making the direction": "make_direction", "scoring": "score"}
     highest = max(phases, key=lambda phase: memory[phases[phase]])
     text = f"a rank needs about {gb:.3g} GB at its highest ({highest}), {plain_gb:.3g} GB without selection"
-    if host_gb > GPU_SHARE * machine.host_bytes / 1e9 > 0:
+    if host_gb > GPU_SHARE * machine.host_gb > 0:
         remedy = "lower gradalign.oversample or gradalign.curriculum.num_candidates"
         findings.add(AREA, "warning", f"rollouts take about {host_gb:.3g} GB of the host's memory", remedy)
     if has_gb <= 0:

@@ -7,9 +7,8 @@ import asyncio
 import inspect
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +18,7 @@ from verl.utils.reward_score import default_compute_score
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.findings import Findings
+from verl_gradalign.selection.scores import score_of
 
 __all__ = ["ExaminedData", "examine_data"]
 
@@ -31,8 +31,7 @@ RUNS_CODE = ("codecontests", "apps", "codeforces", "taco")
 """Data sources whose default reward runs programs; they are not tried."""
 
 
-@dataclass(frozen=True)
-class ExaminedData:
+class ExaminedData(NamedTuple):
     """What the cost is computed from."""
 
     num_problems: int
@@ -41,26 +40,24 @@ class ExaminedData:
     mean_prompt_tokens: float | None
 
 
-def examine_data(config: GradAlignConfig, verl_config: DictConfig, needs_trusted: bool, findings: Findings) -> Any:
-    """Add findings on the files; return an `ExaminedData`, or None if the train files cannot be read.
+def examine_data(config: GradAlignConfig, verl_config: DictConfig, findings: Findings) -> ExaminedData | None:
+    """Add findings on the files; return what they hold, or None if the train files cannot be read.
 
     Whether the two overlap, and whether the problems last for the schedule, `checks.check_data` says.
     """
-    rollout_n = int(verl_config.actor_rollout_ref.rollout.n)
     tokenizer = _tokenizer(verl_config, findings)
     files: Any = verl_config.data.train_files
-    train = _rows("train files", [files] if isinstance(files, str) else files, findings)
-    lengths = _check_rows("train files", train, tokenizer, verl_config, findings)
+    files = [files] if isinstance(files, str) else files
+    num_problems, lengths = _examine_files("train files", files, tokenizer, verl_config, findings)
     num_trusted = responses = 0
-    for trusted in config.validation.trusted_sets() if needs_trusted else ():
-        rows = _rows("trusted set", trusted.files, findings)
-        _check_rows("trusted set", rows, tokenizer, verl_config, findings)
-        n = trusted.n or rollout_n
-        if rows:
-            _noise(trusted.name, len(rows), n, findings)
-        num_trusted, responses = num_trusted + len(rows), responses + len(rows) * n
+    for trusted in config.validation.trusted_sets() if score_of(config.score).needs_direction else ():
+        num, _ = _examine_files("trusted set", trusted.files, tokenizer, verl_config, findings)
+        n = trusted.n or int(verl_config.actor_rollout_ref.rollout.n)
+        if num:
+            _noise(trusted.name, num, n, findings)
+        num_trusted, responses = num_trusted + num, responses + num * n
     limit = verl_config.data.get("train_max_samples", -1)
-    num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
+    num_problems = num_problems if limit is None or limit < 0 else min(num_problems, limit)
     if not num_problems:
         return None
     return ExaminedData(num_problems, num_trusted, responses, statistics.fmean(lengths) if lengths else None)
@@ -74,25 +71,24 @@ def reliability_of(num_responses: int) -> float:
 
 def _noise(name: str, num_problems: int, n: int, findings: Findings) -> None:
     """Say how noisy a direction of so many responses is, by the one measurement there is."""
-    num = num_problems * n
-    reliability = reliability_of(num)
-    is_low = reliability < LOW_RELIABILITY
-    findings.add(
-        "trusted set",
-        "warning" if is_low else "ok",
-        f"{name}: {num_problems} problems x {n} responses = {num}: as many gave the miniatures a direction of "
-        f"reliability {reliability:.2f} (measured: {RELIABILITY} at {AT_RESPONSES}; a toy, so only a hint). Problems "
-        "always or never solved do not count",
-        "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction" if is_low else "",
+    reliability = reliability_of(num_problems * n)
+    text = (
+        f"{name}: {num_problems} problems x {n} responses = {num_problems * n}: as many gave the miniatures a "
+        f"direction of reliability {reliability:.2f} (measured: {RELIABILITY} at {AT_RESPONSES}; a toy, so only a "
+        "hint). Problems always or never solved do not count"
     )
+    if reliability < LOW_RELIABILITY:
+        remedy = "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction"
+        findings.add("trusted set", "warning", text, remedy)
+    else:
+        findings.add("trusted set", "ok", text)
 
 
 def _tokenizer(verl_config: DictConfig, findings: Findings) -> Any:
     model = verl_config.actor_rollout_ref.model
+    path = str(model.get("tokenizer_path") or model.path)
     try:
-        return AutoTokenizer.from_pretrained(
-            str(model.get("tokenizer_path") or model.path), trust_remote_code=model.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         text = f"the tokenizer of {model.path} cannot be loaded ({why}), so no prompt is measured"
@@ -100,27 +96,22 @@ def _tokenizer(verl_config: DictConfig, findings: Findings) -> Any:
         return None
 
 
-def _rows(area: str, files: Iterable[Any], findings: Findings) -> list[dict[str, Any]]:
-    """Return the rows of the files; of one that cannot be read nothing, which `check_data` refuses with its name."""
+def _examine_files(
+    area: str, files: Iterable[Any], tokenizer: Any, verl_config: DictConfig, findings: Findings
+) -> tuple[int, list[int]]:
+    """Add findings on lengths, ground truths and rewards; return the number of problems, and their prompts' tokens.
+
+    A file that cannot be read has none: `check_data` refuses it with its name.
+    """
     rows: list[dict[str, Any]] = []
-    for name in files:
-        path = Path(str(name)).expanduser()
-        kind = "parquet" if path.suffix == ".parquet" else "json"
+    for path in (Path(str(name)).expanduser() for name in files):
         if path.is_file():
+            kind = "parquet" if path.suffix == ".parquet" else "json"
             with findings.refusals(area):
                 rows.extend(datasets.load_dataset(kind, data_files=str(path), split="train").to_list())
-    return rows
-
-
-def _check_rows(
-    area: str, rows: list[dict[str, Any]], tokenizer: Any, verl_config: DictConfig, findings: Findings
-) -> list[int]:
-    """Add findings on lengths, ground truths and rewards of rows; return the prompts' tokens."""
     if not rows:
-        return []
-    lengths = [] if tokenizer is None else _prompt_lengths(area, rows, tokenizer, verl_config, findings)
-    if lengths:
-        _check_lengths(area, lengths, verl_config, findings)
+        return 0, []
+    lengths = [] if tokenizer is None else _lengths(area, rows, tokenizer, verl_config, findings)
     without = [row for row in rows if (row.get("reward_model") or {}).get("ground_truth") in (None, "")]
     if without:
         own = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
@@ -129,49 +120,45 @@ def _check_rows(
         findings.add(area, level, text, "add the answers, or use a reward function that needs none")
     if not verl_config.reward.reward_model.enable:
         _check_reward(area, rows, verl_config, findings)
-    return lengths
+    return len(rows), lengths
 
 
-def _prompt_lengths(
+def _lengths(
     area: str, rows: list[dict[str, Any]], tokenizer: Any, verl_config: DictConfig, findings: Findings
 ) -> list[int]:
+    """Compare the prompts' tokens with the most that verl takes; return them, none if they cannot be read."""
     data = verl_config.data
-    options = dict(data.get("apply_chat_template_kwargs") or {})
+    options, most = dict(data.get("apply_chat_template_kwargs") or {}), data.max_prompt_length
     lengths: list[int] = []
     with findings.refusals(area, "give prompts as verl's schema has them: lists of messages with role and content"):
         for row in rows[:MAX_TOKENISED]:
-            text = tokenizer.apply_chat_template(
-                row[data.prompt_key], add_generation_prompt=True, tokenize=False, **options
-            )
+            messages = row[data.prompt_key]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
             lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    return lengths
-
-
-def _check_lengths(area: str, lengths: list[int], verl_config: DictConfig, findings: Findings) -> None:
-    most = verl_config.data.max_prompt_length
+    if not lengths:
+        return lengths
     num_over = sum(length > most for length in lengths)
     text = f"prompts take {statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most"
+    too_long = f"{text}: {num_over} of {len(lengths)} looked at are longer than data.max_prompt_length={most}"
+    remedy = f"set data.max_prompt_length={max(lengths)}"
     if not num_over:
         findings.add(area, "ok", f"{text}, of data.max_prompt_length={most}")
-        return
-    text = f"{text}: {num_over} of {len(lengths)} looked at are longer than data.max_prompt_length={most}"
-    remedy = f"set data.max_prompt_length={max(lengths)}"
-    if verl_config.data.get("filter_overlong_prompts"):
+    elif data.get("filter_overlong_prompts"):
         level = "error" if num_over == len(lengths) else "warning"
-        findings.add(area, level, f"{text} and will be left out", remedy)
+        findings.add(area, level, f"{too_long} and will be left out", remedy)
     else:
-        findings.add(area, "error", text, f"{remedy}, or data.filter_overlong_prompts=true to leave them out")
+        findings.add(area, "error", too_long, f"{remedy}, or data.filter_overlong_prompts=true to leave them out")
+    return lengths
 
 
 def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig, findings: Findings) -> None:
     """Ask the reward function for the reward of an empty answer to one problem of each data source."""
+    key = "reward.custom_reward_function"
     try:
         own = get_custom_reward_fn(verl_config)
     except Exception as error:
-        key = "reward.custom_reward_function"
-        findings.refusal(
-            "reward", ValueError(f"{key}: cannot be loaded ({type(error).__name__}: {error})"), f"fix {key}"
-        )
+        text = f"{key}: cannot be loaded ({type(error).__name__}: {error})"
+        findings.refusal("reward", ValueError(text), f"fix {key}")
         return
     reward_key = verl_config.data.get("reward_fn_key", "data_source")
     by_source: dict[str, dict[str, Any]] = {}
@@ -209,11 +196,7 @@ def _reward(function: Any, source: str, row: Mapping[str, Any]) -> None:
         ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
         extra_info=row.get("extra_info") or {},
     )
-    if inspect.isawaitable(value):
-        value = asyncio.run(_awaited(value))
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
     score = value["score"] if isinstance(value, dict) else value
     float(score[0] if isinstance(score, list | tuple) else score)
-
-
-async def _awaited(value: Any) -> Any:
-    return await value

@@ -16,8 +16,9 @@ import psutil
 from packaging.specifiers import SpecifierSet
 
 from verl_gradalign.findings import Findings
+from verl_gradalign.versions import version_of
 
-__all__ = ["Machine", "examine_environment", "version_of"]
+__all__ = ["Machine", "asks_for_cpu", "examine_environment"]
 
 PYTHON = SpecifierSet(">=3.10,<3.13")
 REQUIRED = {
@@ -43,13 +44,14 @@ class Machine:
     """What a run can use here."""
 
     num_gpus: int
-    gpu_bytes: float
+    gpu_gb: float
     """Of the smallest GPU; 0 without."""
-    host_bytes: float
+    host_gb: float
 
-    @property
-    def gpu_gb(self) -> float:
-        return self.gpu_bytes / 1e9
+
+def asks_for_cpu() -> bool:
+    """Return whether the environment chooses verl's CPU platform."""
+    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
 def examine_environment(findings: Findings) -> Machine:
@@ -61,37 +63,26 @@ def examine_environment(findings: Findings) -> Machine:
     return machine
 
 
-def version_of(package: str) -> str | None:
-    """Return the installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _packages(findings: Findings) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
-    level = "ok" if python in PYTHON else "error"
-    findings.add("environment", level, f"Python {python}", "" if level == "ok" else f"use Python {PYTHON}")
+    if python in PYTHON:
+        findings.add("environment", "ok", f"Python {python}")
+    else:
+        findings.add("environment", "error", f"Python {python}", f"use Python {PYTHON}")
     for package, wanted in REQUIRED.items():
         version = version_of(package)
-        if version is None:
-            findings.add("environment", "error", f"{package} is missing", f"pip install '{package}{wanted}'")
-        elif not SpecifierSet(wanted).contains(version, prereleases=True):
-            remedy = f"pip install '{package}{wanted}'"
-            findings.add("environment", "error", f"{package} {version} is not {wanted}", remedy)
-        else:
+        if version is not None and SpecifierSet(wanted).contains(version, prereleases=True):
             findings.add("environment", "ok", f"{package} {version}")
-    engines = {engine: version for engine in ENGINES if (version := version_of(engine))}
+        else:
+            text = f"{package} is missing" if version is None else f"{package} {version} is not {wanted}"
+            findings.add("environment", "error", text, f"pip install '{package}{wanted}'")
+    engines = ", ".join(f"{engine} {version}" for engine in ENGINES if (version := version_of(engine)))
     if engines:
-        findings.add("environment", "ok", ", ".join(f"{name} {version}" for name, version in engines.items()))
+        findings.add("environment", "ok", engines)
     else:
-        findings.add(
-            "environment",
-            "warning",
-            "neither vllm nor sglang is installed: rollouts on GPUs need one of them",
-            "pip install 'verl[vllm]' (or 'verl[sglang]'); on a CPU +platform=cpu needs none",
-        )
+        text = "neither vllm nor sglang is installed: rollouts on GPUs need one of them"
+        remedy = "pip install 'verl[vllm]' (or 'verl[sglang]'); on a CPU +platform=cpu needs none"
+        findings.add("environment", "warning", text, remedy)
     optional = {"flash-attn": "packed rows (use_remove_padding=true) need it", "wandb": "trainer.logger wandb needs it"}
     for package, why in optional.items():
         version = version_of(package)
@@ -101,24 +92,17 @@ def _packages(findings: Findings) -> None:
 
 def _plugin(findings: Findings) -> None:
     """Whether verl finds the entry point; what it registers is asked in `doctor.configuration`."""
-    names = [entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")]
-    if "gradalign" not in names:
-        findings.add(
-            "plugin", "error", "no entry point gradalign in verl.plugins: verl will not load it", "pip install -e ."
-        )
+    if not importlib.metadata.entry_points(group="verl.plugins", name="gradalign"):
+        text = "no entry point gradalign in verl.plugins: verl will not load it"
+        findings.add("plugin", "error", text, "pip install -e .")
     asked = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if asked != "auto" and "gradalign" not in [name.strip() for name in asked.split(",")]:
-        findings.add(
-            "plugin",
-            "error",
-            f"VERL_USE_EXTERNAL_PLUGINS={asked} keeps verl from loading the plugin",
-            "unset it, or set it to gradalign",
-        )
+        text = f"VERL_USE_EXTERNAL_PLUGINS={asked} keeps verl from loading the plugin"
+        findings.add("plugin", "error", text, "unset it, or set it to gradalign")
 
 
 def _hardware(findings: Findings) -> Machine:
-    host_bytes = float(psutil.virtual_memory().available)
-    num_gpus, gpu_bytes = 0, 0.0
+    num_gpus, gpu_gb, host_gb = 0, 0.0, psutil.virtual_memory().available / 1e9
     if version_of("torch") is not None:
         import torch
 
@@ -126,42 +110,38 @@ def _hardware(findings: Findings) -> Machine:
         findings.add("hardware", "note", f"torch is built for: {build}")
         if torch.cuda.is_available():
             free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
-            num_gpus, gpu_bytes = len(free_and_total), float(min(total for _, total in free_and_total))
-            name, driver = torch.cuda.get_device_name(0), _driver()
-            findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_bytes / 1e9:.0f} GB{driver}")
+            num_gpus, gpu_gb = len(free_and_total), min(total for _, total in free_and_total) / 1e9
+            name = torch.cuda.get_device_name(0)
+            findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_gb:.0f} GB{_driver()}")
             for index, (free, total) in enumerate(free_and_total):
                 if free < FREE_SHARE * total:
                     text = f"GPU {index}: {free / 1e9:.0f} of {total / 1e9:.0f} GB are free"
                     findings.add("hardware", "warning", text, "end what else runs there (nvidia-smi lists it)")
-    if num_gpus == 0:
-        is_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
-        findings.add(
-            "hardware",
-            "note" if is_cpu else "warning",
-            "no GPU is seen here" + (", and VERL_PLATFORM=cpu asks for none" if is_cpu else ""),
-            "" if is_cpu else "run this where training runs, or set VERL_PLATFORM=cpu and +platform=cpu",
-        )
-    findings.add("hardware", "note", f"{_num_cores()} cores, {host_bytes / 1e9:.0f} GB of memory available")
-    return Machine(num_gpus, gpu_bytes, host_bytes)
+    if num_gpus == 0 and asks_for_cpu():
+        findings.add("hardware", "note", "no GPU is seen here, and VERL_PLATFORM=cpu asks for none")
+    elif num_gpus == 0:
+        remedy = "run this where training runs, or set VERL_PLATFORM=cpu and +platform=cpu"
+        findings.add("hardware", "warning", "no GPU is seen here", remedy)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings.add("hardware", "note", f"{num_cores} cores, {host_gb:.0f} GB of memory available")
+    return Machine(num_gpus, gpu_gb, host_gb)
 
 
 def _limits(findings: Findings) -> None:
     shared = Path("/dev/shm")
     if shared.is_dir():
-        num_bytes = shutil.disk_usage(shared).free
-        is_small = num_bytes < MIN_SHARED_BYTES
-        remedy = "start the container with --shm-size=16g or more" if is_small else ""
-        level, why = ("warning", ": Ray's objects then go through the disk") if is_small else ("ok", "")
-        findings.add("hardware", level, f"{num_bytes / 1e9:.1f} GB free in /dev/shm{why}", remedy)
+        free = shutil.disk_usage(shared).free
+        text = f"{free / 1e9:.1f} GB free in /dev/shm"
+        if free < MIN_SHARED_BYTES:
+            remedy = "start the container with --shm-size=16g or more"
+            findings.add("hardware", "warning", f"{text}: Ray's objects then go through the disk", remedy)
+        else:
+            findings.add("hardware", "ok", text)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
         findings.add("hardware", "warning", f"only {soft} files may be open at once; Ray needs more", "ulimit -n 65536")
     else:
         findings.add("hardware", "ok", f"{soft if soft >= 0 else 'unlimited'} files may be open at once")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _driver() -> str:

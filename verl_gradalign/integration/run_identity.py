@@ -21,6 +21,7 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl_gradalign.config import GradAlignConfig, decisive
 from verl_gradalign.files import file_fingerprint
 from verl_gradalign.selection.state_file import read_identity, require_same
+from verl_gradalign.versions import installed_versions
 
 __all__ = [
     "about_run",
@@ -48,7 +49,6 @@ DECISIVE_OF_VERL = (
     "actor_rollout_ref.actor.loss_agg_mode",
 )
 DECISIVE_PACKAGES = ("verl", "verl-gradalign", "numpy")
-NOTED_PACKAGES = ("verl", "verl-gradalign", "torch", "transformers", "ray", "TransferQueue", "numpy", "vllm", "sglang")
 
 
 def state_file(folder: Path) -> Path:
@@ -117,17 +117,6 @@ def _fingerprints(files: Iterable[Any]) -> list[str]:
     """Return a hash of each file's content, or its address where it is not on this machine."""
     paths = [(str(name), Path(str(name)).expanduser()) for name in files]
     return [file_fingerprint(path) if path.is_file() else name for name, path in paths]
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
-    versions = {}
-    for package in NOTED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def about_run(verl_config: DictConfig) -> dict[str, Any]:
