@@ -116,29 +116,18 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
 def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
     rollout_n = verl_config.actor_rollout_ref.rollout.n
     if (config.curriculum.n or rollout_n) < rollout_n:
-        refuse(
-            "gradalign.curriculum.n",
-            config.curriculum.n,
-            f"is less than the {rollout_n} responses that training takes (actor_rollout_ref.rollout.n)",
-            "leave it out, or set it to that or more",
-        )
+        why = f"is less than the {rollout_n} responses that training takes (actor_rollout_ref.rollout.n)"
+        refuse("gradalign.curriculum.n", config.curriculum.n, why, "leave it out, or set it to that or more")
     if verl_config.trainer.v1.sampler.get("sync_refill_failed_groups"):
-        refuse(
-            "trainer.v1.sampler.sync_refill_failed_groups",
-            True,
-            "belongs to verl's own sampler; with this one failed groups are left out and counted",
-            "set it to False",
-        )
+        why = "belongs to verl's own sampler; with this one failed groups are left out and counted"
+        refuse("trainer.v1.sampler.sync_refill_failed_groups", True, why, "set it to False")
     if OmegaConf.select(verl_config, "skip.rollout_tq.enable"):
         refuse("skip.rollout_tq.enable", True, "cached rollouts have no trusted groups", "set it to False")
     filters = (verl_config.algorithm.get("filter_groups") or {}).get("enable")
     if filters and config.schedule not in ("step", "round"):
-        refuse(
-            "algorithm.filter_groups.enable",
-            True,
-            f"gradalign.schedule={config.schedule} scores all problems it may; none is left to replace a filtered one",
-            "set it to False; gradalign.dead_groups=drop leaves groups without advantage out",
-        )
+        why = f"gradalign.schedule={config.schedule} scores all problems it may; none is left to replace a filtered one"
+        remedy = "set it to False; gradalign.dead_groups=drop leaves groups without advantage out"
+        refuse("algorithm.filter_groups.enable", True, why, remedy)
 
 
 def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -153,12 +142,9 @@ def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
         )
     reward_model = verl_config.reward.reward_model
     if mode != "gradalign" and reward_model.enable and not reward_model.enable_resource_pool:
-        refuse(
-            "reward.reward_model.enable_resource_pool",
-            False,
-            f"has not been shown to work with trainer.v1.trainer_mode={mode}",
-            "set it to True, or trainer.v1.trainer_mode=gradalign",
-        )
+        why = f"has not been shown to work with trainer.v1.trainer_mode={mode}"
+        remedy = "set it to True, or trainer.v1.trainer_mode=gradalign"
+        refuse("reward.reward_model.enable_resource_pool", False, why, remedy)
 
 
 def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -182,47 +168,29 @@ def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
             refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
     loss_mode = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
     if loss_mode != "vanilla" and config.loss_agg_mode is None:
-        refuse(
-            "actor_rollout_ref.actor.policy_loss.loss_mode",
-            loss_mode,
-            "its token weights are not those of loss_agg_mode",
-            "name the weights to score with in gradalign.loss_agg_mode",
-        )
+        why = "its token weights are not those of loss_agg_mode"
+        remedy = "name the weights to score with in gradalign.loss_agg_mode"
+        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, why, remedy)
 
 
 def _check_actor(_: GradAlignConfig, verl_config: DictConfig) -> None:
     actor, model = verl_config.actor_rollout_ref.actor, verl_config.actor_rollout_ref.model
     if actor.strategy not in ENGINES:
-        refuse(
-            "actor_rollout_ref.actor.strategy",
-            actor.strategy,
-            f"the estimators read gradients of {' and '.join(ENGINES)} only",
-            "set it to fsdp2",
-        )
+        why = f"the estimators read gradients of {' and '.join(ENGINES)} only"
+        refuse("actor_rollout_ref.actor.strategy", actor.strategy, why, "set it to fsdp2")
     num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
     if actor.strategy == "fsdp" and actor.fsdp_config.get("fsdp_size", -1) == 1 and num_ranks > 1:
-        refuse(
-            "actor_rollout_ref.actor.fsdp_config.fsdp_size",
-            1,
-            f"torch's FSDP1 never reduces gradients over the {num_ranks} replicas then, so ranks train apart",
-            "set actor_rollout_ref.actor.strategy=fsdp2, or fsdp_size=-1",
-        )
+        why = f"torch's FSDP1 never reduces gradients over the {num_ranks} replicas then, so ranks train apart"
+        remedy = "set actor_rollout_ref.actor.strategy=fsdp2, or fsdp_size=-1"
+        refuse("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, why, remedy)
     if model.get("use_fused_kernels"):
-        refuse(
-            "actor_rollout_ref.model.use_fused_kernels",
-            True,
-            "the estimators have not been shown to be exact with fused kernels",
-            "set it to False",
-        )
+        why = "the estimators have not been shown to be exact with fused kernels"
+        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False")
     for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
         ranks_per_sequence = OmegaConf.select(actor, key) or 1
         if ranks_per_sequence > 1:
-            refuse(
-                f"actor_rollout_ref.actor.{key}",
-                ranks_per_sequence,
-                "the estimators have not been shown to be exact with sequence parallelism",
-                "set it to 1",
-            )
+            why = "the estimators have not been shown to be exact with sequence parallelism"
+            refuse(f"actor_rollout_ref.actor.{key}", ranks_per_sequence, why, "set it to 1")
 
 
 def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -230,20 +198,13 @@ def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
     actor = verl_config.actor_rollout_ref.actor
     optimizer = str(actor.optim.get("optimizer", "AdamW"))
     if config.direction.metric == "adam" and "adam" not in optimizer.lower():
-        refuse(
-            "gradalign.direction.metric",
-            "adam",
-            f"actor.optim.optimizer={optimizer} keeps no second moments",
-            "set it to none, or train with AdamW",
-        )
+        why = f"actor.optim.optimizer={optimizer} keeps no second moments"
+        refuse("gradalign.direction.metric", "adam", why, "set it to none, or train with AdamW")
     model_dtype = actor.fsdp_config.get("model_dtype", "fp32")
     if config.estimator == "finite_difference" and model_dtype not in ("fp32", "float32"):
-        refuse(
-            "actor_rollout_ref.actor.fsdp_config.model_dtype",
-            model_dtype,
-            "a small step is lost to rounding in parameters stored in half precision",
-            "set it to fp32, or set gradalign.estimator=ghost",
-        )
+        why = "a small step is lost to rounding in parameters stored in half precision"
+        remedy = "set it to fp32, or set gradalign.estimator=ghost"
+        refuse("actor_rollout_ref.actor.fsdp_config.model_dtype", model_dtype, why, remedy)
     budget = token_budget(config.probe, verl_config)
     data, num_rows = verl_config.data, config.curriculum.n or verl_config.actor_rollout_ref.rollout.n
     longest = num_rows * (data.max_prompt_length + data.max_response_length)
@@ -278,13 +239,11 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     for key, (names, prompts) in trusted.items():
         shared = set(prompts) & set(train)
         if shared:
-            refuse(
-                key,
-                list(names),
+            why = (
                 f"{len(shared)} of its {len(prompts)} problems also stand in data.train_files, for instance "
-                f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on",
-                "remove them from one of the two",
+                f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on"
             )
+            refuse(key, list(names), why, "remove them from one of the two")
 
 
 def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
