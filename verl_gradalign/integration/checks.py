@@ -65,13 +65,9 @@ def check_score(config: GradAlignConfig) -> None:
         f"score {config.score} needs a trusted set",
         "set gradalign.validation.files=<trusted.parquet>, or gradalign.score=random to train without one",
     )
-    require(
-        not score.needs_norm or estimator.gives_norm,
-        "estimator",
-        config.estimator,
-        f"score {config.score} needs gradient norms, which it does not give",
-        "set gradalign.estimator=ghost or gradalign.score=dot",
-    )
+    rule = f"score {config.score} needs gradient norms, which it does not give"
+    remedy = "set gradalign.estimator=ghost or gradalign.score=dot"
+    require(not score.needs_norm or estimator.gives_norm, "estimator", config.estimator, rule, remedy)
     require(
         not score.needs_response_derivatives
         or (estimator.gives_response_derivative and config.probe.response_derivatives),
@@ -91,13 +87,9 @@ def check_score(config: GradAlignConfig) -> None:
     least = config.reliability.min_reliability
     is_measured = score.is_split and score.rank is not None
     is_measured = is_measured if config.reliability.of == "scores" else score.needs_direction
-    require(
-        least is None or is_measured,
-        "reliability.min_reliability",
-        least,
-        f"the reliability of {config.reliability.of} is not known for score {config.score}",
-        "set it to null, or use a score along a trusted direction",
-    )
+    rule = f"the reliability of {config.reliability.of} is not known for score {config.score}"
+    remedy = "set it to null, or use a score along a trusted direction"
+    require(least is None or is_measured, "reliability.min_reliability", least, rule, remedy)
 
 
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
