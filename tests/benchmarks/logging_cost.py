@@ -4,7 +4,7 @@
     python -m tests.benchmarks.logging_cost --candidates 512 --steps 250
 
 Real parts: Ray, TransferQueue, Parquet, wandb offline. Prints a line of JSON: milliseconds per step (median, mean and
-worst), of the pages alone, and the length of a step of which the mean is 1%.
+worst), of what follows a selection where pages are due, and the length of a step of which the mean is 1%.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +30,8 @@ from verl.utils.tracking import Tracking
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.rollouts import read_responses
-from verl_gradalign.log.run_log import StepRecorder
-from verl_gradalign.log.selection_log import SelectionLog
-from verl_gradalign.log.wandb_pages import Pages
+from verl_gradalign.log.columns import StepSeconds
+from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.candidates import tabulate
@@ -53,6 +53,9 @@ class Pool:
 
     def values(self, column: str) -> list[str]:
         return [f"source {i}" for i in range(4)] if column == "data_source" else [f"level {i}" for i in range(5)]
+
+    def read_labels(self, columns: Sequence[str]) -> None:
+        return None
 
     def label(self, column: str, problem_id: int) -> str:
         return f"level {problem_id % 5}"
@@ -89,9 +92,8 @@ def measure(num_candidates: int, num_steps: int) -> dict[str, float]:
     os.chdir(folder)
     os.environ["WANDB_MODE"] = "offline"
     tracking = Tracking("benchmark", "logging", ["wandb"], config={})
-    pages = Pages(config.log.pages_problems)
-    log = SelectionLog(folder / "log", config.log.columns, {"config": {"key": "value" * 5_000}})
-    recorder = StepRecorder(config, log, Pool(), lambda ids: " ".join(map(str, ids.tolist())), pages)
+    about = {"config": {"key": "value" * 5_000}}
+    notes = RunNotes(config, folder / "log", about, Pool(), lambda ids: " ".join(map(str, ids.tolist())), True)
     every_s, pages_s = [], []
     for step in range(1, num_steps + 1):
         dots = torch.from_numpy(rng.normal(size=num_candidates))
@@ -102,14 +104,12 @@ def measure(num_candidates: int, num_steps: int) -> dict[str, float]:
         candidates = tabulate(groups, config.success_threshold).of_live(**values)
         choice = Choice(select_top(candidates, num_candidates // 4, "drop", (0, step)), candidates)
         started = time.perf_counter()
-        own = recorder.record(step, read, groups, choice, ScoringReply(scores, True, {}, 0.1, 0.1), {})
-        log.write_metrics(step, {**named(own), **{f"timing_s/{i}": 1.0 for i in range(OTHER_METRICS)}})
-        noted = time.perf_counter()
+        own = notes.record(step, read, groups, choice, ScoringReply(scores, True, {}, 0.1, 0.1), {})
+        recorded = time.perf_counter()
+        metrics = {**named(own), **{f"timing_s/{i}": 1.0 for i in range(OTHER_METRICS)}}
+        notes.end_step(step, metrics, StepSeconds(1.0, 1.0, 1.0, 1.0), tracking)
         if step % config.log.pages_interval == 0:
-            import wandb
-
-            pages.publish(wandb, step)
-            pages_s.append(time.perf_counter() - noted)
+            pages_s.append(time.perf_counter() - recorded)
         every_s.append(time.perf_counter() - started)
         tracking.log(named(own), step)
     tracking.finish()

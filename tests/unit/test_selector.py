@@ -22,7 +22,7 @@ from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import log_columns
-from verl_gradalign.log.run_log import StepRecorder
+from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.log.selection_log import SelectionLog, read_selection_log
 from verl_gradalign.metrics import metric_of
 from verl_gradalign.probe import call
@@ -70,6 +70,9 @@ class OneSource:
     def values(self, column):
         return ["tasks"] * NUM_CANDIDATES
 
+    def read_labels(self, columns):
+        assert not columns
+
 
 class Step(SelectionTrainer):
     """A trainer's step on given groups, without verl's trainer below it: what it asks of actor and TransferQueue."""
@@ -91,8 +94,7 @@ class Step(SelectionTrainer):
         self._curriculum = None
         if config.schedule != "step":
             self._curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
-        recorder = StepRecorder(config, SelectionLog(self.log_folder), problems=OneSource(), decode=str)
-        self._notes = SimpleNamespace(recorder=recorder)
+        self._notes = RunNotes(config, self.log_folder, {}, problems=OneSource(), decode=str)
         self.config = copy.deepcopy(VERL)
         self._in_flight = InFlight()
         self._selector = AlignmentSelector(config, self.config, NUM_CANDIDATES)

@@ -120,7 +120,7 @@ class SelectionTrainer(_Trainer):
             self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
         folder = Path(self.config.trainer.default_local_dir) / "gradalign"
         has_wandb = "wandb" in self.config.trainer.logger
-        self._notes = RunNotes(self.gradalign, folder, about_run(self.config), has_wandb, self._pool, self._decode)
+        self._notes = RunNotes(self.gradalign, folder, about_run(self.config), self._pool, self._decode, has_wandb)
         self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
         self.replay_buffer.attach(self._in_flight, self._choose)
 
@@ -213,7 +213,7 @@ class SelectionTrainer(_Trainer):
         choice = self._selector.choose(groups, reply, self._draw, step, is_planned=self._curriculum is not None)
         # Before rows are cleared: the log shows some of the responses.
         read = partial(read_responses, batch.partition_id)
-        metrics = self._notes.recorder.record(step, read, groups, choice, reply, trusted)
+        metrics = self._notes.record(step, read, groups, choice, reply, trusted)
         kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
         if not kept.keys:
             reasons = Counter(REASONS[code] for code in choice.selection.reason_P)

@@ -16,7 +16,7 @@ import numpy as np
 
 from verl_gradalign.metrics import PREFIX
 from verl_gradalign.probe.call import ScoringReply
-from verl_gradalign.probe.trusted import COMBINED, SetReport
+from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates
 from verl_gradalign.selection.groups import Group
@@ -40,25 +40,22 @@ class Composition:
     """
 
     def __init__(self, values: Mapping[str, Iterable[str]]) -> None:
-        self._names = {column: self._most_frequent(of_all) for column, of_all in values.items()}
-
-    @staticmethod
-    def _most_frequent(values: Iterable[str]) -> list[str]:
-        counts = Counter(value[:MAX_NAME_CHARS] for value in values)
-        names = sorted(counts, key=lambda name: (-counts[name], name))
-        return names if len(names) <= MAX_VALUES else [*names[:MAX_VALUES], OTHER]
+        self._names: dict[str, list[str]] = {}
+        for column, of_all in values.items():
+            counts = Counter(value[:MAX_NAME_CHARS] for value in of_all)
+            names = [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+            self._names[column] = names if len(names) <= MAX_VALUES else [*names[:MAX_VALUES], OTHER]
 
     def metrics(self, column: str, value_P: Sequence[str], is_kept_P: np.ndarray) -> dict[str, float]:
         """Return the shares of a column's values among the candidates and among the kept ones."""
         names = self._names[column]
-        known = set(names)
-        cut = [value[:MAX_NAME_CHARS] for value in value_P]
-        name_P = np.array([name if name in known else OTHER for name in cut], dtype=object)
+        cut_P = np.array([value[:MAX_NAME_CHARS] for value in value_P], dtype=object)
+        name_P = np.where(np.isin(cut_P, names), cut_P, OTHER)
         shares = {}
         for name in names:
-            is_name_P = name_P == name
-            for group, members_P in (("pool", is_name_P), ("kept", is_name_P[is_kept_P])):
-                shares[f"composition/{column}/{name}/{group}"] = float(members_P.mean()) if len(members_P) else 0.0
+            for group, names_G in (("pool", name_P), ("kept", name_P[is_kept_P])):
+                share = float((names_G == name).mean()) if len(names_G) else 0.0
+                shares[f"composition/{column}/{name}/{group}"] = share
         return shares
 
 
@@ -114,8 +111,11 @@ def reply_metrics(reply: ScoringReply, has_several_sets: bool) -> dict[str, floa
     if not math.isnan(reply.cosine_previous):
         values["direction/cosine_previous"] = reply.cosine_previous
     for name, report in reply.reports.items():
-        if name == COMBINED or has_several_sets:
-            values |= _set_metrics(name, report)
+        if name == COMBINED:
+            cosine = report.half_cosine
+            values |= {"reliability/direction_cosine": cosine, "reliability/direction": spearman_brown(cosine)}
+        elif has_several_sets:
+            values |= {f"direction/{name}/{key}": getattr(report, key) for key in ("norm", "half_cosine", "cosine")}
     return values
 
 
@@ -173,17 +173,6 @@ def cost_metrics(metrics: Mapping[str, float], seconds: StepSeconds) -> dict[str
         values["cost/unused_rollouts"] = unused
         values["cost/share_of_step"] = (seconds.selection + unused * seconds.rollout) / seconds.step
     return values
-
-
-def _set_metrics(name: str, report: SetReport) -> dict[str, float]:
-    if name == COMBINED:
-        cosine = report.half_cosine
-        return {"reliability/direction_cosine": cosine, "reliability/direction": spearman_brown(cosine)}
-    return {
-        f"direction/{name}/norm": report.norm,
-        f"direction/{name}/half_cosine": report.half_cosine,
-        f"direction/{name}/cosine": report.cosine,
-    }
 
 
 def _mean(values: np.ndarray) -> float:

@@ -56,7 +56,7 @@ def score_against_success(
     """
     is_known_P = np.isfinite(success_rate_P) & np.isfinite(score_P)
     rate, score, kept = success_rate_P[is_known_P], score_P[is_known_P], np.asarray(kept_P)[is_known_P].astype(bool)
-    figure, axes = _panel((9.4, 4.2))
+    figure, (axes,) = _panels((9.4, 4.2))
     random = np.random.default_rng(0)
     middle, median = _medians(rate, score)
     if len(rate) > MAX_DOTS:
@@ -65,9 +65,8 @@ def score_against_success(
     # Success rates of groups are a few fractions: dots of one fraction would hide each other.
     jittered = rate + random.uniform(-0.012, 0.012, len(rate))
     for is_mine, colour, label in ((~kept, GREY, "not kept"), (kept, PALETTE[0], "kept")):
-        axes.scatter(
-            jittered[is_mine], score[is_mine], s=9, c=colour, alpha=0.45, linewidths=0, label=label, rasterized=True
-        )
+        dots = axes.scatter(jittered[is_mine], score[is_mine], s=9, c=colour, alpha=0.45, linewidths=0, label=label)
+        dots.set_rasterized(True)
     if len(middle) > 1:
         axes.plot(middle, median, color=INK, linewidth=1.8, label="median of all")
     if len(score):
@@ -93,17 +92,15 @@ def composition_over_time(
     to 1. A step in which nothing was kept is nan.
     """
     names = list(shares)
-    figure = _figure((9.4, 3.9))
-    left, right = figure.subplots(1, 2, sharey=True)
-    for group, (axes, label) in enumerate(((left, "candidates"), (right, "trained on"))):
-        _style(axes)
+    figure, panels = _panels((9.4, 3.9), 2)
+    for group, (axes, label) in enumerate(zip(panels, ("candidates", "trained on"), strict=True)):
         _stack(axes, np.asarray(steps_S), [np.asarray(shares[name][group], dtype=float) for name in names])
         axes.set_title(label, fontsize=10.5, color=INK)
         axes.set_xlabel("step")
         axes.set_ylim(0, 1)
         axes.grid(False)
-    left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    left.set_ylabel(f"share by {title}" if title else "share", parse_math=False)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[0].set_ylabel(f"share by {title}" if title else "share", parse_math=False)
     handles = [Patch(facecolor=PALETTE[number % len(PALETTE)]) for number in range(len(names))]
     # The first area is at the bottom, so the list runs upwards like the areas.
     _legend(figure, handles[::-1], names[::-1])
@@ -116,7 +113,7 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
     `unit` is written along the axis; "share" as percentages. Names share a legend where there are several. Of many
     points means of neighbouring ones are drawn.
     """
-    figure, axes = _panel((9.4, 3.6) if is_wide else (5.0, 3.0))
+    figure, (axes,) = _panels((9.4, 3.6) if is_wide else (5.0, 3.0))
     handles: list[Artist] = []
     most = max(MIN_POINTS, min(MAX_POINTS, MAX_POINTS * 5 // max(1, len(series))))
     for number, (steps_S, values_S) in enumerate(series.values()):
@@ -145,7 +142,7 @@ def alignments(
     mean_M: np.ndarray, suspect_S: np.ndarray, typical: float, unit: str = "mean cosine with the direction"
 ) -> Figure:
     """Return a histogram of problems by mean alignment, the suspicious ones in colour."""
-    figure, axes = _panel((9.4, 3.1))
+    figure, (axes,) = _panels((9.4, 3.1))
     low, high = _span(mean_M)
     edges = np.linspace(low, high, 61)
     counts, suspects = (np.histogram(np.clip(values, low, high), edges)[0] for values in (mean_M, suspect_S))
@@ -159,25 +156,19 @@ def alignments(
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    return Figure(figsize=size, layout="constrained", facecolor="white")
-
-
-def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = _figure(size)
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#777777")
-    axes.grid(color="#E4E4E4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9.5, color="#777777")
-    axes.xaxis.label.set_fontsize(10)
-    axes.yaxis.label.set_fontsize(10)
+def _panels(size: tuple[float, float], num: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, side by side."""
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    panels = list(figure.subplots(1, num, sharey=True, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#777777")
+        axes.grid(color="#E4E4E4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK, labelsize=9.5, color="#777777")
+        axes.xaxis.label.set_fontsize(10)
+        axes.yaxis.label.set_fontsize(10)
+    return figure, panels
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:
@@ -220,13 +211,10 @@ def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str], is_
     """Put a legend outside the axes. Its texts are set afterwards: a label that begins with "_" would be left out."""
     shown = min(len(names), MAX_LEGEND_NAMES)
     placeholders = ["n" * min(len(name), MAX_NAME_CHARS) for name in names[:shown]]
-    style: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "handlelength": 1.3}
+    place: dict[str, Any] = {"loc": "outside right center"}
     if is_below:
-        legend = figure.legend(
-            handles[:shown], placeholders, loc="outside lower left", ncols=2 if shown > 1 else 1, **style
-        )
-    else:
-        legend = figure.legend(handles[:shown], placeholders, loc="outside right center", **style)
+        place = {"loc": "outside lower left", "ncols": 2 if shown > 1 else 1}
+    legend = figure.legend(handles[:shown], placeholders, frameon=False, fontsize=9.5, handlelength=1.3, **place)
     for text, name in zip(legend.get_texts(), names, strict=False):
         text.set_parse_math(False)
         text.set_text(name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 3] + "...")

@@ -124,7 +124,7 @@ class PartedTable:
             self._remove_members(part)
             if rows is not None:
                 # Hidden by the whole part until that is gone, so no moment shows too few rows, or rows twice.
-                self._write(part.first, step, rows.filter(pc.less_equal(rows["step"], step)))
+                self._write(part.first, step, rows.filter(pc.field("step") <= step))
             part.path.unlink(missing_ok=True)
 
     def remove(self, part: Part) -> None:
@@ -138,9 +138,8 @@ class PartedTable:
             return conform(pq.read_table(part.path), self.schema)
         except (OSError, pa.ArrowException) as error:
             place = part.path.with_suffix(".damaged")
-            logger.warning(
-                "%s cannot be read (%s): it is kept as %s, and its steps are missing", part.path, error, place
-            )
+            said = "%s cannot be read (%s): it is kept as %s, and its steps are missing"
+            logger.warning(said, part.path, error, place)
             part.path.rename(place)
             return self.schema.empty_table()
 
@@ -157,9 +156,6 @@ class PartedTable:
 
 def _all_parts(folder: str | Path, table: str) -> list[Part]:
     """Return all complete files of a table, a merged part before its members."""
-    found = []
-    for path in Path(folder).glob(f"{table}-*.parquet"):
-        match = NAME.fullmatch(path.name)
-        if match and match["table"] == table:
-            found.append(Part(path, int(match["first"]), int(match["last"] or match["first"])))
+    named = [(path, NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{table}-*.parquet")]
+    found = [Part(path, int(m["first"]), int(m["last"] or m["first"])) for path, m in named if m]
     return sorted(found, key=lambda part: (part.first, -part.last))

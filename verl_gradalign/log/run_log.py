@@ -24,7 +24,7 @@ from verl_gradalign.log.columns import (
     token_metrics,
     trusted_metrics,
 )
-from verl_gradalign.log.samples import Problems, choose_samples, sample_columns
+from verl_gradalign.log.samples import Problems, ReadResponses, choose_samples, sample_columns
 from verl_gradalign.log.selection_log import EXTRA, SelectionLog
 from verl_gradalign.log.wandb_pages import Pages
 from verl_gradalign.metrics import named
@@ -32,41 +32,46 @@ from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.groups import Group
 
-__all__ = ["RunNotes", "StepRecorder"]
-
-ReadResponses = Callable[[list[str]], Sequence[Any]]
+__all__ = ["RunNotes"]
 
 # Of verl's metrics those that the report reads.
 KEPT_METRICS = ("gradalign/", "timing_s/", "val-core/", "critic/score/mean", "response_length/mean", "actor/", "perf/")
 
 
-class StepRecorder:
-    """Writes the log of a run and makes its metrics.
+class RunNotes:
+    """The selection log of a run, its metrics, and the pages for wandb.
 
     Args:
         config: the `gradalign` block.
-        log: what is written to.
+        folder: where the log lies unless `log.dir` says otherwise.
+        about: versions and the whole configuration, for every file's metadata.
         problems: of the train files.
         decode: turns a response's token ids into text.
-        pages: collects what is shown at an interval; None: nothing is.
+        has_wandb: whether the run is logged there.
     """
 
     def __init__(
         self,
         config: GradAlignConfig,
-        log: SelectionLog,
+        folder: Path,
+        about: Mapping[str, Any],
         problems: Problems,
         decode: Callable[[Any], str],
-        pages: Pages | None = None,
+        has_wandb: bool = False,
     ) -> None:
-        self._config = config
-        self._log = log
-        self._problems = problems
-        self._decode = decode
-        self._pages = pages
-        self._composition = Composition({name: problems.values(name) for name in ("data_source", *log.columns)})
-        self.seconds = 0.0
-        """Spent on the last step's notes."""
+        own = config.log
+        max_bytes = None if own.max_gb is None else int(own.max_gb * 1e9)
+        problems.read_labels(own.columns)
+        self._config, self._problems, self._decode = config, problems, decode
+        self._log = SelectionLog(own.dir or folder, own.columns, about, own.steps_per_part, max_bytes)
+        self._pages = Pages(own.pages_problems) if own.pages_interval and has_wandb else None
+        self._composition = Composition({name: problems.values(name) for name in ("data_source", *own.columns)})
+        # Seconds spent on notes: of a step's selection, and after the step before, which is counted to this one.
+        self._recording_s = self._late_s = 0.0
+
+    def begin(self, step: int) -> None:
+        """Get ready to continue after `step`."""
+        self._log.begin(step)
 
     def record(
         self,
@@ -79,81 +84,27 @@ class StepRecorder:
     ) -> dict[str, float]:
         """Note a step's choice while its rows are still there, and return the metrics; see `samples.sample_columns`."""
         started = time.perf_counter()
-        columns = log_columns(step, choice.candidates, choice.selection)
-        labels = {name: self._labels(name, groups) for name in self._log.columns}
+        c, own = choice.candidates, self._config.log
+        columns = log_columns(step, c, choice.selection)
+        labels = {name: [self._problems.label(name, g.problem.problem_id) for g in groups] for name in own.columns}
         self._log.write(step, columns | {EXTRA + name: values for name, values in labels.items()})
-        samples = self._samples(step, read_responses, groups, choice)
+        chosen = choose_samples(own.sample_problems, c.score_P, c.dot_P, c.norm_P, c.dot_error_P)
+        samples = sample_columns(step, groups, chosen, read_responses, self._problems, self._decode, own.sample_chars)
+        if chosen:
+            self._log.write_samples(step, samples)
         composed: dict[str, float] = {}
         for name, values in {"data_source": columns["data_source"], **labels}.items():
             composed |= self._composition.metrics(name, values, columns["kept"])
         if self._pages is not None:
             self._pages.add(step, columns, samples, composed)
-        metrics = {
-            **choice.metrics,
-            **selection_metrics(choice.candidates, choice.selection),
-            **composed,
-            **token_metrics(groups, trusted, reply),
-        }
+        metrics = choice.metrics | selection_metrics(c, choice.selection) | composed
+        metrics |= token_metrics(groups, trusted, reply)
         if reply is not None:
             metrics |= reply_metrics(reply, len(self._config.validation.trusted_sets()) > 1)
         if trusted:
             metrics |= trusted_metrics(trusted, is_degenerate=not (reply is not None and reply.is_fresh))
-        self.seconds = time.perf_counter() - started
+        self._recording_s = time.perf_counter() - started
         return metrics
-
-    def _labels(self, column: str, groups: Sequence[Group]) -> list[str]:
-        return [self._problems.label(column, group.problem.problem_id) for group in groups]
-
-    def _samples(
-        self,
-        step: int,
-        read_responses: ReadResponses,
-        groups: Sequence[Group],
-        choice: Choice,
-    ) -> dict[str, list[Any]]:
-        """Write texts of some of the scored candidates, and return them."""
-        log = self._config.log
-        c = choice.candidates
-        chosen = choose_samples(log.sample_problems, c.score_P, c.dot_P, c.norm_P, c.dot_error_P)
-        samples = sample_columns(step, groups, chosen, read_responses, self._problems, self._decode, log.sample_chars)
-        if chosen:
-            self._log.write_samples(step, samples)
-        return samples
-
-
-class RunNotes:
-    """The selection log of a run, its metrics, and the pages for wandb.
-
-    Args:
-        config: the `gradalign` block.
-        folder: where the log lies unless `log.dir` says otherwise.
-        about: versions and the whole configuration, for every file's metadata.
-        has_wandb: whether the run is logged there.
-        pool: the train files' problems.
-        decode: turns a response's token ids into text.
-    """
-
-    def __init__(
-        self,
-        config: GradAlignConfig,
-        folder: Path,
-        about: Mapping[str, Any],
-        has_wandb: bool,
-        pool: Problems,
-        decode: Callable[[Any], str],
-    ) -> None:
-        own = config.log
-        max_bytes = None if own.max_gb is None else int(own.max_gb * 1e9)
-        pool.read_labels(own.columns)
-        self._log = SelectionLog(own.dir or folder, own.columns, about, own.steps_per_part, max_bytes)
-        self._pages = Pages(own.pages_problems) if own.pages_interval and has_wandb else None
-        self._pages_interval = own.pages_interval
-        self._late_s = 0.0
-        self.recorder = StepRecorder(config, self._log, pool, decode, self._pages)
-
-    def begin(self, step: int) -> None:
-        """Get ready to continue after `step`."""
-        self._log.begin(step)
 
     def note_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Note a validation. Later ones than that before training are among their step's metrics."""
@@ -166,9 +117,9 @@ class RunNotes:
         `tracking` is verl's.
         """
         started = time.perf_counter()
-        costs = named({**cost_metrics(metrics, seconds), "seconds/logging": self.recorder.seconds + self._late_s})
+        costs = named({**cost_metrics(metrics, seconds), "seconds/logging": self._recording_s + self._late_s})
         self._log.write_metrics(step, _to_keep({**metrics, **costs}))
-        if self._pages is not None and step % self._pages_interval == 0:
+        if self._pages is not None and step % self._config.log.pages_interval == 0:
             self._pages.publish(tracking.logger["wandb"], step)
         self._late_s = time.perf_counter() - started
         return costs

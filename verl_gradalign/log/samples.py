@@ -14,7 +14,10 @@ import numpy as np
 from verl_gradalign.log.selection_log import SAMPLES
 from verl_gradalign.selection.groups import Group
 
-__all__ = ["Problems", "best_and_worst", "choose_samples", "sample_columns"]
+__all__ = ["Problems", "ReadResponses", "best_and_worst", "choose_samples", "sample_columns"]
+
+ReadResponses = Callable[[list[str]], Sequence[Any]]
+"""Gives the token ids of some keys, while the step's rows are still there."""
 
 
 class Problems(Protocol):
@@ -61,33 +64,23 @@ def sample_columns(
     step: int,
     groups: Sequence[Group],
     chosen: Sequence[int],
-    read_responses: Callable[[list[str]], Sequence[Any]],
+    read_responses: ReadResponses,
     problems: Problems,
     decode: Callable[[Any], str],
     max_chars: int,
 ) -> dict[str, list[Any]]:
-    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response.
-
-    `read_responses` gives the token ids of some keys, while the step's rows are still there.
-    """
+    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response."""
     shown = [(groups[place], index) for place in chosen for index in best_and_worst(groups[place].rewards)]
-    columns: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
-    if not shown:
-        return columns
     # A session's last output is the one that its reward is of.
     keys = [list({key.rsplit("_", 1)[0]: key for key in group.keys}.values())[index] for group, index in shown]
-    for (group, index), response in zip(shown, read_responses(keys), strict=True):
-        prompt, answer = problems.text(group.problem.problem_id)
-        values = (step, group.problem.problem_id, prompt[:max_chars], answer[:max_chars])
-        text = decode(response)[:max_chars]
-        for name, value in zip(columns, (*values, text, group.rewards[index], len(response)), strict=True):
-            columns[name].append(value)
-    return columns
+    rows = []
+    for (group, index), response in zip(shown, read_responses(keys) if keys else [], strict=True):
+        problem_id = group.problem.problem_id
+        texts = [text[:max_chars] for text in (*problems.text(problem_id), decode(response))]
+        rows.append((step, problem_id, *texts, group.rewards[index], len(response)))
+    return {name: [row[place] for row in rows] for place, name in enumerate(SAMPLES.names)}
 
 
 def best_and_worst(rewards: Sequence[float]) -> list[int]:
     """Return the positions of the highest and the lowest reward; of one if all are equal, of none without any."""
-    if not rewards:
-        return []
-    best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
-    return list(dict.fromkeys((best, worst)))
+    return list(dict.fromkeys((int(np.argmax(rewards)), int(np.argmin(rewards))))) if rewards else []

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +90,24 @@ class SelectionLog:
         self.columns = tuple(columns)
         self._max_bytes = max_bytes
         metadata = {METADATA_KEY: json.dumps({"format": FORMAT, **(about or {})}, default=str).encode()}
-        extra = [(EXTRA + name, pa.string()) for name in columns]
-        schemas = (pa.schema([*SCHEMA, *(pa.field(*column) for column in extra)]), SAMPLES, METRICS)
-        self._tables = {
-            name: PartedTable(folder, name, schema, steps_per_part, metadata)
-            for name, schema in zip(TABLES, schemas, strict=True)
-        }
+        schemas = dict(zip(TABLES, (_with_extra(columns), SAMPLES, METRICS), strict=True))
+        self._tables = {name: PartedTable(folder, name, schemas[name], steps_per_part, metadata) for name in TABLES}
 
     def begin(self, step: int) -> None:
         """Get ready to write the steps after `step`: what an earlier run wrote of them is removed.
 
         At step 0 that would be the whole log of another run, so it is set aside in a folder beside the parts.
         """
-        if step == 0:
-            self._set_aside()
-            return
-        for table in self._tables.values():
-            table.truncate(step)
+        if step > 0:
+            for table in self._tables.values():
+                table.truncate(step)
+        elif parts := [part.path for name in TABLES for part in parts_of(self.folder, name)]:
+            number = next(n for n in count(1) if not (self.folder / f"earlier-{n}").exists())
+            place = self.folder / f"earlier-{number}"
+            place.mkdir()
+            for path in parts:
+                path.rename(place / path.name)
+            logger.warning("%s holds the log of an earlier run, which was not resumed: moved to %s", self.folder, place)
 
     def write(self, step: int, columns: Mapping[str, Any]) -> Path:
         """Write one step's selection (as in SCHEMA; nan: null), replacing an earlier one, and return its path."""
@@ -129,9 +131,9 @@ class SelectionLog:
         if self._max_bytes is None:
             return
         parts = [(part, table) for name, table in self._tables.items() for part in parts_of(self.folder, name)]
-        sizes = [part.path.stat().st_size for part, _ in parts]
-        excess = sum(sizes) - self._max_bytes
-        for (part, table), size in sorted(zip(parts, sizes, strict=True), key=lambda item: item[0][0].last):
+        sizes = {part: part.path.stat().st_size for part, _ in parts}
+        excess = sum(sizes.values()) - self._max_bytes
+        for part, table in sorted(parts, key=lambda pair: pair[0].last):
             if excess <= 0 or part.last >= step:
                 return
             logger.warning(
@@ -139,19 +141,7 @@ class SelectionLog:
                 *(self.folder, part.first, part.last, table.name),
             )
             table.remove(part)
-            excess -= size
-
-    def _set_aside(self) -> None:
-        parts = [part.path for name in TABLES for part in parts_of(self.folder, name)]
-        if not parts:
-            return
-        number = 1
-        while (place := self.folder / f"earlier-{number}").exists():
-            number += 1
-        place.mkdir()
-        for path in parts:
-            path.rename(place / path.name)
-        logger.warning("%s holds the log of an earlier run, which was not resumed: moved to %s", self.folder, place)
+            excess -= sizes[part]
 
 
 def read_selection_log(folder: str | Path) -> pa.Table:
@@ -163,6 +153,10 @@ def read_selection_log(folder: str | Path) -> pa.Table:
     if not parts:
         raise FileNotFoundError(f"no selection log in {folder}: the run has not finished a step, or wrote elsewhere")
     tables = [pq.read_table(part.path) for part in parts]
-    extra = {name: None for table in tables for name in table.column_names if name.startswith(EXTRA)}
-    schema = pa.schema([*SCHEMA, *(pa.field(name, pa.string()) for name in extra)])
+    extra = dict.fromkeys(name for table in tables for name in table.column_names if name.startswith(EXTRA))
+    schema = _with_extra([name.removeprefix(EXTRA) for name in extra])
     return pa.concat_tables([conform(table, schema) for table in tables])
+
+
+def _with_extra(columns: Iterable[str]) -> pa.Schema:
+    return pa.schema([*SCHEMA, *(pa.field(EXTRA + name, pa.string()) for name in columns)])

@@ -11,7 +11,7 @@ Shape legend: P candidates, S steps.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,15 +44,11 @@ class Pages:
         self._shares: dict[int, dict[str, float]] = {}
 
     def add(
-        self,
-        step: int,
-        selection: Mapping[str, Any],
-        samples: Mapping[str, list[Any]],
-        composition: Mapping[str, float],
+        self, step: int, selection: Mapping[str, Any], samples: Mapping[str, list[Any]], composed: Mapping[str, float]
     ) -> None:
         """Note a step: columns of the selection log, of its samples, and the composition's metrics."""
         self._points.append((selection["success_rate"], selection["score"], selection["kept"]))
-        self._shares[step] = dict(composition)
+        self._shares[step] = dict(composed)
         self._shares.pop(step - MAX_STEPS, None)
         place_of = {int(problem_id): place for place, problem_id in enumerate(selection["problem_id"])}
         for index, problem_id in enumerate(samples["problem_id"]):
@@ -67,9 +63,8 @@ class Pages:
         """Log the table and the figures to the run that is open in `wandb`, and begin anew."""
         pages: dict[str, Any] = {}
         if self._rows:
-            pages[PREFIX + "problems"] = wandb.Table(
-                columns=list(COLUMNS), data=[[_plain(row[name]) for name in COLUMNS] for row in self.table()]
-            )
+            rows = [[_plain(row[name]) for name in COLUMNS] for row in self.table()]
+            pages[PREFIX + "problems"] = wandb.Table(columns=list(COLUMNS), data=rows)
         for name, figure in self.figures().items():
             pages[f"{PREFIX}figures/{name}"] = wandb.Image(_picture(figure))
         if pages:
@@ -95,24 +90,16 @@ class Pages:
             success_P, score_P, kept_P = (np.concatenate(parts) for parts in zip(*self._points, strict=True))
             if np.isfinite(score_P).any():
                 figures["score_against_success"] = score_against_success(success_P, score_P, kept_P)
-        steps = sorted(self._shares)
-        pool, kept = (_shares_of(self._shares, steps, "data_source", group) for group in ("pool", "kept"))
-        if pool:
-            shares = {value: (pool[value], kept[value]) for value in pool}
+        steps, start = sorted(self._shares), "composition/data_source/"
+        names = {n.rsplit("/", 1)[0] for shares in self._shares.values() for n in shares if n.startswith(start)}
+
+        def over_steps(name: str) -> np.ndarray:
+            return np.array([self._shares[step].get(name, 0.0) for step in steps])
+
+        if names:
+            shares = {n.removeprefix(start): (over_steps(f"{n}/pool"), over_steps(f"{n}/kept")) for n in sorted(names)}
             figures["composition"] = composition_over_time(np.array(steps), shares)
         return figures
-
-
-def _shares_of(
-    by_step: Mapping[int, Mapping[str, float]], steps: Sequence[int], column: str, group: str
-) -> dict[str, np.ndarray]:
-    """Return the share of each value of a column in every step (steps,), among the `pool` or the `kept` ones."""
-    start, end = f"composition/{column}/", f"/{group}"
-    names = sorted({n for shares in by_step.values() for n in shares if n.startswith(start) and n.endswith(end)})
-    return {
-        name.removeprefix(start).removesuffix(end): np.array([by_step[step].get(name, 0.0) for step in steps])
-        for name in names
-    }
 
 
 def _picture(figure: Any) -> Any:
