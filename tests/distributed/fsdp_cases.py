@@ -46,9 +46,9 @@ from tests.distributed.setups import (
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
+from verl_gradalign.probe.call import pool_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.pool import pool_scores
 from verl_gradalign.probe.score_problems import Response, score_problems
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import trusted_direction, with_adam_metric, with_candidates_metric

@@ -21,11 +21,11 @@ from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, tabulate
 from tests.numerics.test_neutrality import observe
 from verl_gradalign.probe.audit import audited_scores
+from verl_gradalign.probe.call import Scorer, pool_scores
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.pool import Scorer, pool_scores
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 ATOL_FLOAT64 = 1e-10  # of cosines; measured 2e-16
