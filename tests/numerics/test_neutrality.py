@@ -19,8 +19,7 @@ from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.tap_points import tap_points
-from verl_gradalign.probe.taps import tapped
+from verl_gradalign.probe.taps import tap_points, tapped
 
 
 def observe(model: nn.Module) -> list[object]:

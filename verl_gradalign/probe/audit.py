@@ -12,7 +12,6 @@ Shape legend: P problems.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,8 +24,6 @@ from verl_gradalign.probe.estimators import ScoreEstimator
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman
 from verl_gradalign.types import ProblemRows, ProblemScores
-
-logger = logging.getLogger(__name__)
 
 
 def audited_scores(
@@ -46,30 +43,27 @@ def audited_scores(
     Raises: ValueError if a problem is larger than the budget and `oversized` is `stop`.
     """
     exact = BackwardEstimator()
-    # By the whole problem's size, which all ranks know: each takes the same decision without asking.
-    too_large: list[int] = []
+    too_large: set[int] = set()
     if estimator.needs_whole_problems:
-        too_large = [i for i, problem in enumerate(problems) if not engine.budget.holds([problem])]
-    if too_large and oversized == "stop":
-        first = problems[too_large[0]]
-        raise ValueError(
-            f"problem {first.uid} takes {engine.budget.positions([first])} positions, more than the "
-            f"{engine.budget.max_tokens} of a micro-batch. Remedy: raise gradalign.probe.max_tokens_per_rank, or set "
-            "gradalign.probe.oversized=backward"
-        )
-    fitting = [i for i in range(len(problems)) if i not in set(too_large)]
+        if oversized == "stop":
+            remedy = "raise gradalign.probe.max_tokens_per_rank, or set gradalign.probe.oversized=backward"
+            engine.budget.require_room(problems, remedy)
+        # By the whole problem's size, which all ranks know: each takes the same decision without asking.
+        too_large = {i for i, problem in enumerate(problems) if not engine.budget.holds([problem])}
+    fitting = [i for i in range(len(problems)) if i not in too_large]
+    place_of = {index: place for place, index in enumerate(fitting)}
     scores = estimator.score(engine, [problems[i] for i in fitting], direction)
     diagnostics = {**scores.diagnostics, "oversized": float(len(too_large))}
-    checked = [i for i in audited if i in set(fitting)]
+    checked = [i for i in audited if i in place_of]
     if checked:
         reference = exact.score(engine, [problems[i] for i in checked], direction)
-        places = torch.tensor([fitting.index(i) for i in checked])
+        places = torch.tensor([place_of[i] for i in checked])
         if estimator.is_exact:
             diagnostics["canary/relative_error"] = relative_error(scores, reference, places)
         elif len(checked) >= MIN_RANKED:
             diagnostics["fidelity/spearman"] = spearman(scores.dot_P[places], reference.dot_P)
     if too_large:
-        scores = _merged(problems, scores, exact.score(engine, [problems[i] for i in too_large], direction))
+        scores = _merged(problems, scores, exact.score(engine, [problems[i] for i in sorted(too_large)], direction))
     return replace(scores, diagnostics=diagnostics)
 
 
@@ -97,22 +91,11 @@ def _merged(problems: Sequence[ProblemRows], scores: ProblemScores, rest: Proble
     """Return the scores of both in the order of `problems`; the rest has no response derivatives."""
     place_of = {uid: place for place, uid in enumerate([*scores.uid, *rest.uid])}
     order_P = torch.tensor([place_of[problem.uid] for problem in problems])
-    norm_P = None
-    if scores.norm_P is not None and rest.norm_P is not None:
-        norm_P = torch.cat([scores.norm_P, rest.norm_P])[order_P]
-    derivative_PR = scores.response_derivative_PR
-    if derivative_PR is not None:
-        unknown_PR = torch.full((len(rest.uid), derivative_PR.shape[1]), torch.nan, dtype=derivative_PR.dtype)
-        derivative_PR = torch.cat([derivative_PR, unknown_PR])[order_P]
-    half_dot_P2 = None
-    if scores.half_dot_P2 is not None and rest.half_dot_P2 is not None:
-        half_dot_P2 = torch.cat([scores.half_dot_P2, rest.half_dot_P2])[order_P]
-    return replace(
-        scores,
-        uid=tuple(problem.uid for problem in problems),
-        dot_P=torch.cat([scores.dot_P, rest.dot_P])[order_P],
-        norm_P=norm_P,
-        num_tokens_P=torch.cat([scores.num_tokens_P, rest.num_tokens_P])[order_P],
-        response_derivative_PR=derivative_PR,
-        half_dot_P2=half_dot_P2,
-    )
+    if scores.response_derivative_PR is not None:
+        shape = (len(rest.uid), scores.response_derivative_PR.shape[1])
+        rest = replace(rest, response_derivative_PR=scores.response_derivative_PR.new_full(shape, torch.nan))
+    columns: dict[str, Tensor | None] = {}
+    for name in ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2"):
+        first, second = getattr(scores, name), getattr(rest, name)
+        columns[name] = None if first is None or second is None else torch.cat([first, second])[order_P]
+    return replace(scores, uid=tuple(problem.uid for problem in problems), **columns)

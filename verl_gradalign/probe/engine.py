@@ -39,6 +39,13 @@ class TokenBudget:
     def holds(self, problems: Sequence[ProblemRows]) -> bool:
         return self.positions(problems) <= self.max_tokens
 
+    def require_room(self, problems: Sequence[ProblemRows], remedy: str) -> None:
+        """Raise ValueError, with the remedy, that names the first of `problems` that exceeds the budget alone."""
+        for problem in problems:
+            if not self.holds([problem]):
+                size = f"{self.positions([problem])} positions, more than the {self.max_tokens} of a micro-batch"
+                raise ValueError(f"problem {problem.uid} takes {size}. Remedy: {remedy}")
+
 
 class GradientEngine(Protocol):
     """A model, sharded or not, with this rank's table of rows (one response with its prompt each)."""

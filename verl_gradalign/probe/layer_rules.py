@@ -87,12 +87,12 @@ def rule_of(module: nn.Module) -> LayerRule | None:
     return rms_norm if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None else None
 
 
-def add(first: LayerScores, second: LayerScores) -> LayerScores:
-    """Return the scores of two disjoint sets of parameters together."""
-    return LayerScores(
-        first.derivative_R + second.derivative_R,
-        first.squared_norm_P + second.squared_norm_P,
-    )
+def add(first: LayerScores, *others: LayerScores) -> LayerScores:
+    """Return the scores of disjoint sets of parameters together."""
+    derivative_R, squared_norm_P = first.derivative_R, first.squared_norm_P
+    for other in others:
+        derivative_R, squared_norm_P = derivative_R + other.derivative_R, squared_norm_P + other.squared_norm_P
+    return LayerScores(derivative_R, squared_norm_P)
 
 
 @register_layer_rule(nn.Linear)
@@ -104,19 +104,21 @@ def linear(call: LayerCall) -> LayerScores:
         parts.append(LayerScores(*scores))
     if "bias" in call.direction:
         parts.append(vector_scores(call.delta, call.direction["bias"], call))
-    return _summed(parts)
+    return add(*parts)
 
 
 @register_layer_rule(nn.Embedding)
 def embedding(call: LayerCall) -> LayerScores:
     """Embeddings: the rows of delta, added up by token id. The padding index gets no gradient, as in torch."""
     module: Any = call.module
-    _require_plain_embedding(module)
-    delta_NH = without_padding_index(call.delta, call.input, module.padding_idx).to(call.dtype)
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option, None):
+            value = getattr(module, option)
+            raise ValueError(f"an embedding with {option}={value} has no layer rule; use the estimator backward")
+    delta_NH = without_padding_index(call).to(call.dtype)
     direction_VH = call.direction["weight"]
     product_N1 = (delta_NH * direction_VH[call.input].to(call.dtype)).sum(dim=-1, keepdim=True)
     derivative_R = row_sums(product_N1, call.layout, call.dtype).squeeze(-1)
-
     row_N = call.layout.row_of_position(delta_NH.device)
     problem_N = call.layout.problem_of_row(delta_NH.device)[row_N]
     # A token that occurs twice has one row of gradient, whose square is of the sum: rows are added up before squaring.
@@ -134,6 +136,7 @@ def rms_norm(call: LayerCall) -> LayerScores:
     """RMSNorm, also where the weight is an offset from one: gradient sum of delta times the normalised input."""
     epsilon = _epsilon(call.module)
     epsilon = torch.finfo(call.dtype).eps if epsilon is None else epsilon
+    # In the accumulation dtype, as transformers computes its norms whatever they are given.
     input_ND = call.input.to(call.dtype)
     factor_N = torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
     return vector_scores(input_ND * call.delta, call.direction["weight"], call, factor_N)
@@ -150,7 +153,7 @@ def layer_norm(call: LayerCall) -> LayerScores:
         parts.append(vector_scores(call.delta * normalised_ND, call.direction["weight"], call))
     if "bias" in call.direction:
         parts.append(vector_scores(call.delta, call.direction["bias"], call))
-    return _summed(parts)
+    return add(*parts)
 
 
 def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall, factor_N: Tensor | None = None) -> LayerScores:
@@ -162,27 +165,13 @@ def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall, factor_
     return LayerScores(grad_RF @ direction_F.to(call.dtype), grad_PF.square().sum(dim=-1))
 
 
-def without_padding_index(delta_NH: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:
-    """Return delta with zeros where the token is the embedding's padding index."""
-    return delta_NH if padding_idx is None else delta_NH.masked_fill((ids_N == padding_idx).unsqueeze(-1), 0.0)
-
-
-def _summed(parts: list[LayerScores]) -> LayerScores:
-    total = parts[0]
-    for part in parts[1:]:
-        total = add(total, part)
-    return total
+def without_padding_index(call: LayerCall) -> Tensor:
+    """Return an embedding's delta with zeros where the token is its padding index, (positions, features)."""
+    padding_idx: Any = call.module.padding_idx
+    return call.delta if padding_idx is None else call.delta.masked_fill((call.input == padding_idx).unsqueeze(-1), 0.0)
 
 
 def _epsilon(module: nn.Module) -> float | None:
     """Return a norm's epsilon, by torch's or transformers' name."""
     epsilon = getattr(module, "eps", None)
     return epsilon if epsilon is not None else getattr(module, "variance_epsilon", None)
-
-
-def _require_plain_embedding(module: Any) -> None:
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(module, option, None):
-            raise ValueError(
-                f"an embedding with {option}={getattr(module, option)} has no layer rule; use the estimator backward"
-            )

@@ -46,15 +46,11 @@ def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]
 
     Raises: ValueError if a problem alone exceeds the budget.
     """
+    remedy = "raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with backward"
+    budget.require_room(problems, remedy)
     micro_batches: list[list[int]] = []
     # By the longest row, so that rows padded to one width have similar lengths.
     for index in sorted(range(len(problems)), key=lambda i: (-problems[i].longest_row, -problems[i].num_tokens)):
-        if not budget.holds([problems[index]]):
-            raise ValueError(
-                f"a problem takes {budget.positions([problems[index]])} positions, more than the {budget.max_tokens} "
-                "of a micro-batch; raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it "
-                "with backward"
-            )
         for members in micro_batches:
             if budget.holds([problems[i] for i in [*members, index]]):
                 members.append(index)
@@ -189,12 +185,7 @@ class ProblemSums:
 
     def reduce(self, engine: GradientEngine, direction_norm: float) -> ProblemScores:
         """Return the problems' scores, summed over all ranks; what was not noted is zero. Collective."""
-        sums = self._sums
-        if engine.data_group is not None:
-            # On the model's device: NCCL reduces nothing that lies in CPU memory.
-            sums = sums.to(next(engine.module.parameters()).device)
-            torch.distributed.all_reduce(sums, group=engine.data_group)
-            sums = sums.cpu()
+        sums = summed_over_ranks(engine, self._sums)
         is_split_P = torch.tensor([problem.is_split for problem in self._problems], dtype=torch.bool)
         num_rows_P = torch.tensor([problem.num_rows for problem in self._problems], dtype=torch.int64)
         is_row_PR = torch.arange(sums.shape[1] - 3) < num_rows_P.unsqueeze(1)
@@ -208,6 +199,16 @@ class ProblemSums:
             direction_norm=direction_norm,
             half_dot_P2=sums[:, :2].masked_fill(~is_split_P.unsqueeze(1), torch.nan),
         )
+
+
+def summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
+    """Return the sum, on the CPU, over the ranks that hold different rows. Collective."""
+    if engine.data_group is None:
+        return values
+    # On the model's device: NCCL reduces nothing that lies in CPU memory.
+    on_device = values.to(next(engine.module.parameters()).device)
+    torch.distributed.all_reduce(on_device, group=engine.data_group)
+    return on_device.cpu()
 
 
 def largest_of_ranks(value: int, group: ProcessGroup | None, device: torch.device | int) -> int:

@@ -21,16 +21,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.fsdp import reshard
-from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.layer_rules import (
     LayerCall,
     LayerRule,
@@ -41,15 +40,14 @@ from verl_gradalign.probe.layer_rules import (
     rms_norm,
     without_padding_index,
 )
-from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights
-from verl_gradalign.probe.tap_points import TapPoint, tap_points
-from verl_gradalign.probe.taps import tapped
+from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
+from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
 
 __all__ = ["sketch_gradients", "sketch_points", "sketched_scores"]
 
-REMEDY = "Remedy: set gradalign.probe.pool_dots=exact"
+REMEDY = "set gradalign.probe.pool_dots=exact"
 
 
 def sketched_scores(
@@ -70,11 +68,13 @@ def sketched_scores(
     Source: LearnAlign (arXiv 2506.11480) section 3; the two-sided projection is LoGra's (arXiv 2405.13954).
     """
     assert rank >= 2 and rank % 2 == 0, "checked by ProbeConfig"
-    _require_fitting(engine, problems)
+    engine.budget.require_room(problems, f"{REMEDY}, or raise gradalign.probe.max_tokens_per_rank.")
     sketcher = Sketcher(sketch_points(engine.module), rank, seed)
     # Halves are not distinguished: each problem counts as one row.
     whole = [replace(problem, is_split=False, halves=()) for problem in problems]
-    sketches, norm_P = sketch_gradients(engine, whole, sketcher)
+    sketches, scores = sketch_gradients(engine, whole, sketcher)
+    norm_P = scores.norm_P
+    assert norm_P is not None
     is_known_P = norm_P.isfinite() & (norm_P > 0)
     weight_P = torch.ones_like(norm_P) if weights is None else torch.tensor(weights, dtype=torch.float64)
     unit_P = torch.where(is_known_P, ratio(weight_P, norm_P), 0.0)
@@ -85,13 +85,11 @@ def sketched_scores(
     direction_norm = squared_norm**0.5 if squared_norm > 0 else total_norm
     dot_P = product_P3[:, 0] / direction_norm if direction_norm > 0 else torch.zeros_like(norm_P)
     quarter_P2 = (product_P3[:, 1:] * unit_P.unsqueeze(1))[is_known_P]
-    return ProblemScores(
-        uid=tuple(problem.uid for problem in problems),
+    return replace(
+        scores,
         dot_P=torch.where(norm_P == 0, 0.0, dot_P),
-        norm_P=norm_P,
-        num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-        response_derivative_PR=None,
         direction_norm=direction_norm,
+        half_dot_P2=None,
         diagnostics={"fidelity/spearman": _fidelity(quarter_P2)},
     )
 
@@ -103,11 +101,10 @@ def sketch_points(module: nn.Module) -> list[TapPoint]:
     """
     points = tap_points(module)
     for point in points:
-        has_matrix = any(len(placement.shape) > 1 for placement in point.placements)
-        if point.rule not in FACTORS and (has_matrix or point.rule not in VECTOR_RULES):
+        if point.rule not in FACTORS and (point.has_matrix or point.rule not in VECTOR_RULES):
             raise ValueError(
                 f"{point.name} ({type(point.module).__name__}) has a layer rule of its own, which gives products and "
-                f"norms but no sketch. {REMEDY}."
+                f"norms but no sketch. Remedy: {REMEDY}."
             )
     return points
 
@@ -122,21 +119,22 @@ class Sketcher:
             names.setdefault(placement.identity, placement.name)
         self.names = list(names.values())
         """Of the parameters in the order of the sketches; a tied one is there once."""
-        self._place_of = {identity: place for place, identity in enumerate(names)}
-        self.points = [replace(point, rule=partial(self._measure, point)) for point in points]
-        self.sketch_PLKK = torch.zeros(0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+        self.shape = (len(names), rank, rank)
         """Of one problem's sketch."""
-        return len(self.names), self._rank, self._rank
+        self.points = [replace(point, rule=partial(self._measure, point)) for point in points]
+        self._place_of = {identity: place for place, identity in enumerate(names)}
+        self._sketch_PLKK: Tensor | None = None
 
-    def begin(self, scale_R: Tensor) -> None:
-        """Start the backward pass of a micro-batch."""
-        self.sketch_PLKK = scale_R.new_zeros(len(scale_R), *self.shape)
+    def take(self) -> Tensor:
+        """Return the sketches of the micro-batch whose backward pass has ended, and forget them."""
+        sketch_PLKK, self._sketch_PLKK = self._sketch_PLKK, None
+        assert sketch_PLKK is not None, "some layer is tapped"
+        return sketch_PLKK
 
     def _measure(self, point: TapPoint, call: LayerCall) -> LayerScores:
         """Add the layer's parameters to the sketches, and return its squared norms."""
+        if self._sketch_PLKK is None:
+            self._sketch_PLKK = call.scale_R.new_zeros(len(call.scale_R), *self.shape)
         squared_norm_P = torch.zeros_like(call.scale_R)
         for placement in point.placements:
             place = self._place_of[placement.identity]
@@ -146,10 +144,11 @@ class Sketcher:
                 direction = self._projection(f"{name} vector", (placement.shape[0], self._rank**2), call)
             else:
                 direction = call.direction[placement.attribute]
-                self.sketch_PLKK[:, place] += self._matrix_sketch(point.rule, name, placement.shape, call)
+                self._sketch_PLKK[:, place] += self._matrix_sketch(point.rule, name, placement.shape, call)
+            # One parameter at a time: the rule adds up what it is given, and each has a sketch for itself.
             scores = point.rule(replace(call, direction={placement.attribute: direction}))
             if len(placement.shape) == 1:
-                self.sketch_PLKK[:, place] += scores.derivative_R.view(-1, self._rank, self._rank)
+                self._sketch_PLKK[:, place] += scores.derivative_R.view(-1, self._rank, self._rank)
             squared_norm_P += scores.squared_norm_P
         return LayerScores(torch.zeros_like(call.scale_R), squared_norm_P)
 
@@ -159,8 +158,7 @@ class Sketcher:
         right_IK = self._projection(f"{name} right", (shape[1], self._rank), call)
         left_NK, right_NK = FACTORS[rule](call, left_OK, right_IK)
         if call.layout.is_padded:
-            num_rows = call.layout.num_rows
-            left_PTK, right_PTK = (factor.view(num_rows, -1, self._rank) for factor in (left_NK, right_NK))
+            left_PTK, right_PTK = (each.view(call.layout.num_rows, -1, self._rank) for each in (left_NK, right_NK))
             return left_PTK.transpose(1, 2) @ right_PTK
         return torch.stack([left_NK[row].T @ right_NK[row] for row in call.layout.rows()])
 
@@ -182,8 +180,7 @@ def linear_factors(call: LayerCall, left_OK: Tensor, right_IK: Tensor) -> tuple[
 
 def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the projected tokens, one-hot vectors in effect, and the projected output gradients of an embedding."""
-    delta_NH = without_padding_index(call.delta, call.input, call.module.padding_idx)  # type: ignore[arg-type]
-    return left_VK[call.input].to(call.dtype), _project(delta_NH, right_HK, call.dtype)
+    return left_VK[call.input].to(call.dtype), _project(without_padding_index(call), right_HK, call.dtype)
 
 
 FACTORS: dict[LayerRule, Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -200,8 +197,7 @@ def _project(values_NF: Tensor, projection_FK: Tensor, dtype: torch.dtype) -> Te
     return (values_NF @ projection_FK.to(values_NF.dtype)).to(dtype)
 
 
-@dataclass(frozen=True)
-class BatchSketch:
+class BatchSketch(NamedTuple):
     """The sketches of the problems of one micro-batch of this rank."""
 
     problems: list[int]
@@ -212,28 +208,21 @@ class BatchSketch:
 
 def sketch_gradients(
     engine: GradientEngine, problems: Sequence[ProblemRows], sketcher: Sketcher
-) -> tuple[list[BatchSketch], Tensor]:
+) -> tuple[list[BatchSketch], ProblemScores]:
     """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
-    require_no_gradients(engine.module)
-    device = next(engine.module.parameters()).device
+    sketches = []
+
+    def keep(batch: MicroBatch) -> None:
+        sketch_PLKK = sketcher.take()
+        if batch.problems:
+            sketches.append(BatchSketch(list(batch.problems), sketch_PLKK.cpu()))
+
     # Products with a direction are not wanted; a zero that takes no memory stands for it.
-    zero = torch.zeros((), device=device)
-    sums, sketches = ProblemSums(problems), []
-    with tapped(engine.module, sketcher.points, lambda placement: zero.expand(placement.shape)) as taps:
-        for batch in micro_batches(engine, problems):
-            log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
-            weights = problem_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
-            scale_R = weights.scale_R.to(device)
-            sketcher.begin(scale_R)
-            taps.begin(layout, scale_R, batch.parts)
-            (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
-            sums.add_norms(batch, taps.end().squared_norm_P)
-            reshard(engine.module)
-            if batch.problems:
-                sketches.append(BatchSketch(list(batch.problems), sketcher.sketch_PLKK.cpu()))
-    norm_P = sums.reduce(engine, direction_norm=math.nan).norm_P
-    assert norm_P is not None
-    return sketches, norm_P
+    zero = torch.zeros((), device=next(engine.module.parameters()).device)
+    scores = tapped_scores(
+        engine, problems, 0.0, sketcher.points, lambda p: zero.expand(p.shape), per_response=False, after_pass=keep
+    )
+    return sketches, scores
 
 
 def _products(
@@ -247,7 +236,7 @@ def _products(
     for batch in sketches:
         is_in_P = factor_P[batch.problems] != 0  # others may not be finite
         total_LKK += torch.tensordot(factor_P[batch.problems][is_in_P], batch.sketch_PLKK[is_in_P].double(), dims=1)
-    total_LKK = _summed_over_ranks(engine, total_LKK)
+    total_LKK = summed_over_ranks(engine, total_LKK)
     rank = shape[-1]
     product_P3 = torch.zeros(len(factor_P), 3, dtype=torch.float64)
     for index, block in enumerate((slice(0, rank), slice(0, rank // 2), slice(rank // 2, rank))):
@@ -259,16 +248,7 @@ def _products(
             factor, norm = factor_P[batch.problems], norm_P[batch.problems]
             others = part_PG @ total_G - factor * part_PG.square().sum(dim=1)
             product_P3[batch.problems, index] = others / share + factor * norm.square()
-    return _summed_over_ranks(engine, product_P3), total_LKK.norm().item()
-
-
-def _summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
-    """Return the sum over the ranks that hold different rows, on the CPU. Collective."""
-    if engine.data_group is None:
-        return values
-    on_device = values.to(next(engine.module.parameters()).device)
-    torch.distributed.all_reduce(on_device, group=engine.data_group)
-    return on_device.cpu()
+    return summed_over_ranks(engine, product_P3), total_LKK.norm().item()
 
 
 def _fidelity(quarter_P2: Tensor) -> float:
@@ -281,13 +261,3 @@ def _fidelity(quarter_P2: Tensor) -> float:
         return math.nan
     correlation = spearman(quarter_P2[:, 0], quarter_P2[:, 1])
     return correlation if math.isnan(correlation) else math.sqrt(max(0.0, spearman_brown(correlation)))
-
-
-def _require_fitting(engine: GradientEngine, problems: Sequence[ProblemRows]) -> None:
-    """Raise ValueError, on every rank, if a problem is larger than a micro-batch."""
-    for problem in problems:
-        if not engine.budget.holds([problem]):
-            raise ValueError(
-                f"problem {problem.uid} takes {engine.budget.positions([problem])} positions, more than the "
-                f"{engine.budget.max_tokens} of a micro-batch. {REMEDY}, or raise gradalign.probe.max_tokens_per_rank."
-            )

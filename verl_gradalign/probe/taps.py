@@ -10,27 +10,68 @@ first tapped layer. A layer's input is kept by autograd, not by a closure, so th
         (weight_RT * log_prob_RT).sum().backward()
         scores = taps.end()
 
-Shape legend: R rows, P problems, N positions, H hidden features.
+Shape legend: R rows, P problems, N positions, T positions of a problem, U its distinct tokens, H hidden features.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe.fsdp import Placement
+from verl_gradalign.probe.fsdp import Placement, trainable_placements
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, rule_of, without_padding_index
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.tap_points import TapPoint
-from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A layer with trainable parameters, and the rule for it."""
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    placements: tuple[Placement, ...]
+
+    @property
+    def has_matrix(self) -> bool:
+        return any(len(placement.shape) > 1 for placement in self.placements)
+
+
+def tap_points(root: nn.Module) -> list[TapPoint]:
+    """Return the layers to tap: all that have trainable parameters, each parameter covered exactly once.
+
+    Raises: ValueError that names the layers without a rule, and what to do. Call it while sharded.
+    """
+    by_module: dict[nn.Module, list[Placement]] = defaultdict(list)
+    for placement in trainable_placements(root):
+        by_module[placement.module].append(placement)
+    if not by_module:
+        raise ValueError("the model has no trainable parameter; there is no gradient to score")
+    points, uncovered = [], []
+    for module, placements in by_module.items():
+        rule, kind = rule_of(module), type(module).__name__
+        if rule is None:
+            uncovered += [f"{placement.name} ({kind})" for placement in placements]
+        else:
+            points.append(TapPoint(placements[0].name.rpartition(".")[0] or kind, module, rule, tuple(placements)))
+    if uncovered:
+        raise ValueError(
+            f"no layer rule covers {', '.join(uncovered[:5])}{' and more' if len(uncovered) > 5 else ''}: the scores "
+            "would miss their gradient. Remedy: set gradalign.estimator=backward (exact) or finite_difference, or "
+            "register a rule (probe.layer_rules.register_layer_rule)."
+        )
+    return points
 
 
 @contextmanager
@@ -57,15 +98,14 @@ class Taps:
     """Collects the scores of one micro-batch at a time."""
 
     def __init__(self, points: Sequence[TapPoint], gather: Gather, gives_norm: bool) -> None:
-        self._points = points
-        self._gather = gather
+        self._points, self._gather = points, gather
         tied = TiedWeight.find(points)
         self._tied = tied if gives_norm else None
         self._shape = (0, 0)
         self._layout: Layout | None = None
         self._scale_R = torch.zeros(0)
         self._scores: LayerScores | None = None
-        self._seen: set[int] = set()
+        self._seen: set[nn.Module] = set()
 
     def begin(self, layout: Layout, scale_R: Tensor, parts: Sequence[Sequence[int]] | None = None) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
@@ -73,6 +113,7 @@ class Taps:
         With `parts` some rows of each problem count as one (`Layout.merged`): `scale_R` has one number for each part,
         and so has the result's `derivative_R`.
         """
+        # Activations keep the shape of the pass, whichever of its rows count as one.
         self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
         self._scale_R, self._seen = scale_R, set()
         self._scores = LayerScores(torch.zeros_like(scale_R), scale_R.new_zeros(layout.num_problems))
@@ -82,7 +123,7 @@ class Taps:
 
         Raises: RuntimeError if a layer was not part of the pass.
         """
-        missing = [point.name for point in self._points if id(point.module) not in self._seen]
+        missing = [point.name for point in self._points if point.module not in self._seen]
         if missing:
             raise RuntimeError(
                 f"{', '.join(missing[:5])}: trained but not called in the scoring pass (bypassed by a fused kernel, or "
@@ -96,39 +137,49 @@ class Taps:
         """Return the forward hook that puts a tap behind the layer."""
 
         def tap_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
             if not torch.is_grad_enabled():
                 return output
             layer_input = args[0] if args else next(iter(kwargs.values()))
-            if self._tied is not None:
-                self._tied.note_input(point, layer_input)
+            if self._tied is not None and point is self._tied.embedding:
+                self._tied.ids_N = layer_input.flatten()
             # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            return _Tap.apply(output, layer_input, anchor, lambda *call: self._receive(point, *call))  # type: ignore[no-untyped-call]
+            return _Tap.apply(output, layer_input, anchor, partial(self._receive, point))  # type: ignore[no-untyped-call]
 
         return tap_output
 
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
-        if id(point.module) in self._seen:
+        """Add the layer's part to the scores."""
+        remedy = "Remedy: set gradalign.estimator=backward (exact) or finite_difference."
+        if point.module in self._seen:
             raise RuntimeError(
                 f"{point.name} was called more than once in one pass, so its gradient has cross terms that no rule "
-                "covers. Remedy: set gradalign.estimator=backward (exact) or finite_difference."
+                f"covers. {remedy}"
             )
-        self._seen.add(id(point.module))
-        layout = self._layout
-        assert layout is not None and self._scores is not None, "begin comes before the backward pass"
-        layout = layout.widened(_vectors_per_position(point, delta, self._shape))
+        if tuple(delta.shape[:2]) != self._shape:
+            raise RuntimeError(
+                f"{point.name} returned a tensor of shape {tuple(delta.shape)} in a pass over {self._shape} (lines, "
+                f"positions), so its gradient cannot be cut at problem boundaries. {remedy}"
+            )
+        self._seen.add(point.module)
+        assert self._layout is not None and self._scores is not None, "begin comes before the backward pass"
+        # More than one vector at each position where a layer works on attention heads.
+        vectors_per_position = delta.numel() // delta.shape[-1] // (self._shape[0] * self._shape[1])
         is_ids = not layer_input.is_floating_point()
         call = LayerCall(
             module=point.module,
             input=layer_input.flatten() if is_ids else layer_input.reshape(-1, layer_input.shape[-1]),
             delta=delta.reshape(-1, delta.shape[-1]),
             direction={p.attribute: self._gather(p) for p in point.placements},
-            layout=layout,
+            layout=self._layout.widened(vectors_per_position),
             scale_R=self._scale_R,
         )
         self._scores = add(self._scores, point.rule(call))
-        if self._tied is not None:
-            self._scores = add(self._scores, self._tied.cross_term(point, call))
+        if self._tied is not None and point is self._tied.head:
+            self._tied.keep_head_rows(call)
+        elif self._tied is not None and point is self._tied.embedding:
+            self._scores = add(self._scores, self._tied.cross_term(call))
 
 
 class _Tap(torch.autograd.Function):
@@ -149,12 +200,58 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-def _vectors_per_position(point: TapPoint, delta: Tensor, shape: tuple[int, int]) -> int:
-    """Return how many vectors the layer saw at each position, e.g. one per attention head."""
-    if tuple(delta.shape[:2]) != shape:
-        raise RuntimeError(
-            f"{point.name} returned a tensor of shape {tuple(delta.shape)} in a pass over {shape} (lines, "
-            "positions), so its gradient cannot be cut at problem boundaries. Remedy: set gradalign.estimator=backward "
-            "(exact) or finite_difference."
-        )
-    return delta.numel() // delta.shape[-1] // (shape[0] * shape[1])
+class TiedWeight:
+    """What is missing when the two uses of a weight, by an embedding and an output layer, are scored apart.
+
+    Products with the direction add up. Squared norms do not: |G_head + G_embedding|^2 has the cross term
+    2 <G_head, G_embedding>. G_embedding is non-zero only in the rows of the problem's own tokens, so those rows of
+    G_head are kept from the head's backward until the embedding's, and nothing else.
+    """
+
+    def __init__(self, embedding: TapPoint, head: TapPoint) -> None:
+        self.embedding, self.head = embedding, head
+        self.ids_N = torch.zeros(0, dtype=torch.int64)
+        """Token ids of the forward pass, which the head's backward needs."""
+        self._head_rows_NH: Tensor | None = None
+
+    @classmethod
+    def find(cls, points: Sequence[TapPoint]) -> TiedWeight | None:
+        """Return the tied weight among the tapped layers, None if no weight is used twice.
+
+        Raises: ValueError that names the layers if a weight is shared in any other way.
+        """
+        uses = Counter(placement.identity for point in points for placement in point.placements)
+        users = [point for point in points if any(uses[placement.identity] > 1 for placement in point.placements)]
+        if not users:
+            return None
+        embeddings = [point for point in users if isinstance(point.module, nn.Embedding)]
+        heads = [point for point in users if isinstance(point.module, nn.Linear)]
+        if len(users) != 2 or len(embeddings) != 1 or len(heads) != 1:
+            raise ValueError(
+                f"{', '.join(point.name for point in users)} share a weight, and only one embedding tied to one linear "
+                "layer has a rule. Remedy: set gradalign.estimator=backward (exact) or finite_difference."
+            )
+        return cls(embeddings[0], heads[0])
+
+    def keep_head_rows(self, call: LayerCall) -> None:
+        """Keep, for each position, the row of its problem's head gradient that belongs to its token (N, H)."""
+        scale_N1 = call.scale_R[call.layout.row_of_position(call.delta.device)].unsqueeze(-1)
+        input_NH = call.input.to(call.dtype) * scale_N1
+        parts = []
+        for rows in call.layout.problems():
+            positions = call.layout.positions_of(rows)
+            # Only the columns of tokens that occur: the whole gradient has the vocabulary's size.
+            ids_U, place_T = torch.unique(self.ids_N[positions], return_inverse=True)
+            grad_UH = call.delta[positions][:, ids_U].to(call.dtype).T @ input_NH[positions]
+            parts.append(grad_UH[place_T])
+        self._head_rows_NH = torch.cat(parts)
+
+    def cross_term(self, call: LayerCall) -> LayerScores:
+        """Return 2 <G_head, G_embedding> of each problem as squared norms, from the embedding's backward."""
+        rows_NH, self._head_rows_NH = self._head_rows_NH, None
+        assert rows_NH is not None, "the output layer's backward runs before the embedding's"
+        row_N = call.layout.row_of_position(call.delta.device)
+        product_N = (rows_NH * without_padding_index(call).to(call.dtype)).sum(dim=-1) * call.scale_R[row_N]
+        problem_N = call.layout.problem_of_row(call.delta.device)[row_N]
+        cross_P = call.scale_R.new_zeros(call.layout.num_problems).index_add(0, problem_N, 2 * product_N)
+        return LayerScores(torch.zeros_like(call.scale_R), cross_P)

@@ -2,12 +2,11 @@
 """Directional derivatives by two forward passes, at theta + eps v and theta - eps v: any engine, no gradients, no norm.
 
 d_t = (log pi_{theta + eps v}(y_t) - log pi_{theta - eps v}(y_t)) / (2 eps), with an error of order eps^2 and a noise
-of the log-probs' rounding over eps. Both passes run the same micro-batches in the same order, because half-precision
-log-probs depend on the shape of the batch.
+of the log-probs' rounding over eps.
 
     scores = FiniteDifferenceEstimator(ProbeConfig(relative_step=1e-3)).score(engine, candidates, direction)
 
-Shape legend: P problems, R rows, T response tokens.
+Shape legend: R rows, T response tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class FiniteDifferenceEstimator:
         self._relative_step = (config or ProbeConfig()).relative_step
 
     def check(self, module: nn.Module) -> None:
-        """Raise ValueError if a trainable parameter is stored in half precision."""
+        """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
         require_full_precision(module)
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
@@ -72,6 +71,7 @@ class FiniteDifferenceEstimator:
 
 def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
     """Return each row's sum of coefficient times log-prob, and of log-probs: (2, rows), float64, on the CPU."""
+    # In float64 before the sum: of two nearly equal sums subtracted, rounding would be all that is left.
     log_prob_RT = engine.forward(batch.rows, batch.rows_per_problem)[0].double().cpu()
     coefficient_RT, mask_RT = torch.zeros_like(log_prob_RT), torch.zeros_like(log_prob_RT)
     for index, row in enumerate(batch.rows):
@@ -82,10 +82,8 @@ def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
 
 def _parameter_norm(engine: GradientEngine) -> float:
     """Return |theta| of the trainable parameters over all shards. Collective."""
-    squares = [
-        local_part(parameter).detach().double().square().sum() for _, parameter in trainable_parameters(engine.module)
-    ]
-    total = torch.stack(squares).sum()
+    parameters = [parameter for _, parameter in trainable_parameters(engine.module)]
+    total = torch.stack([local_part(parameter).detach().double().square().sum() for parameter in parameters]).sum()
     if engine.shard_group is not None:
         torch.distributed.all_reduce(total, group=engine.shard_group)
     return math.sqrt(total.item())
@@ -97,8 +95,7 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
 
     Holds a second copy of this rank's trainable shards.
 
-    Raises: RuntimeError if the direction does not fit the module's shards; ValueError if a trainable parameter is
-        stored in less than float32, where a small step is lost to rounding.
+    Raises: RuntimeError if the direction does not fit the module's shards; ValueError as `require_full_precision`.
     """
     reshard(module)
     require_same_shards(module, direction)
@@ -108,6 +105,7 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
     originals = [local.clone() for local in locals_]
 
     def move(step: float) -> None:
+        # A pass leaves the root unsharded, computing with a copy that this would not change.
         reshard(module)
         for local, original, shard in zip(locals_, originals, direction.shards, strict=True):
             if shard is not None:

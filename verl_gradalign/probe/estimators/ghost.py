@@ -12,7 +12,7 @@ Shape legend: P problems, R rows, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,14 +23,13 @@ from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
-from verl_gradalign.probe.passes import ProblemSums, micro_batches, problem_weights, row_weights
-from verl_gradalign.probe.tap_points import TapPoint, tap_points
-from verl_gradalign.probe.taps import Gather, tapped
+from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, problem_weights, row_weights
+from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
 class GhostEstimator:
-    """Taps on every layer with trainable parameters. See the module's docstring."""
+    """Taps on every layer with trainable parameters."""
 
     is_exact = True
     gives_norm = True
@@ -45,13 +44,9 @@ class GhostEstimator:
         tap_points(module)
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
-        """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
-
-        See `tapped_scores`. A degenerate direction gives dot products of zero and the true norms.
-        """
-        points = tap_points(engine.module)
-        gather = direction_gather(engine, direction)
-        return tapped_scores(engine, problems, direction, points, gather, self._per_response)
+        """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
+        points, gather = tap_points(engine.module), direction_gather(engine, direction)
+        return tapped_scores(engine, problems, direction.norm, points, gather, self._per_response)
 
 
 def direction_gather(engine: GradientEngine, direction: Direction) -> DirectionGather:
@@ -62,16 +57,17 @@ def direction_gather(engine: GradientEngine, direction: Direction) -> DirectionG
 def tapped_scores(
     engine: GradientEngine,
     problems: Sequence[ProblemRows],
-    direction: Direction,
+    direction_norm: float,
     points: Sequence[TapPoint],
     gather: Gather,
     per_response: bool,
     gives_norm: bool = True,
+    after_pass: Callable[[MicroBatch], None] = lambda batch: None,
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
 
-    Each problem's rows lie on one rank. Response derivatives are measured `per_response` only; a row whose tokens
-    have different coefficients gets nan for its own.
+    Each problem's rows lie on one rank. Response derivatives are measured `per_response` only; a row whose tokens have
+    different coefficients gets nan for its own. A degenerate direction gives dot products of zero and the true norms.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
     Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
@@ -79,11 +75,11 @@ def tapped_scores(
     """
     require_no_gradients(engine.module)
     device = next(engine.module.parameters()).device
+    weigh = row_weights if per_response else problem_weights
     sums = ProblemSums(problems)
     with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
-            weigh = row_weights if per_response else problem_weights
             weights = weigh(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
             taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
             # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
@@ -98,7 +94,8 @@ def tapped_scores(
             else:
                 sums.add_parts(batch, derivative_R)
             sums.add_norms(batch, measured.squared_norm_P)
-    scores = sums.reduce(engine, direction.norm)
+            after_pass(batch)
+    scores = sums.reduce(engine, direction_norm)
     return replace(
         scores,
         norm_P=scores.norm_P if gives_norm else None,

@@ -32,7 +32,7 @@ from verl_gradalign.probe.layer_rules import (
     without_padding_index,
 )
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.tap_points import TapPoint, tap_points
+from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 OVERSAMPLING = 8
@@ -59,7 +59,7 @@ class LowRankEstimator:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
         gather = LowRankGather(direction_gather(engine, direction), points, self._rank)
-        scores = tapped_scores(engine, problems, direction, points, gather, per_response=True, gives_norm=False)
+        scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
 
 
@@ -72,9 +72,11 @@ class LowRankGather:
         for placement in (p for point in points for p in point.placements):
             if placement.identity in self._parts:
                 continue
-            whole = gather(placement)
-            total += whole.double().square().sum().item()
-            part, energy = truncated(whole, rank) if whole.dim() == 2 else (whole, whole.double().square().sum().item())
+            part = gather(placement)
+            energy = part.double().square().sum().item()
+            total += energy
+            if part.dim() == 2:
+                part, energy = truncated(part, rank)
             kept += energy
             self._parts[placement.identity] = part
         self.energy_kept = kept / total if total else 1.0
@@ -84,10 +86,7 @@ class LowRankGather:
 
 
 def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank), and the squared norm kept.
-
-    The randomised decomposition is seeded, so every rank that does it finds the same.
-    """
+    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank), and the squared norm kept."""
     rank = min(rank, *matrix_OI.shape)
     width = min(rank + OVERSAMPLING, *matrix_OI.shape)
     with torch.random.fork_rng(devices=[matrix_OI.device] if matrix_OI.device.type == "cuda" else []):
@@ -104,7 +103,7 @@ def low_rank_points(root: nn.Module) -> list[TapPoint]:
     points = []
     for point in tap_points(root):
         rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), None)
-        if rule is None and any(len(placement.shape) > 1 for placement in point.placements):
+        if rule is None and point.has_matrix:
             raise ValueError(
                 f"{point.name} ({type(point.module).__name__}) has a matrix but no low-rank rule. Remedy: set "
                 "gradalign.estimator=ghost (exact) or finite_difference."
@@ -114,31 +113,28 @@ def low_rank_points(root: nn.Module) -> list[TapPoint]:
 
 
 def linear(call: LayerCall) -> LayerScores:
-    """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms."""
-    scores = _nothing(call)
+    """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms of the weight."""
+    parts = []
     if "weight" in call.direction:
         left_OK, right_IK = torch.split(
             call.direction["weight"].to(call.delta.dtype), [call.delta.shape[-1], call.input.shape[-1]]
         )
-        product_N = ((call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)).sum(-1, dtype=call.dtype)
-        scores = add(scores, _rows(product_N, call))
+        # Narrow products in the layer's dtype, their sum in the accumulation dtype.
+        product_NK = (call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)
+        parts.append(_products_only(product_NK.sum(-1, dtype=call.dtype), call))
     if "bias" in call.direction:
-        scores = add(scores, vector_scores(call.delta, call.direction["bias"], call))
-    return scores
+        parts.append(vector_scores(call.delta, call.direction["bias"], call))
+    return add(*parts)
 
 
 def embedding(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t R) . L[token_t], and zeros for norms."""
     num_tokens: int = call.module.num_embeddings  # type: ignore[assignment]
     left_OK, right_IK = torch.split(call.direction["weight"].to(call.dtype), [num_tokens, call.delta.shape[-1]])
-    delta_NI = without_padding_index(call.delta, call.input, call.module.padding_idx)  # type: ignore[arg-type]
-    return _rows(((delta_NI.to(call.dtype) @ right_IK) * left_OK[call.input]).sum(-1), call)
+    product_NK = (without_padding_index(call).to(call.dtype) @ right_IK) * left_OK[call.input]
+    return _products_only(product_NK.sum(-1), call)
 
 
-def _rows(product_N: Tensor, call: LayerCall) -> LayerScores:
+def _products_only(product_N: Tensor, call: LayerCall) -> LayerScores:
     derivative_R = row_sums(product_N.unsqueeze(-1), call.layout, call.dtype).squeeze(-1)
     return LayerScores(derivative_R, call.scale_R.new_zeros(call.layout.num_problems))
-
-
-def _nothing(call: LayerCall) -> LayerScores:
-    return LayerScores(torch.zeros_like(call.scale_R), call.scale_R.new_zeros(call.layout.num_problems))

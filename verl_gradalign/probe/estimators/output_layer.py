@@ -20,7 +20,7 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.layer_rules import rule_of
-from verl_gradalign.probe.tap_points import TapPoint
+from verl_gradalign.probe.taps import TapPoint
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -41,12 +41,11 @@ class OutputLayerEstimator:
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
-        points = [output_layer(engine.module)]
-        gather = direction_gather(engine, direction)
+        point, gather = output_layer(engine.module), direction_gather(engine, direction)
         # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
-        cut = points[0].module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
+        cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         try:
-            return tapped_scores(engine, problems, direction, points, gather, self._per_response)
+            return tapped_scores(engine, problems, direction.norm, [point], gather, self._per_response)
         finally:
             cut.remove()
 
@@ -54,21 +53,20 @@ class OutputLayerEstimator:
 def output_layer(root: nn.Module) -> TapPoint:
     """Return the tap of the model's output layer.
 
-    Raises: ValueError if the model does not name one, or if it is frozen, as under LoRA.
+    Raises: ValueError, with the remedy, if the model does not name one, if it is frozen, as under LoRA, or has no rule.
     """
     # FSDP wrappers pass attributes on to the model; transformers and PEFT models answer this call.
     get: Any = getattr(root, "get_output_embeddings", None)
     head = get() if get is not None else None
-    remedy = "Remedy: set gradalign.estimator=ghost (exact) or finite_difference."
-    if head is None:
-        raise ValueError(f"{type(root).__name__} does not name an output layer (get_output_embeddings). {remedy}")
     placements = tuple(p for p in trainable_placements(root) if p.module is head)
-    rule = rule_of(head)
-    if not placements or rule is None:
+    rule = None if head is None else rule_of(head)
+    if placements and rule is not None:
+        return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+    if head is None:
+        problem = f"{type(root).__name__} does not name an output layer (get_output_embeddings)"
+    else:
         name = next((name for name, module in root.named_modules() if module is head), "the output layer")
-        raise ValueError(
-            f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only). {remedy}"
-            if rule is not None
-            else f"{name} ({type(head).__name__}) has no layer rule. {remedy}"
-        )
-    return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+        problem = f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only)"
+        if rule is None:
+            problem = f"{name} ({type(head).__name__}) has no layer rule"
+    raise ValueError(f"{problem}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")
