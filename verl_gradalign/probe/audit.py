@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def _merged(problems: Sequence[ProblemRows], scores: ProblemScores, rest: Proble
     if scores.response_derivative_PR is not None:
         shape = (len(rest.uid), scores.response_derivative_PR.shape[1])
         rest = replace(rest, response_derivative_PR=scores.response_derivative_PR.new_full(shape, torch.nan))
-    columns: dict[str, Tensor | None] = {}
+    columns: dict[str, Any] = {}
     for name in ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2"):
         first, second = getattr(scores, name), getattr(rest, name)
         columns[name] = None if first is None or second is None else torch.cat([first, second])[order_P]

@@ -60,7 +60,7 @@ def output_layer(root: nn.Module) -> TapPoint:
     head = get() if get is not None else None
     placements = tuple(p for p in trainable_placements(root) if p.module is head)
     rule = None if head is None else rule_of(head)
-    if placements and rule is not None:
+    if head is not None and placements and rule is not None:
         return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
     if head is None:
         problem = f"{type(root).__name__} does not name an output layer (get_output_embeddings)"
