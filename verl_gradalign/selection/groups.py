@@ -108,65 +108,46 @@ def measurements(
 ) -> Measurements:
     """Return what is known of the live `groups`; `scores` holds the same problems in the same order, or nothing."""
     sessions = [_sessions(g) for g in groups]
-    width = max((len(s) for s in sessions), default=0)
-    derivative_PR = _unknown(len(groups), width)
-    contribution_PR = _unknown(len(groups), width)
+    width = max(map(len, sessions), default=0)
+
+    def table(rows: Iterable[Sequence[float]], fill: float = torch.nan) -> Tensor:
+        """Return rows of different lengths as one tensor; none at all is a table of nan."""
+        values_PR = torch.full((len(groups), width), fill, dtype=torch.float64)
+        for value_R, row in zip(values_PR, rows, strict=False):
+            value_R[: len(row)] = torch.tensor(row, dtype=torch.float64)
+        return values_PR
+
+    def measured(name: str, *width: int) -> Tensor:
+        values = getattr(scores, name, None)
+        return torch.full((len(groups), *width), torch.nan, dtype=torch.float64) if values is None else values
+
+    derivatives, contributions = [], []
     if scores is not None and scores.response_derivative_PR is not None:
-        for index, (g, by_session) in enumerate(zip(groups, sessions, strict=True)):
-            derivative_K = scores.response_derivative_PR[index, : len(g.keys)]
-            coefficient_K = torch.tensor(g.coefficients, dtype=torch.float64)
-            for place, keys in enumerate(by_session.values()):
-                derivative_PR[index, place] = derivative_K[keys].sum()
-                contribution_PR[index, place] = (coefficient_K[keys] * derivative_K[keys]).sum()
-    # A group that is not split counts to one half, which leaves the other without an estimate.
-    halves = [
-        [g.halves[keys[0]] if g.halves else 0 for keys in s.values()] for g, s in zip(groups, sessions, strict=True)
-    ]
-    half_PR = _filled(halves, width, -1).long()
+        for g, by_session, derivative_R in zip(groups, sessions, scores.response_derivative_PR, strict=True):
+            derivative_K = derivative_R[: len(g.keys)]
+            contribution_K = torch.tensor(g.coefficients, dtype=torch.float64) * derivative_K
+            derivatives.append([derivative_K[keys].sum().item() for keys in by_session])
+            contributions.append([contribution_K[keys].sum().item() for keys in by_session])
+    pairs = list(zip(groups, sessions, strict=True))
     return Measurements(
         problem_id_P=torch.tensor([g.problem.problem_id for g in groups], dtype=torch.int64),
-        success_PR=_filled([[float(r > success_threshold) for r in g.rewards] for g in groups], width, torch.nan),
-        advantage_PR=_filled(
-            [
-                [g.advantages[keys[-1]] for keys in by_session.values()] if g.advantages else []
-                for g, by_session in zip(groups, sessions, strict=True)
-            ],
-            width,
-            torch.nan,
-        ),
-        half_PR=half_PR,
+        success_PR=table([[float(r > success_threshold) for r in g.rewards] for g in groups]),
+        advantage_PR=table([[g.advantages[keys[-1]] for keys in s] if g.advantages else [] for g, s in pairs]),
+        # A group that is not split counts to one half, which leaves the other without an estimate.
+        half_PR=table([[g.halves[keys[0]] if g.halves else 0 for keys in s] for g, s in pairs], fill=-1).long(),
         num_candidates=num_candidates,
-        dot_P=_unknown(len(groups)) if scores is None else scores.dot_P,
-        norm_P=_unknown(len(groups)) if scores is None or scores.norm_P is None else scores.norm_P,
-        derivative_PR=derivative_PR,
-        contribution_PR=contribution_PR,
-        half_dot_P2=_half_dots(scores, len(groups)),
-        direction_norm=float("nan") if scores is None else scores.direction_norm,
+        dot_P=measured("dot_P"),
+        norm_P=measured("norm_P"),
+        derivative_PR=table(derivatives),
+        contribution_PR=table(contributions),
+        half_dot_P2=measured("half_dot_P2", 2),
+        direction_norm=scores.direction_norm if scores else float("nan"),
     )
 
 
-def _half_dots(scores: ProblemScores | None, num_problems: int) -> Tensor:
-    if scores is None or scores.half_dot_P2 is None:
-        return _unknown(num_problems, 2)
-    return scores.half_dot_P2
-
-
-def _sessions(group: Group) -> dict[int, list[int]]:
+def _sessions(group: Group) -> list[list[int]]:
     """Return the positions of each session's keys, sessions in the keys' order."""
     by_session: dict[int, list[int]] = {}
     for position, key in enumerate(group.keys):
         by_session.setdefault(session_of(key), []).append(position)
-    return by_session
-
-
-def _unknown(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=torch.float64)
-
-
-def _filled(rows: Sequence[Sequence[float]], width: int, fill: float) -> Tensor:
-    """Return rows of different lengths as one float64 tensor."""
-    values = torch.full((len(rows), width), fill, dtype=torch.float64)
-    for index, row in enumerate(rows):
-        if len(row):
-            values[index, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    return values
+    return list(by_session.values())

@@ -16,34 +16,22 @@ import numpy as np
 
 __all__ = ["ProblemRecord"]
 
-COLUMNS = {"count": np.int32, "mean": np.float64}
-
 
 class ProblemRecord:
-    """Running statistics by row of the train files. 12 bytes a problem."""
+    """Running statistics by row of the train files, 12 bytes a problem."""
 
     def __init__(self, num_problems: int) -> None:
-        self._columns = {name: np.zeros(num_problems, dtype=dtype) for name, dtype in COLUMNS.items()}
-
-    def __len__(self) -> int:
-        return len(self.count_A)
-
-    @property
-    def count_A(self) -> np.ndarray:
-        """Times each problem was given a finite score, int32."""
-        return self._columns["count"]
-
-    @property
-    def mean_A(self) -> np.ndarray:
+        self.count_A = np.zeros(num_problems, dtype=np.int32)
+        """Times each problem was given a finite score."""
+        self.mean_A = np.zeros(num_problems, dtype=np.float64)
         """Mean of each problem's scores, 0 where there are none."""
-        return self._columns["mean"]
 
     def add(self, problem_id_P: np.ndarray, score_P: np.ndarray) -> None:
         """Note a selection's scores, each problem once. Scores that are not finite are left out."""
         is_known_P = np.isfinite(score_P)
         ids, score_P = problem_id_P[is_known_P], score_P[is_known_P]
-        self._columns["count"][ids] += 1
-        self._columns["mean"][ids] += (score_P - self.mean_A[ids]) / self.count_A[ids]
+        self.count_A[ids] += 1
+        self.mean_A[ids] += (score_P - self.mean_A[ids]) / self.count_A[ids]
 
     def shrunk(self, problem_id_P: np.ndarray, score_P: np.ndarray, shrinkage: float) -> np.ndarray:
         """Return each score drawn to the mean of the problem's k earlier ones, by shrinkage * k / (k + 1).
@@ -58,15 +46,14 @@ class ProblemRecord:
 
     def state(self) -> dict[str, Any]:
         """Return the columns, for the checkpoint."""
-        return dict(self._columns)
+        return {"count": self.count_A, "mean": self.mean_A}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the columns of a checkpoint; earlier versions wrote more.
 
         Raises: ValueError if they are of another number of problems.
         """
-        for name, dtype in COLUMNS.items():
-            values = np.asarray(state[name], dtype=dtype)
-            if values.shape != self.count_A.shape:
-                raise ValueError(f"the record holds {len(values)} problems, the train files {len(self)}")
-            self._columns[name] = values.copy()
+        num, expected = len(state["count"]), len(self.count_A)
+        if num != expected:
+            raise ValueError(f"the record holds {num} problems, the train files {expected}")
+        self.count_A, self.mean_A = np.array(state["count"], np.int32), np.array(state["mean"], np.float64)
