@@ -111,6 +111,16 @@ class Setting:
         return math.ceil(round(self.oversample * self.train_batch_size * self.steps_per_selection, 9))
 
 
+HF_KEYS = {
+    "hidden": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+"""Sizes that every Hugging Face config has."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A transformer with gated MLPs, grouped-query attention and RMSNorm, as Qwen2.5, Qwen3 and Llama 3 are."""
@@ -139,22 +149,16 @@ class ModelShape:
         for experts in ("num_experts", "num_local_experts", "n_routed_experts"):
             if config.get(experts):
                 raise ValueError(f"{experts}={config[experts]}: the cost of mixtures of experts is not known here")
-        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        missing = [key for key in keys if not config.get(key)]
+        missing = [key for key in HF_KEYS.values() if not config.get(key)]
         if missing:
             raise ValueError(f"the model's config has no {', '.join(missing)}. Remedy: give --parameters instead.")
-        hidden, layers, heads, intermediate, vocabulary = (int(config[key]) for key in keys)
         return cls(
             name=name or str(config.get("model_type", "model")),
-            hidden=hidden,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            intermediate=intermediate,
-            vocabulary=vocabulary,
+            num_kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
             is_tied=bool(config.get("tie_word_embeddings", False)),
             has_qkv_bias=bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
             head_features=config.get("head_dim"),
+            **{field: int(config[key]) for field, key in HF_KEYS.items()},
         )
 
     @property
@@ -217,13 +221,12 @@ def shape_of(model: str | None, parameters: float | None = None) -> ModelShape:
 
     Raises: ValueError for an unknown preset, none or two of the arguments, or fewer parameters than an embedding has.
     """
-    if (model is None) == (parameters is None):
-        raise ValueError("give either --model or --parameters, for example --model 7b or --parameters 8e9")
-    if model is not None:
+    if model is not None and parameters is None:
         if model.lower() not in PRESETS:
             refuse("--model", model, "unknown", f"use one of {', '.join(PRESETS)}, or --parameters 8e9")
         return PRESETS[model.lower()]
-    assert parameters is not None
+    if model is not None or parameters is None:
+        raise ValueError("give either --model or --parameters, for example --model 7b or --parameters 8e9")
     if not 1e8 <= parameters < math.inf:
         refuse("--parameters", parameters, "must be at least 1e8", "write for example 8e9")
     nearest = min(PRESETS.values(), key=lambda shape: abs(math.log(shape.num_parameters / parameters)))

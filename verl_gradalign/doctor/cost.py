@@ -74,10 +74,9 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
     elif config.schedule == "round":
         schedule |= {"steps_per_round": curriculum.steps_per_round, "num_candidates": curriculum.num_candidates}
     else:
-        steps = total_steps(verl_config, num_problems) // (
-            max(1, len(curriculum.stages)) if config.schedule == "staged" else 1
-        )
-        schedule |= {"steps_per_round": max(1, steps), "num_candidates": num_problems}
+        num_selections = max(1, len(curriculum.stages)) if config.schedule == "staged" else 1
+        steps = max(1, total_steps(verl_config, num_problems) // num_selections)
+        schedule |= {"steps_per_round": steps, "num_candidates": num_problems}
     param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or actor.fsdp_config.get("dtype")
     return Setting(
         shape=shape,

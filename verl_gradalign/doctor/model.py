@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.cost import ModelShape
+from verl_gradalign.cost.setting import HF_KEYS, ModelShape
 from verl_gradalign.findings import Findings
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
@@ -93,9 +93,8 @@ def _without_memory(hf_config: Any, verl_config: DictConfig) -> nn.Module:
 
 def _shape(hf_config: Any, num_parameters: int, findings: Findings) -> ModelShape | None:
     text: Any = hf_config.get_text_config()
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     try:
-        shape = ModelShape.from_hf_config(text.to_dict() | {key: getattr(text, key, None) for key in keys})
+        shape = ModelShape.from_hf_config(text.to_dict() | {key: getattr(text, key, None) for key in HF_KEYS.values()})
     except ValueError as error:
         findings.add(AREA, "note", f"the cost of a step is not estimated: {error}")
         return None
