@@ -16,14 +16,6 @@ __all__ = ["CATALOGUE", "PREFIX", "Metric", "metric_of", "named"]
 
 PREFIX = "gradalign/"
 
-SCORES = "Scores"
-COUNTS = "Kept and rejected"
-POOL = "Candidates and kept problems"
-DIRECTION = "The direction"
-RELIABILITY = "Reliability"
-PROBE = "The estimator"
-COST = "Cost"
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -35,13 +27,8 @@ class Metric:
     group: str
 
 
-def _group(group: str, *entries: tuple[str, str, str]) -> tuple[Metric, ...]:
-    return tuple(Metric(name, unit, formula, group) for name, unit, formula in entries)
-
-
-CATALOGUE: tuple[Metric, ...] = (
-    *_group(
-        COUNTS,
+GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Kept and rejected": (
         ("candidates", "problems", "groups of the step: a selection's candidates, or what a schedule has put on it"),
         ("live", "problems", "candidates with a non-zero advantage"),
         ("kept", "problems", "candidates that the selection kept"),
@@ -49,15 +36,13 @@ CATALOGUE: tuple[Metric, ...] = (
         ("rejected", "problems", "candidates - kept"),
         ("rejected_by/<reason>", "problems", "the same by reason: low_score, dead, failed, non_finite, not_drawn"),
     ),
-    *_group(
-        SCORES,
+    "Scores": (
         ("score/mean", "score", "mean of the candidates with a finite score"),
         ("score/min", "score", "their lowest"),
         ("score/max", "score", "their highest"),
         ("score/kept_mean", "score", "mean of the kept ones"),
     ),
-    *_group(
-        POOL,
+    "Candidates and kept problems": (
         ("success_rate/pool", "share", "mean over candidates of the share of responses above success_threshold"),
         ("success_rate/kept", "share", "the same of the kept ones"),
         ("response_length/pool", "tokens", "mean over candidates of their responses' mean length"),
@@ -65,8 +50,7 @@ CATALOGUE: tuple[Metric, ...] = (
         ("composition/<column>/<value>/pool", "share", "candidates of that data_source, or value of extra_info"),
         ("composition/<column>/<value>/kept", "share", "the same of the kept ones"),
     ),
-    *_group(
-        DIRECTION,
+    "The direction": (
         ("direction/norm", "loss gradient", "|v|; of several trusted sets, of the weighted sum of unit directions"),
         ("direction/age", "steps", "step - step in which the direction in use was made"),
         ("direction/cosine_previous", "cosine", "<v, v of the refresh before>, both unit vectors; when refreshed"),
@@ -78,8 +62,7 @@ CATALOGUE: tuple[Metric, ...] = (
         ("validation/live", "problems", "of them, those with a non-zero advantage"),
         ("validation/failed", "problems", "of them, those whose responses could not be generated"),
     ),
-    *_group(
-        RELIABILITY,
+    "Reliability": (
         ("reliability/scores_spearman", "correlation", "r of the candidates' ranks by two halves of their groups"),
         ("reliability/scores", "correlation", "2r / (1 + r): of whole groups (Spearman-Brown)"),
         ("reliability/scores_problems", "problems", "candidates that r was measured on"),
@@ -87,16 +70,14 @@ CATALOGUE: tuple[Metric, ...] = (
         ("reliability/direction", "correlation", "2c / (1 + c): of all trusted responses (Spearman-Brown)"),
         ("reliability/fallback", "0 or 1", "1 in a step that fell back to reliability.fallback"),
     ),
-    *_group(
-        PROBE,
+    "The estimator": (
         ("probe/oversized", "problems", "larger than a micro-batch, so scored one at a time with backward"),
         ("probe/canary/relative_error", "share", "largest |g - g exact| / |g exact| of the rescored problems"),
         ("probe/fidelity/spearman", "correlation", "an approximate estimator's ranks with those of exact dot products"),
         ("probe/energy_kept", "share", "low_rank: of |v|^2, what the truncation keeps"),
         ("probe/step", "parameters", "finite_difference: |displacement|"),
     ),
-    *_group(
-        COST,
+    "Cost": (
         ("seconds/rollout", "s", "sending problems to the rollout and waiting for their groups"),
         ("seconds/direction", "s", "making the direction of the trusted sets, in the actor"),
         ("seconds/scores", "s", "scoring the candidates, in the actor"),
@@ -116,7 +97,8 @@ CATALOGUE: tuple[Metric, ...] = (
             "(seconds/selection + cost/unused_rollouts x seconds/rollout) over the step's seconds",
         ),
     ),
-)
+}
+CATALOGUE = tuple(Metric(*entry, group) for group, entries in GROUPS.items() for entry in entries)
 
 
 @cache

@@ -2,6 +2,7 @@
 """`verl-gradalign prepare`: train, trusted and test files in verl's schema."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,18 +61,13 @@ def prepare(
     with refusals_as_messages():
         if regime is not None and regime not in REGIMES:
             raise ValueError(f"--regime {regime} is unknown; use one of {', '.join(REGIMES)}")
-        preset = REGIMES.get(regime or "")
-        share = preset.corrupted_share if preset else 0.0
-        plan = PreparationPlan(
-            train=tuple(train or (preset.train if preset else ())),
-            trusted=tuple(trusted or (preset.trusted if preset else ())),
-            test=tuple(test or (preset.test if preset else ())),
-            corrupted_share=share if corrupted_share is None else corrupted_share,
-            seed=seed,
-            origins=_parse_origins(origin or []),
-            drop_overlap=drop_overlap,
-            skip_bad_rows=skip_bad_rows,
-        )
+        parts: dict[str, Any] = {"train": train, "trusted": trusted, "test": test}
+        parts = {split: tuple(requests) for split, requests in parts.items() if requests}
+        if corrupted_share is not None:
+            parts["corrupted_share"] = corrupted_share
+        parts |= {"seed": seed, "origins": _parse_origins(origin or [])}
+        parts |= {"drop_overlap": drop_overlap, "skip_bad_rows": skip_bad_rows}
+        plan = replace(REGIMES[regime], **parts) if regime else PreparationPlan(**{"train": (), **parts})
         console = Console()
         with console.status("reading, dividing and writing the problems"):
             manifest = prepare_files(plan, output)

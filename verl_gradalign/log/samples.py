@@ -25,19 +25,15 @@ class Problems(Protocol):
 
     def text(self, problem_id: int) -> tuple[str, str]:
         """Return a problem's prompt and the ground truth of its reward."""
-        ...
 
     def values(self, column: str) -> Sequence[str]:
         """Return every problem's data_source, or value of a key of extra_info, as text."""
-        ...
 
     def read_labels(self, columns: Sequence[str]) -> None:
         """Read the keys of extra_info that `label` is asked for."""
-        ...
 
     def label(self, column: str, problem_id: int) -> str:
         """Return a value of the problem's extra_info as text."""
-        ...
 
 
 def choose_samples(
