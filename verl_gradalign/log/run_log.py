@@ -97,7 +97,7 @@ class RunNotes:
             composed |= self._composition.metrics(name, values, columns["kept"])
         if self._pages is not None:
             self._pages.add(step, columns, samples, composed)
-        metrics = choice.metrics | selection_metrics(c, choice.selection) | composed
+        metrics = {**choice.metrics, **selection_metrics(c, choice.selection), **composed}
         metrics |= token_metrics(groups, trusted, reply)
         if reply is not None:
             metrics |= reply_metrics(reply, len(self._config.validation.trusted_sets()) > 1)
