@@ -119,37 +119,29 @@ class RowWeights:
     """Whether the row's gradient is that of its plain log-probability."""
 
 
-def problem_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
-    """Return the coefficients as weights, and scale 1 for each *part*, where responses are not distinguished.
+def pass_weights(
+    engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype, per_response: bool
+) -> RowWeights:
+    """Return weights such that weight * scale is the coefficient.
 
-    Shapes: (rows, width), (parts,), (parts,); on the CPU.
+    With `per_response` the weight is 1 on every token where all of a row have one coefficient, as under group-relative
+    advantages; then the row's gradient is that of log pi(y), whatever its advantage, zero included. Without, each
+    problem's *parts* have scale 1. A padding batch has weight 0.
+
+    Shapes: (rows, width), and (rows,) or (parts,) twice; on the CPU.
     """
+    num_scaled = len(batch.rows) if per_response else sum(map(len, batch.parts))
     weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
-    for index, row in enumerate(batch.rows if batch.problems else ()):
-        coefficient_T, _ = engine.coefficients(row)
-        weight_RT[index, : len(coefficient_T)] = coefficient_T
-    num_parts = sum(map(len, batch.parts))
-    return RowWeights(weight_RT, torch.ones(num_parts, dtype=dtype), torch.zeros(num_parts, dtype=torch.bool))
-
-
-def row_weights(engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype) -> RowWeights:
-    """Return weights such that weight * scale is the coefficient, with weight 1 on every token where that is possible.
-
-    It is where all tokens of a row have one coefficient, as under group-relative advantages; then the row's gradient
-    is that of log pi(y), whatever its advantage, zero included. Padding rows have scale and weight 0.
-
-    Shapes: (rows, width), (rows,), (rows,); on the CPU.
-    """
-    weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
-    scale_R = torch.zeros(len(batch.rows), dtype=dtype)
-    gives_R = torch.zeros(len(batch.rows), dtype=torch.bool)
+    scale_R, gives_R = torch.ones(num_scaled, dtype=dtype), torch.zeros(num_scaled, dtype=torch.bool)
     for index, row in enumerate(batch.rows if batch.problems else ()):
         coefficient_T, mask_T = (t.to(dtype) for t in engine.coefficients(row))
         chosen = coefficient_T[mask_T.bool()]
         # Exactly: where a response has one advantage and one weight, its coefficients are equal bit for bit.
-        gives_R[index] = bool((chosen == chosen[:1]).all())
-        scale_R[index] = chosen[0] if gives_R[index] and len(chosen) else 1.0
-        weight_RT[index, : len(mask_T)] = mask_T if gives_R[index] else coefficient_T
+        is_one = per_response and bool((chosen == chosen[:1]).all())
+        weight_RT[index, : len(mask_T)] = mask_T if is_one else coefficient_T
+        if is_one:
+            gives_R[index] = True
+            scale_R[index] = chosen[0] if len(chosen) else 1.0
     return RowWeights(weight_RT, scale_R, gives_R)
 
 

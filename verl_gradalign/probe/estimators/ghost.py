@@ -23,7 +23,7 @@ from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
-from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, problem_weights, row_weights
+from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
 from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -75,12 +75,11 @@ def tapped_scores(
     """
     require_no_gradients(engine.module)
     device = next(engine.module.parameters()).device
-    weigh = row_weights if per_response else problem_weights
     sums = ProblemSums(problems)
     with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
-            weights = weigh(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype)
+            weights = pass_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype, per_response)
             taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
             # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
             (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
