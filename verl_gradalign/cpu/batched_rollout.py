@@ -74,7 +74,7 @@ class BatchedRollout:
         rows = [_row(prompts, i) for i in range(len(prompts))]
         own = self._rollout.val_kwargs if is_validation else self._rollout
         counts = [int(row.get("__rollout_n__", own.n)) for row in rows]
-        sampling = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+        sampling = {name: own[name] for name in GREEDY}
         for do_sample in (True, False):
             places = [i for i, row in enumerate(rows) if bool(row.get("__do_sample__", True)) == do_sample]
             if places:
@@ -101,16 +101,11 @@ class BatchedRollout:
                 continue
             statuses.append("finished")
             keys += [f"{row['uid']}_{i}_0" for i in range(len(group))]
+            lengths = [(len(prompt), len(c.token_ids)) for c in group]
             tags += [
-                {
-                    "status": "success",
-                    "prompt_len": len(prompt),
-                    "response_len": len(c.token_ids),
-                    "seq_len": len(prompt) + len(c.token_ids),
-                    **_versions(version),
-                    "global_steps": row["global_steps"],
-                }
-                for c in group
+                {"status": "success", "prompt_len": asked, "response_len": answered, "seq_len": asked + answered}
+                | {**_versions(version), "global_steps": row["global_steps"]}
+                for asked, answered in lengths
             ]
         partition = "val" if is_validation else "train"
         if keys:

@@ -8,6 +8,7 @@ the registry. The engines bring further shims (`engines.py`), and vLLM's CPU bui
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -29,12 +30,8 @@ def _register_engines() -> None:
 def _register_replica() -> None:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    def load() -> type:
-        from verl_gradalign.cpu.hf_rollout import HFReplica
-
-        return HFReplica
-
-    RolloutReplicaRegistry.register("hf", load)
+    # Looked up when it is asked for: it imports Ray and transformers.
+    RolloutReplicaRegistry.register("hf", lambda: import_module("verl_gradalign.cpu.hf_rollout").HFReplica)
 
 
 def _register_rollout() -> None:

@@ -159,19 +159,16 @@ class SeriesRunner:
 
     def _manager(self, trainer: SharesProcesses, config: DictConfig) -> Any:
         """Return the run's agent loop manager. verl's own starts processes, so it is made once."""
-        name = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
-        if not name and self._shared_manager is not None:
-            return self._shared_manager
-        manager_class = load_class_from_fqn(name, "AgentLoopManager") if name else AgentLoopManagerTQ
-        manager = manager_class.create(
-            config=config,
-            llm_client=trainer.get_llm_client(),
-            teacher_client=trainer.get_teacher_client(),
-            reward_loop_worker_handles=trainer.get_reward_handles(),
-        )
-        if not name:
-            self._shared_manager = manager
-        return manager
+        arguments = {
+            "config": config,
+            "llm_client": trainer.get_llm_client(),
+            "teacher_client": trainer.get_teacher_client(),
+            "reward_loop_worker_handles": trainer.get_reward_handles(),
+        }
+        if name := config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class"):
+            return load_class_from_fqn(name, "AgentLoopManager").create(**arguments)
+        self._shared_manager = self._shared_manager or AgentLoopManagerTQ.create(**arguments)
+        return self._shared_manager
 
 
 def check_series(configs: Mapping[str, DictConfig]) -> None:

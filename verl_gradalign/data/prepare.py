@@ -85,14 +85,14 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already; remove it or choose another --output")
     requests = plan.requests()
-    asked = [request for split in SPLITS for request in requests[split]]
+    asked = [request for of_split in requests.values() for request in of_split]
     pools = {
         request.pool: load_pool(
             SOURCES[request.name],
             request.source_split,
             plan.origin_of(request),
             plan.skip_bad_rows,
-            num_generated=sum(other.count or 0 for other in asked if other.pool == request.pool),
+            num=sum(other.count or 0 for other in asked if other.pool == request.pool),
             seed=plan.seed,
         )
         for request in {request.pool: request for request in asked}.values()
@@ -116,11 +116,8 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
             "splits": splits,
             "sources": [pool.describe() for pool in pools.values()],
             "sha256": hashes,
-            "versions": {
-                "verl_gradalign": verl_gradalign.__version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("pyarrow", "datasets")},
-            },
+            "versions": {"verl_gradalign": verl_gradalign.__version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("pyarrow", "datasets")},
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (folder / "manifest.json").write_text(text, encoding="utf-8")
@@ -145,7 +142,6 @@ def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max
 
     The prompt is the question followed by GSM8K's instruction; the ground truth is what follows "####", commas removed.
     `max_rows` keeps the first lines only; blank lines are passed over.
-
     Raises: ValueError naming file and line if a line is not such an object or its answer lacks "####", if no line is
         left, or if max_rows is below 1.
     """

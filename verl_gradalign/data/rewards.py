@@ -91,9 +91,8 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
     if extra_info.get("session_id") is not None:
         drawn_from = f"{seed} {index} {step} session {int(extra_info['session_id'])}"
     else:
-        key = (seed, index, step, response)
         with _occurrences_lock:
-            occurrence = _occurrences[key]
-            _occurrences[key] += 1
+            occurrence = _occurrences[seed, index, step, response]
+            _occurrences[seed, index, step, response] += 1
         drawn_from = f"{seed} {index} {step} {occurrence} {response}"
     return float(blake2b(drawn_from.encode(), digest_size=1).digest()[0] & 1)

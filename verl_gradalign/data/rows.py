@@ -2,7 +2,7 @@
 """Rows of data sets, read one by one from a file, a folder or the Hugging Face hub, each with its place for messages.
 
 It knows formats (jsonl, json, parquet, csv), not data sets: what the columns mean is said in `sources`. Text must be
-UTF-8. In a folder whose file names or subfolders tell splits apart (train.jsonl, data/test-00000-of-00001.parquet),
+UTF-8. In a folder whose file names or subfolders distinguish splits (train.jsonl, data/test-00000-of-00001.parquet),
 only the files of the split asked for are read.
 
     for row in read_file(Path("gsm8k/train.jsonl")):
@@ -37,10 +37,7 @@ class Row:
         return bool(self._column(names))
 
     def value(self, *names: str) -> Any:
-        """Return the value of the first of these columns that is there.
-
-        Raises: ValueError naming the place and the columns found if none is there.
-        """
+        """Return the value of the first of these columns that is there, or raise ValueError naming the place."""
         column = self._column(names)
         if column is None:
             raise ValueError(
@@ -117,7 +114,7 @@ def read_file(path: Path) -> Iterator[Row]:
 def read_hub(hub_id: str, config: str | None, split: str) -> tuple[Iterator[Row], str]:
     """Return the rows of a data set on the Hugging Face hub and the fingerprint that `datasets` gives it.
 
-    Raises: ValueError if it cannot be loaded; the message holds the reason and says how to do without the hub.
+    Raises: ValueError if it cannot be loaded, with the reason and how to do without the hub.
     """
     import datasets  # a second of import time, and only for the hub
 

@@ -12,21 +12,17 @@ import pyarrow.parquet as pq
 EXTRA_INFO = [("index", pa.int64()), ("split", pa.string()), ("family", pa.string()), ("corrupted", pa.bool_())]
 
 
-def _schema_with(extra_info: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
-    return pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-            ("extra_info", pa.struct(extra_info)),
-        ]
-    )
-
-
-SCHEMA = _schema_with(EXTRA_INFO)
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        ("extra_info", pa.struct(EXTRA_INFO)),
+    ]
+)
 # Prepared data sets also say where each problem came from.
-PREPARED_SCHEMA = _schema_with([*EXTRA_INFO, ("source", pa.string())])
+PREPARED_SCHEMA = SCHEMA.set(4, pa.field("extra_info", pa.struct([*EXTRA_INFO, ("source", pa.string())])))
 
 
 def make_row(data_source: str, prompt: str, ability: str, answer: str, **extra_info: Any) -> dict[str, Any]:

@@ -97,24 +97,20 @@ def normalise_question(text: str) -> str:
 
 
 def load_pool(
-    source: Source,
-    split: str,
-    origin: str | None = None,
-    skip_bad_rows: bool = False,
-    num_generated: int = 0,
-    seed: int = 0,
+    source: Source, split: str, origin: str | None = None, skip_bad_rows: bool = False, num: int = 0, seed: int = 0
 ) -> Pool:
     """Return the pool of a split, read from a file, a folder or a hub id; without `origin`, from the source's hub id.
 
-    A source without either is generated. With `skip_bad_rows`, rows that lack a column, a question or an answer are
-    counted and left out. Raises: ValueError naming file and row for anything unusable, or if no problem is left.
+    Of a source without either, `num` problems are generated. With `skip_bad_rows`, rows that lack a column, a question
+    or an answer are counted and left out.
+    Raises: ValueError naming file and row for anything unusable, or if no problem is left.
     """
     pool = Pool(source, split, origin or source.hub_id or f"generated with seed {seed}")
     pool.is_drawn = not (origin or source.hub_id)
     # Filled row by row, and questions normalised once: the hub's DAPO-Math-17k holds every problem 100 times.
     kept: dict[str, SourceProblem] = {}
     keys: dict[str, str] = {}
-    for row in _generate(source, num_generated, seed) if pool.is_drawn else _read_rows(pool):
+    for row in _generate(source, num, seed) if pool.is_drawn else _read_rows(pool):
         pool.num_rows += 1
         try:
             if source.year and year_of(row) not in (None, source.year):
