@@ -27,8 +27,7 @@ Exit code: 0 done, 2 bad input.
 def prepare(
     output: Annotated[Path, Option(help="Folder to make; it must not exist, or be empty.")],
     train: Annotated[
-        list[str] | None,
-        Option(help="NAME, NAME:COUNT or NAME:first-COUNT; NAME@SPLIT for another split; repeatable."),
+        list[str] | None, Option(help="NAME, NAME:COUNT or NAME:first-COUNT; NAME@SPLIT for another split; repeatable.")
     ] = None,
     trusted: Annotated[list[str] | None, Option(help="The same, for the trusted set.")] = None,
     test: Annotated[list[str] | None, Option(help="The same, for the test file.")] = None,
@@ -37,8 +36,7 @@ def prepare(
         Option(help="unreliable, imbalance, low_utility or learnalign_gsm8k; other options replace its parts."),
     ] = None,
     origin: Annotated[
-        list[str] | None,
-        Option("--from", help="NAME=PLACE or NAME@SPLIT=PLACE, a file, folder or hub id; repeatable."),
+        list[str] | None, Option("--from", help="NAME=PLACE or NAME@SPLIT=PLACE, a file, folder or hub id; repeatable.")
     ] = None,
     corrupted_share: Annotated[
         float | None, Option(help="Share of train problems whose reward is a coin flip; none by default.")

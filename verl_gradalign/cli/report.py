@@ -25,8 +25,7 @@ Exit code: 0 done, 2 bad input.
 @app.command(epilog=EXAMPLES)
 def report(
     run_dirs: Annotated[
-        list[Path],
-        Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs."),
+        list[Path], Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs.")
     ],
     output: Annotated[
         Path | None, Option(help="The file to write; report.html in the first RUN_DIR by default.")

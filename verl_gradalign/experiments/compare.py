@@ -66,13 +66,14 @@ def compare(comparison: Comparison, console: Console) -> Path:
     runs = plan_runs(comparison.regime, comparison.methods, comparison.seeds, output)
     _check_same(comparison, output)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    miniature = MINIATURES.get(comparison.regime)
     with Progress(*columns, console=console) as progress:
-        if comparison.regime in MINIATURES:
+        if miniature:
             _run_miniature(comparison, runs, output, progress)
         else:
             _run_recipe(comparison, runs, progress)
     rows = collect(runs)
-    watched = MINIATURES[comparison.regime].label if comparison.regime in MINIATURES else "corrupted"
+    watched = miniature.label if miniature else "corrupted"
     write_csv(rows, output / "results.csv")
     draw_figures(rows, output, watched)
     write_markdown(summarise(rows), output / "summary.md", watched)
