@@ -222,7 +222,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 def gather_all(module: nn.Module, direction: Direction) -> dict[str, Tensor]:
     """Return the direction of every use of a trainable parameter. Collective."""
     require_same_shards(module, direction)
-    gather = DirectionGather(module, direction, torch.device("cpu"))
+    gather = DirectionGather(module, direction)
     placements = trainable_placements(module)
     return {placement.name.replace("_fsdp_wrapped_module.", ""): gather(placement).clone() for placement in placements}
 

@@ -5,7 +5,7 @@ It does not decide which problems are trusted, nor when the direction is refresh
 
     with leave_no_trace(engine.module):
         direction = compute_direction(engine, trusted)
-        gather = DirectionGather(engine.module, direction, device)
+        gather = DirectionGather(engine.module, direction)
         direction_OI = gather(trainable_placements(engine.module)[0])        # collective
 """
 
@@ -166,7 +166,7 @@ class DirectionGather:
     are asked for one after another.
     """
 
-    def __init__(self, root: nn.Module, direction: Direction, device: torch.device) -> None:
+    def __init__(self, root: nn.Module, direction: Direction) -> None:
         require_same_shards(root, direction)
         self._parameters = [parameter for _, parameter in trainable_parameters(root)]
         self._shards = direction.shards
@@ -175,7 +175,7 @@ class DirectionGather:
         self._flat_shapes = {id(handle): handle.flat_param.shape for handle in flat_handles(root)}
         # A rank without any shard of a flat parameter still gathers it, in the dtype of the others.
         dtype = next((shard.dtype for shard in self._shards if shard is not None), torch.float32)
-        self._like = torch.zeros(0, dtype=dtype, device=device)
+        self._like = torch.zeros(0, dtype=dtype, device=next(root.parameters()).device)
         self._last: tuple[Any, tuple[Tensor, ...]] = (None, ())
 
     def __call__(self, placement: Placement) -> Tensor:

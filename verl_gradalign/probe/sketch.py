@@ -28,18 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
-from verl_gradalign.probe.layer_rules import (
-    LayerCall,
-    LayerRule,
-    LayerScores,
-    embedding,
-    layer_norm,
-    linear,
-    rms_norm,
-    without_padding_index,
-)
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, without_padding_index
 from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
 from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
@@ -141,7 +133,9 @@ class Sketcher:
             name = self.names[place]
             if len(placement.shape) == 1:
                 # Rules multiply a vector's gradient from the right, so they take all projections at once.
-                direction = self._projection(f"{name} vector", (placement.shape[0], self._rank**2), call)
+                direction = normal_matrix(
+                    self._seed, f"{name} vector", (placement.shape[0], self._rank**2), call.delta.device
+                )
             else:
                 direction = call.direction[placement.attribute]
                 self._sketch_PLKK[:, place] += self._matrix_sketch(point.rule, name, placement.shape, call)
@@ -154,16 +148,15 @@ class Sketcher:
 
     def _matrix_sketch(self, rule: LayerRule, name: str, shape: torch.Size, call: LayerCall) -> Tensor:
         """Return (delta P_O)^T (input P_I) of each problem, (problems, K, K)."""
-        left_OK = self._projection(f"{name} left", (shape[0], self._rank), call)
-        right_IK = self._projection(f"{name} right", (shape[1], self._rank), call)
+        left_OK, right_IK = (
+            normal_matrix(self._seed, f"{name} {side}", (size, self._rank), call.delta.device)
+            for side, size in zip(("left", "right"), shape, strict=True)
+        )
         left_NK, right_NK = FACTORS[rule](call, left_OK, right_IK)
         if call.layout.is_padded:
             left_PTK, right_PTK = (each.view(call.layout.num_rows, -1, self._rank) for each in (left_NK, right_NK))
             return left_PTK.transpose(1, 2) @ right_PTK
         return torch.stack([left_NK[row].T @ right_NK[row] for row in call.layout.rows()])
-
-    def _projection(self, name: str, shape: tuple[int, int], call: LayerCall) -> Tensor:
-        return normal_matrix(self._seed, name, shape, call.delta.device)
 
 
 def normal_matrix(seed: int, name: str, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -183,12 +176,10 @@ def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tup
     return left_VK[call.input].to(call.dtype), _project(without_padding_index(call), right_HK, call.dtype)
 
 
-FACTORS: dict[LayerRule, Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    linear: linear_factors,
-    embedding: embedding_factors,
-}
+Factors = Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]
+FACTORS: dict[LayerRule, Factors] = {layer_rules.linear: linear_factors, layer_rules.embedding: embedding_factors}
 """By the rule of the layer, how its matrix's gradient is projected on both sides."""
-VECTOR_RULES = (rms_norm, layer_norm)
+VECTOR_RULES = (layer_rules.rms_norm, layer_rules.layer_norm)
 """Rules of layers that have vectors only."""
 
 

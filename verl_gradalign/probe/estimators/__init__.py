@@ -39,11 +39,9 @@ class ScoreEstimator(Protocol):
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, naming the layers and the remedy, if it cannot work on this model."""
-        ...
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order."""
-        ...
 
 
 ESTIMATORS: dict[str, type[ScoreEstimator]] = {

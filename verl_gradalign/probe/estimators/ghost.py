@@ -45,13 +45,8 @@ class GhostEstimator:
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
-        points, gather = tap_points(engine.module), direction_gather(engine, direction)
+        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction)
         return tapped_scores(engine, problems, direction.norm, points, gather, self._per_response)
-
-
-def direction_gather(engine: GradientEngine, direction: Direction) -> DirectionGather:
-    """Return the gather of the whole direction onto the engine's device."""
-    return DirectionGather(engine.module, direction, next(engine.module.parameters()).device)
 
 
 def tapped_scores(

@@ -21,16 +21,9 @@ from torch import Tensor, nn
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.fsdp import Placement
-from verl_gradalign.probe.layer_rules import (
-    LayerCall,
-    LayerRule,
-    LayerScores,
-    add,
-    vector_scores,
-    without_padding_index,
-)
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, vector_scores, without_padding_index
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
@@ -58,7 +51,7 @@ class LowRankEstimator:
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
-        gather = LowRankGather(direction_gather(engine, direction), points, self._rank)
+        gather = LowRankGather(DirectionGather(engine.module, direction), points, self._rank)
         scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
 
@@ -99,7 +92,7 @@ def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
 
 def low_rank_points(root: nn.Module) -> list[TapPoint]:
     """Return the taps of `ghost` with the rules of matrices replaced. Raises ValueError as `tap_points`."""
-    rules: dict[type[nn.Module], LayerRule] = {nn.Linear: linear, nn.Embedding: embedding}
+    rules = {nn.Linear: linear, nn.Embedding: embedding}
     points = []
     for point in tap_points(root):
         rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), None)

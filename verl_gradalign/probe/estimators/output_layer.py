@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.estimators.ghost import direction_gather, tapped_scores
+from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.layer_rules import rule_of
 from verl_gradalign.probe.taps import TapPoint
@@ -41,7 +41,7 @@ class OutputLayerEstimator:
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
-        point, gather = output_layer(engine.module), direction_gather(engine, direction)
+        point, gather = output_layer(engine.module), DirectionGather(engine.module, direction)
         # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
         cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         try:
