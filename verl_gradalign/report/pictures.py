@@ -35,41 +35,12 @@ MAX_VALUES = 7
 MAX_COLUMNS = 3
 MAX_CURVES = 8
 AGE = "gradalign/direction/age"
-RELIABILITY = (
-    (
-        *("Reliability", "correlation"),
-        {"scores": "gradalign/reliability/scores", "direction": "gradalign/reliability/direction"},
-        "1: a repetition would give the same; 0: pure noise.",
-    ),
-    (
-        *("Direction", "cosine", {"with the one before": "gradalign/direction/cosine_previous"}),
-        "Agreement of a direction with the one before it.",
-    ),
-    (
-        *("Length of the direction", "norm", {"norm": "gradalign/direction/norm"}),
-        "A direction that grows or vanishes: the trusted set is being learned, or has few live groups.",
-    ),
-    ("Age of the direction", "steps", {"age": AGE}, "Steps since the direction in use was made."),
-)
-COST = (
-    (
-        *("Seconds of a step", "s"),
-        {
-            "whole step": "timing_s/step",
-            **{name: f"gradalign/seconds/{name}" for name in ("rollout", "selection", "update")},
-        },
-        "The whole step, and its largest stages.",
-    ),
-    (
-        *("Selection's share of a step", "share"),
-        {
-            "selection itself": "gradalign/seconds/share_of_step",
-            "with unused rollouts": "gradalign/cost/share_of_step",
-        },
-        "With unused rollouts: those of candidates that are not trained on count too.",
-    ),
-)
-"""As a Chart, with metrics instead of their curves."""
+RELIABILITIES = {"scores": "gradalign/reliability/scores", "direction": "gradalign/reliability/direction"}
+SECONDS = {"whole step": "timing_s/step"} | {s: f"gradalign/seconds/{s}" for s in ("rollout", "selection", "update")}
+SHARES = {
+    "selection itself": "gradalign/seconds/share_of_step",
+    "with unused rollouts": "gradalign/cost/share_of_step",
+}
 
 
 @dataclass(frozen=True)
@@ -85,13 +56,20 @@ class Picture:
 def pictures_of(run: RunData) -> dict[str, list[Picture]]:
     """Return a run's pictures by section of its page: what it achieves and trains on, the score against the success
     rate, composition over time, how far scores and direction can be trusted, cost, problems by alignment."""
-    has_age = run.metrics.most(AGE) > 0
     return {
         "outcome": _drawn(_outcome(run)),
         "scores": _scores(run),
         "composition": _compositions(run),
-        "reliability": _drawn(_metric_charts(run, RELIABILITY if has_age else RELIABILITY[:-1])),
-        "cost": _drawn(_metric_charts(run, COST)),
+        "reliability": _drawn(_reliability(run)),
+        "cost": _drawn(
+            [
+                ("Seconds of a step", "s", _metrics(run, SECONDS), "The whole step, and its largest stages."),
+                (
+                    *("Selection's share of a step", "share", _metrics(run, SHARES)),
+                    "With unused rollouts: those of candidates that are not trained on count too.",
+                ),
+            ]
+        ),
         "problems": _problems(run),
     }
 
@@ -136,11 +114,25 @@ def _outcome(run: RunData) -> list[Chart]:
     ]
 
 
-def _metric_charts(run: RunData, plans: Iterable[tuple[str, str, Mapping[str, str], str]]) -> list[Chart]:
+def _reliability(run: RunData) -> list[Chart]:
+    agreement = {"with the one before": "gradalign/direction/cosine_previous"}
+    age = {"age": AGE} if run.metrics.most(AGE) > 0 else {}
     return [
-        (title, unit, {label: run.metrics.curve(name) for label, name in names.items()}, caption)
-        for title, unit, names, caption in plans
+        (
+            *("Reliability", "correlation", _metrics(run, RELIABILITIES)),
+            "1: a repetition would give the same; 0: pure noise.",
+        ),
+        ("Direction", "cosine", _metrics(run, agreement), "Agreement of a direction with the one before it."),
+        (
+            *("Length of the direction", "norm", _metrics(run, {"norm": "gradalign/direction/norm"})),
+            "A direction that grows or vanishes: the trusted set is being learned, or has few live groups.",
+        ),
+        ("Age of the direction", "steps", _metrics(run, age), "Steps since the direction in use was made."),
     ]
+
+
+def _metrics(run: RunData, names: Mapping[str, str]) -> dict[str, Curve]:
+    return {label: run.metrics.curve(name) for label, name in names.items()}
 
 
 def _scores(run: RunData) -> list[Picture]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +26,7 @@ MAX_RESPONSES = 4
 BATCH_ROWS = 2048
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """A sampled response."""
 
     step: int
@@ -64,10 +63,10 @@ def problem_texts(reader: LogReader, about: Mapping[str, Any], problem_ids: Sequ
 
 def _take(rows: pa.Table, texts: dict[int, ProblemText]) -> None:
     """Add the rows' texts to the problems': the last prompt and answer, and the responses."""
-    named = ("prompt", "answer", "response")
     known = rows.select(["step", "problem_id", "reward", "num_tokens"]).to_pylist()
-    for row, *found in zip(known, *(_known_texts(rows[name]) for name in named), strict=True):
-        text, (prompt, answer, response) = texts[row["problem_id"]], found
+    columns = (texts_of(rows[name]) for name in ("prompt", "answer", "response"))
+    for row, prompt, answer, response in zip(known, *columns, strict=True):
+        text = texts[row["problem_id"]]
         text.prompt = text.prompt if prompt is None else prompt
         text.answer = text.answer if answer is None else answer
         if response is not None:
@@ -75,11 +74,6 @@ def _take(rows: pa.Table, texts: dict[int, ProblemText]) -> None:
             text.responses.append(Response(row["step"], response, reward, row["num_tokens"]))
         if len(text.responses) > 8 * MAX_RESPONSES:
             text.responses = _newest_extremes(text.responses)
-
-
-def _known_texts(column: pa.ChunkedArray) -> list[str | None]:
-    is_there = column.is_valid().to_pylist()
-    return [text if known else None for text, known in zip(texts_of(column), is_there, strict=True)]
 
 
 def _newest_extremes(responses: Sequence[Response]) -> list[Response]:

@@ -12,7 +12,8 @@ It reads while the run goes on: parts that are merged meanwhile are found again,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,8 @@ class LogReader:
         self.folder = Path(folder)
         self.abouts: list[dict[str, Any]] = []
         """What the parts' metadata say of the run, oldest first; one entry for each time it changed."""
-        self._raw_about: bytes | None = None
         self._damaged: dict[str, str] = {}
-        self._absent: dict[tuple[str, str], int] = {}
+        self._absent = Counter[tuple[str, str]]()
         self._num_parts = 0
         self._num_without_metadata = 0
         self._num_bad_rows = 0
@@ -70,36 +70,27 @@ class LogReader:
     def warnings(self) -> list[str]:
         """Return a sentence on each kind of thing that was missing or unreadable so far."""
         found = []
-        set_aside = sorted(path.name for path in self.folder.glob("*.damaged"))
         if self._damaged:
-            named = "; ".join(f"{name} ({why})" for name, why in list(self._damaged.items())[:MAX_NAMED])
-            more = f"; and {len(self._damaged) - MAX_NAMED} more" if len(self._damaged) > MAX_NAMED else ""
-            found.append(f"{_count(len(self._damaged), 'part')} of the log cannot be read whole: {named}{more}.")
-        if set_aside:
-            named = ", ".join(set_aside[:MAX_NAMED])
-            more = f" and {len(set_aside) - MAX_NAMED} more" if len(set_aside) > MAX_NAMED else ""
-            found.append(f"The run itself found parts damaged and set them aside: {named}{more}.")
+            named = _listed([f"{name} ({why})" for name, why in self._damaged.items()], "; ")
+            found.append(f"{_count(len(self._damaged), 'part')} of the log cannot be read whole: {named}.")
+        if set_aside := sorted(path.name for path in self.folder.glob("*.damaged")):
+            found.append(f"The run itself found parts damaged and set them aside: {_listed(set_aside, ', ')}.")
         for (table, column), number in self._absent.items():
-            found.append(
-                f"{_count(number, 'part')} of {table} {'has' if number == 1 else 'have'} no column {column}: "
-                "its values are unknown there."
-            )
+            has = "has" if number == 1 else "have"
+            parts = f"{_count(number, 'part')} of {table}"
+            found.append(f"{parts} {has} no column {column}: its values are unknown there.")
         if self._num_bad_rows:
             found.append(f"Left out: {_count(self._num_bad_rows, 'row')} without step, problem or name.")
-        return found + self._metadata_warnings()
-
-    def _metadata_warnings(self) -> list[str]:
-        found = []
-        newer = [about["format"] for about in self.abouts if about["format"] > FORMAT]
-        if newer:
+        newest = max((about["format"] for about in self.abouts), default=FORMAT)
+        if newest > FORMAT:
             found.append(
-                f"The log has format {max(newer)}, newer than the {FORMAT} that this release knows: what it has in "
+                f"The log has format {newest}, newer than the {FORMAT} that this release knows: what it has in "
                 "addition is not shown. Remedy: upgrade verl-gradalign."
             )
         if self._num_without_metadata:
+            parts = f"{_count(self._num_without_metadata, 'part')} of {self._num_parts:,}"
             found.append(
-                "Nothing is said of the run's configuration and versions in "
-                f"{_count(self._num_without_metadata, 'part')} of {self._num_parts:,}: written by an older release, or "
+                f"Nothing is said of the run's configuration and versions in {parts}: written by an older release, or "
                 "by another program."
             )
         return found
@@ -115,7 +106,8 @@ class LogReader:
             if lacking:
                 raise ValueError(f"it has no column {' or '.join(lacking)}")
             file = pq.ParquetFile(source, read_dictionary=[name for name in texts + extra if name in footer.names])
-            self._note(table, footer, [name for name in schema.names if name not in footer.names])
+            self._absent.update((table, name) for name in schema.names if name not in footer.names)
+            self._note(footer.metadata)
             if having is not None and not pc.any(pc.is_in(file.read(["problem_id"])["problem_id"], having)).as_py():
                 return
             wanted = [*schema.names, *extra]
@@ -130,26 +122,17 @@ class LogReader:
                     is_good = pc.and_(is_good, pc.is_in(rows["problem_id"], having))
                 yield (rows if pc.all(is_good).as_py() else rows.filter(is_good)).combine_chunks()
 
-    def _note(self, table: str, footer: pa.Schema, absent: Sequence[str]) -> None:
-        for name in absent:
-            self._absent[table, name] = self._absent.get((table, name), 0) + 1
+    def _note(self, metadata: Mapping[bytes, bytes] | None) -> None:
+        """Remember what a part's metadata say of the run."""
         self._num_parts += 1
-        raw = (footer.metadata or {}).get(METADATA_KEY)
-        about = _parsed(raw)
-        if about is None:
+        try:
+            about = json.loads((metadata or {}).get(METADATA_KEY, b""))
+            about = {**about, "format": int(about.get("format", FORMAT))}
+        except (ValueError, TypeError, AttributeError):
             self._num_without_metadata += 1
-        elif raw != self._raw_about:
-            self._raw_about = raw
-            if about not in self.abouts:
-                self.abouts.append(about)
-
-
-def _parsed(raw: bytes | None) -> dict[str, Any] | None:
-    try:
-        about = json.loads(raw or b"")
-        return {**about, "format": int(about.get("format", FORMAT))}
-    except (ValueError, TypeError, AttributeError):
-        return None
+            return
+        if about not in self.abouts:
+            self.abouts.append(about)
 
 
 def _rows_at_once(file: pq.ParquetFile) -> int:
@@ -176,6 +159,11 @@ def _conform(rows: pa.Table, wanted: Sequence[str], schema: pa.Schema) -> pa.Tab
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _listed(names: Sequence[str], separator: str) -> str:
+    more = f"{'; and' if separator == '; ' else ' and'} {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return separator.join(names[:MAX_NAMED]) + more
 
 
 def _count(number: int, noun: str) -> str:

@@ -30,23 +30,10 @@ LOG_FOLDER = "gradalign"
 NOT_SEARCHED = ("earlier-", "global_step_", ".")
 """Beginnings of the names of folders that hold no log of their own: earlier runs, checkpoints, hidden ones."""
 WANTED_METRICS = (
-    "gradalign/reliability/",
-    "gradalign/direction/",
-    "gradalign/validation/",
-    "gradalign/probe/",
-    "gradalign/seconds/",
-    "gradalign/tokens/",
-    "gradalign/cost/",
-    "gradalign/candidates",
-    "gradalign/score/",
-    "timing_s/step",
-    "val-core/",
-    "critic/score/mean",
-    "critic/rewards/mean",
-    "response_length/mean",
-    "actor/entropy",
-    "actor/grad_norm",
+    *(f"gradalign/{name}" for name in ("reliability/", "direction/", "probe/", "seconds/", "cost/", "candidates")),
+    *("timing_s/step", "val-core/", "critic/score/mean", "critic/rewards/mean", "actor/entropy"),
 )
+"""Beginnings of the names of the metrics that the report draws or judges."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from verl_gradalign.report.run import RunData
 __all__ = ["summary_of"]
 
 
-def summary_of(run: RunData, top: int | None = None) -> dict[str, Any]:
+def summary_of(run: RunData) -> dict[str, Any]:
     """Return the numbers of a run's page for machines; what is not known is None."""
     verdict, headline = headline_of(run)
     steps, metrics, suspects = run.steps, run.metrics, run.suspects
@@ -47,7 +47,7 @@ def summary_of(run: RunData, top: int | None = None) -> dict[str, Any]:
             "num_suspicious": len(suspects),
             "expected_by_chance": suspects.expected_by_chance,
             "typical": suspects.typical,
-            "problems": suspects.table.slice(0, top).to_pylist(),
+            "problems": suspects.table.to_pylist(),
         },
     }
     cleaned: dict[str, Any] = without_nan(values)

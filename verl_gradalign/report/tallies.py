@@ -319,15 +319,15 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if not pa.types.is_dictionary(array.type):
         array = pc.dictionary_encode(array.cast(pa.string()))
-    names = texts_of(array.dictionary)
+    names = [UNKNOWN if name is None else name for name in texts_of(array.dictionary)]
     code_N = pc.fill_null(array.indices, len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
     return code_N, [*names, UNKNOWN] if array.null_count else names
 
 
-def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Return text as it stands, with the replacement character for bytes that are not text."""
+def texts_of(column: pa.ChunkedArray | pa.Array) -> list[str | None]:
+    """Return text as it stands, with the replacement character for bytes that are not text; None for null."""
     values = column.cast(pa.binary()).to_pylist()
-    return [UNKNOWN if value is None else value.decode("utf-8", "replace") for value in values]
+    return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
 def _sums_and_counts(bin_N: np.ndarray, value_N: np.ndarray, num_bins: int) -> np.ndarray:
@@ -340,5 +340,8 @@ def _mean(sum_B: np.ndarray, count_B: np.ndarray) -> float:
 
 def _by_problem(table: pa.Table) -> pa.Table:
     sums = [name for name in table.column_names if name not in ("problem_id", "source")]
-    grouped = table.group_by("problem_id").aggregate([("source", "max"), *((name, "sum") for name in sums)])
+    # One thread: the order of the additions, and so the last digit, is the same each time.
+    grouped = table.group_by("problem_id", use_threads=False).aggregate(
+        [("source", "max"), *((name, "sum") for name in sums)]
+    )
     return grouped.rename_columns([name.removesuffix("_max").removesuffix("_sum") for name in grouped.column_names])

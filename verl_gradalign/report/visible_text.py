@@ -3,13 +3,14 @@
 
     visible("left \\u202e right")      # "left [U+202E] right"
 
-Escaping for HTML is the template's.
+Escaping for HTML is the template's. The characters are a table, not Unicode's category of format characters (Cf): that
+holds joiners too, which emoji and Indic scripts need.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Shown", "short", "shown", "visible"]
 
@@ -26,15 +27,12 @@ STACKED = re.compile(f"({MARK}{{3}}){MARK}+")
 """Marks above and below a letter, so many that they would cover other lines."""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A text, as much of it as is shown."""
+class Shown(NamedTuple):
+    """A text, as much of it as is shown: `num_shown` characters of it, some as several, of `length`."""
 
     text: str
     num_shown: int
-    """Characters of the text itself; some are shown as several."""
     length: int
-    """Characters of the whole."""
 
     @property
     def is_cut(self) -> bool:
@@ -44,10 +42,8 @@ class Shown:
 def shown(text: str, most: int) -> Shown:
     """Return the beginning of a text, visible, in at most `most` characters."""
     num_shown = min(len(text), most)
-    seen = visible(text[:num_shown])
-    while len(seen) > most:  # signs of several characters
+    while len(seen := visible(text[:num_shown])) > most:  # signs of several characters
         num_shown = num_shown * most // len(seen)
-        seen = visible(text[:num_shown])
     return Shown(seen, num_shown, len(text))
 
 
