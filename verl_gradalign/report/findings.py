@@ -125,11 +125,10 @@ def _composition(run: RunData) -> Iterator[Finding]:
         if max(ratios) < 1.15 and min(ratios) > 0.87:
             alike.append(short(column))
             continue
-        most, least = (
-            f"{short(value)} ({pool:.0%} of the candidates, {kept:.0%} of what is kept)"
-            for value, pool, kept in (shift[int(np.argmax(ratios))], shift[int(np.argmin(ratios))])
-        )
-        value, pool, kept = shift[int(np.argmin(ratios))]
+        ends = shift[int(np.argmax(ratios))], shift[int(np.argmin(ratios))]
+        shares = "{} ({:.0%} of the candidates, {:.0%} of what is kept)"
+        most, least = (shares.format(short(value), pool, kept) for value, pool, kept in ends)
+        value, pool, kept = ends[1]
         remedy = f"Nearly nothing of {short(value)} is trained on: is that meant? Look at the trusted set."
         is_gone = pool >= 0.05 and kept < 0.2 * pool
         text = f"By {short(column)}, selection prefers {most} and avoids {least}."
@@ -206,25 +205,20 @@ def _cost(run: RunData) -> Iterator[Finding]:
         yield _note_or_watch("cost", not (probe > FAIR or whole > 0.8), text, remedy)
 
 
-FALLBACKS = (
-    (
-        *("reliability/fallback", "steps without a reliable ranking", "fell back to gradalign.reliability.fallback"),
-        "Raise rollout.n or validation.n; or lower gradalign.reliability.min_reliability.",
-    ),
-    (
-        *("direction/degenerate", "degenerate directions", "had trusted groups that gave no direction"),
-        "Use trusted problems that are neither always nor never solved, or more of them.",
-    ),
-)
-"""(metric, topic, what such steps did, remedy)"""
-
-
 def _fallbacks(run: RunData) -> Iterator[Finding]:
-    for name, topic, what, remedy in FALLBACKS:
-        share, number = run.metrics.mean(f"gradalign/{name}"), run.metrics.total(f"gradalign/{name}")
-        if share > 0:
-            text = f"{number:,.0f} step{'' if number == 1 else 's'} ({share:.1%}) {what}."
-            yield Finding(topic, PROBLEM if share > 0.2 else WATCH, text, remedy)
+    what = "fell back to gradalign.reliability.fallback"
+    remedy = "Raise rollout.n or validation.n; or lower gradalign.reliability.min_reliability."
+    yield from _share_of_steps(run, "reliability/fallback", "steps without a reliable ranking", what, remedy)
+    what = "had trusted groups that gave no direction"
+    remedy = "Use trusted problems that are neither always nor never solved, or more of them."
+    yield from _share_of_steps(run, "direction/degenerate", "degenerate directions", what, remedy)
+
+
+def _share_of_steps(run: RunData, name: str, topic: str, what: str, remedy: str) -> Iterator[Finding]:
+    share, number = run.metrics.mean(f"gradalign/{name}"), run.metrics.total(f"gradalign/{name}")
+    if share > 0:
+        text = f"{number:,.0f} step{'' if number == 1 else 's'} ({share:.1%}) {what}."
+        yield Finding(topic, PROBLEM if share > 0.2 else WATCH, text, remedy)
 
 
 def _estimator(run: RunData) -> Iterator[Finding]:

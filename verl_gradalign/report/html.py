@@ -113,7 +113,6 @@ def write_report(
 def _page(run: RunData, number: int, top: int, text_chars: int) -> dict[str, Any]:
     """Return everything of one run. `top`: suspicious problems shown; `text_chars`: what their texts are cut to."""
     verdict, headline = headline_of(run)
-    suspects = run.suspects
     return {
         "anchor": f"run-{number}",
         "name": short(run.name, 120),
@@ -127,14 +126,8 @@ def _page(run: RunData, number: int, top: int, text_chars: int) -> dict[str, Any
         "composition": [_composition_table(run, column) for column in run.columns if run.steps.num_rows],
         "reasons": _reasons_table(run),
         "costs": _cost_table(run),
-        "suspects": _suspects(run, top, text_chars),
-        "num_suspects": len(suspects),
-        "num_measured": suspects.num_measured,
-        "num_negative": suspects.num_negative,
-        "typical": f"{suspects.typical:+.3f}",
-        "by_chance": f"{suspects.expected_by_chance:,.0f}",
-        "none_aligned": f"{suspects.negative_if_none_aligned:,.0f}",
-        "unit": suspects.unit,
+        "suspects": run.suspects,
+        "shown_suspects": _suspects(run, top, text_chars),
     }
 
 
@@ -227,22 +220,13 @@ def _suspects(run: RunData, top: int, text_chars: int) -> list[dict[str, Any]]:
 
     return [
         {
-            "problem_id": row["problem_id"],
-            "kind": row["kind"],
-            "source": short(row["data_source"]),
-            "mean": f"{row['alignment']:+.3f} \u00b1 {row['standard_error']:.3f}",
-            "interval": f"{row['low']:+.3f} to {row['high']:+.3f}",
-            "distance": f"{-row['distance']:.1f}",
-            "occurrences": f"{row['num_negative']} of {row['num_measured']}",
+            **row,
+            "data_source": short(row["data_source"]),
             "success_rate": _number(row["success_rate"], ".0%"),
-            "kept": f"{row['num_kept']:,}",
             "prompt": cut(text.prompt),
             "answer": cut(text.answer),
             "origin": short(text.origin, 300) if text.origin else "",
-            "responses": [
-                {"step": r.step, "reward": f"{r.reward:g}", "num_tokens": r.num_tokens, "text": cut(r.text)}
-                for r in text.responses
-            ],
+            "responses": [response._asdict() | {"text": cut(response.text)} for response in text.responses],
         }
         for row in rows
         for text in [texts[row["problem_id"]]]

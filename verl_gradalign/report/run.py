@@ -158,16 +158,14 @@ def _missing(folder: Path, abouts: list[dict[str, Any]], selected: set[int], mea
         )
     found += _named_gaps("", [gap for gap in gaps if gap[0] > 1])
     if not measured:
-        found.append(
-            "There is no table of metrics (an older release wrote none): accuracy, reliability and cost are unknown."
-        )
+        why = "an older release wrote none"
+        found.append(f"There is no table of metrics ({why}): accuracy, reliability and cost are unknown.")
     elif selected:
         absent = selected - measured - {max(selected)}  # a step's metrics are written at its end
         found += _named_gaps("The metrics of ", [g for g in gaps_of(selected - absent, min(selected)) if g not in gaps])
     if not parts_of(folder, "samples"):
-        found.append(
-            "There are no sample texts: gradalign.log.sample_problems was 0, or an older release wrote the log."
-        )
+        why = "gradalign.log.sample_problems was 0, or an older release wrote the log"
+        found.append(f"There are no sample texts: {why}.")
     if not abouts:
         return found
     planned, last = key_of(abouts[-1], "trainer.total_training_steps"), max(selected, default=0)

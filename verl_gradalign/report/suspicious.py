@@ -12,7 +12,7 @@ The 95% interval (Student's t) lies below zero: `negative`. It contains zero, bu
     suspects = find_suspects(sums, sources)
     print(suspects.table["problem_id"], suspects.expected_by_chance)
 
-Shape legend: P problems, M measured problems, S suspects, the farthest from the typical alignment first.
+Shape legend: P problems, M measured problems.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Suspects:
     mean_M: np.ndarray
     """Mean alignments of all problems whose alignment and standard error are known."""
     table: pa.Table
-    """A row per suspect, its columns as in the summary. `kind`: negative or noise-like; `distance`: (m - typical) /
-    standard error, below zero, drawn in where the error is estimated with few degrees of freedom."""
+    """A row per suspect, the farthest from the typical alignment first; columns as in the summary. `kind`: negative or
+    noise-like; `distance`: (m - typical) / standard error, below zero, drawn in where the error is poorly known."""
 
     def __len__(self) -> int:
         return len(self.table)
