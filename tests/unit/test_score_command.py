@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline scoring without verl's processes: what is refused, what is gone on with, and what the files are made of."""
+"""Offline scoring without verl's processes: what is refused, what is resumed, and what the files are made of."""
 
 import fcntl
 import json
 import stat
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,14 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
-from verl_gradalign.config import DirectionConfig, GradAlignConfig, ValidationConfig
+from verl_gradalign.config import DirectionConfig, GradAlignConfig, TrustedSetConfig, ValidationConfig
 from verl_gradalign.integration.compose import compose_run
 from verl_gradalign.integration.offline import run as scoring_run
-from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.offline.results import choose, scores_table
-from verl_gradalign.integration.offline.store import ROLLOUTS, Measured, ScoringStore, joined_scores
-from verl_gradalign.integration.offline.task import ScoringTask, check_task, find_checkpoint, num_kept
-from verl_gradalign.integration.offline.trainer import check_scoring, chunks_of, needs_whole_pool
+from verl_gradalign.integration.offline.run import identity_of
+from verl_gradalign.integration.offline.store import OF_POOL, ROLLOUTS, Measured, ScoringStore, joined_scores
+from verl_gradalign.integration.offline.task import ScoringTask, check_task, find_checkpoint, num_kept, verl_overrides
+from verl_gradalign.integration.offline.trainer import check_scoring, chunks_of
 from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.types import ProblemScores
 
@@ -133,7 +134,7 @@ def test_verls_checkpoint_is_known_by_its_shards(tmp_path):
 def test_overrides_carry_odd_paths_and_the_users_come_last(task, tmp_path):
     odd = write_problems(tmp_path / "it's a=b, [c] {d}.parquet", 0, 8)
     odd_task = replace(task, pool=(odd, *task.pool), overrides=("algorithm.adv_estimator=rloo",))
-    texts = own_overrides(odd_task, task.model, None)
+    texts = verl_overrides(odd_task, task.model, None)
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(texts)}
     assert [str(path) for path in parsed["data.train_files"]] == [str(odd), str(task.pool[0])]
     assert parsed["actor_rollout_ref.model.path"] == str(task.model)
@@ -142,23 +143,23 @@ def test_overrides_carry_odd_paths_and_the_users_come_last(task, tmp_path):
 
 def compose(task, *overrides):
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose_run(own_overrides(replace(task, overrides=(*ON_CPU, *overrides)), task.model, None))
+        return compose_run(verl_overrides(replace(task, overrides=(*ON_CPU, *overrides)), task.model, None))
 
 
-def test_a_scoring_is_gone_on_with_on_other_devices_but_not_with_other_rollouts(task):
-    config = compose(task)
-    require_same_plan(task.state, plan_of(task, config))
+def test_a_scoring_is_resumed_on_other_devices_but_not_with_other_rollouts(task):
+    config, store = compose(task), ScoringStore(task.state)
+    store.require_same_identity(identity_of(task, config))
     neutral = ("trainer.n_gpus_per_node=2", "gradalign.probe.max_tokens_per_rank=9")
     other_devices = compose(task, "actor_rollout_ref.rollout.gpu_memory_utilization=0.3", *neutral)
-    require_same_plan(task.state, plan_of(task, other_devices))
+    store.require_same_identity(identity_of(task, other_devices))
     config.actor_rollout_ref.rollout.temperature = 0.5
     with pytest.raises(ValueError, match=r"holds another scoring: .*rollout.temperature was 1.0, is 0.5.*Remedy: use"):
-        require_same_plan(task.state, plan_of(task, config))
+        store.require_same_identity(identity_of(task, config))
     config.actor_rollout_ref.rollout.temperature = 1.0
-    require_same_plan(task.state, plan_of(task, config))
+    store.require_same_identity(identity_of(task, config))
     write_problems(task.trusted[0], 200, 4)
     with pytest.raises(ValueError, match="trusted.trusted.files was"):
-        require_same_plan(task.state, plan_of(task, config))
+        store.require_same_identity(identity_of(task, config))
 
 
 def test_what_verl_would_refuse_after_minutes_is_refused_at_once(task, tmp_path):
@@ -171,6 +172,18 @@ def test_what_verl_would_refuse_after_minutes_is_refused_at_once(task, tmp_path)
     result = invoke(replace(task, model=actor.parent), "--", *ON_CPU)
     assert result.exit_code == 2 and "was saved by 2 ranks" in result.output
     assert not list(task.output.glob("*.parquet"))
+
+
+def test_the_identity_of_a_scoring_from_shards_has_all_that_is_loaded(task, tmp_path):
+    actor = write_shards(tmp_path / "global_step_3", 1)
+    (actor / "optim_world_size_1_rank_0.pt").touch()
+    from_shards = replace(task, model=actor.parent)
+    names = [
+        {key for key in identity_of(from_shards, compose(task, *overrides)) if key.startswith("model.")}
+        for overrides in ((), ("gradalign.direction.metric=adam",))
+    ]
+    weights = "model.model_world_size_1_rank_0.pt"
+    assert names == [{weights}, {weights, "model.optim_world_size_1_rank_0.pt"}]
 
 
 def test_critics_and_filtered_groups_are_refused():
@@ -201,6 +214,30 @@ def test_a_failed_run_shows_the_end_of_its_output_and_exits_with_1(task, tmp_pat
     assert "verl failed (exit 7)" in result.output and "out of memory on rank 3" in result.output
 
 
+STUBBORN = """#!/bin/sh
+trap '' TERM
+printf '{"rolled' > {progress}; sleep 1; printf '{"rolled_out": 3}' > {progress}; sleep 60 &
+wait; wait
+"""
+
+
+def test_verl_that_does_not_end_is_killed_and_half_a_progress_file_is_no_progress(task, tmp_path, monkeypatch):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STUBBORN.replace("{progress}", str(tmp_path / "progress.json")))
+    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(scoring_run, "sys", SimpleNamespace(executable=str(stand_in)))
+    monkeypatch.setattr(scoring_run, "TERMINATION_S", 0.5)
+
+    def interrupt(progress):
+        assert progress == {"rolled_out": 3}
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        scoring_run._run([], tmp_path, interrupt)
+    assert time.monotonic() - started < 20
+
+
 def test_help_has_examples():
     result = runner.invoke(app, ["score", "--help"])
     assert result.exit_code == 0
@@ -216,22 +253,31 @@ def row(problem_id, trusted_set=None, session=0, **values):
     return {"trusted_set": trusted_set, "problem_id": problem_id, "session": session, **plain, **values}
 
 
+def table(*rows):
+    return pa.Table.from_pylist(list(rows), schema=ROLLOUTS)
+
+
 def test_rollouts_are_stored_whole_and_known_by_trusted_set_and_problem(tmp_path):
     store = ScoringStore(tmp_path)
-    assert store.members() == set() and store.units(is_whole=False) == []
-    store.write_rollouts([row(0, "trusted"), row(3), row(3, session=1)], seconds=1.5)
-    store.write_rollouts([row(1)], seconds=0.5)
+    sets = tuple(TrustedSetConfig(name=name, files=(f"{name}.parquet",)) for name in ("trusted", "other"))
+    along = GradAlignConfig(validation=ValidationConfig(sets=sets))
+    whole = GradAlignConfig(score="learnalign")
+    assert store.members() == set() and list(store.units(along)) == []
+    store.write_rollouts(table(row(0, "trusted"), row(3), row(3, session=1)), seconds=1.5)
+    store.write_rollouts(table(row(1)), seconds=0.5)
     (tmp_path / "rollouts-000002.unfinished").write_text("killed here")
     assert store.members() == {("trusted", 0), (None, 3), (None, 1)}
-    assert store.units(is_whole=False) == [("rollouts-000000.parquet",), ("rollouts-000001.parquet",)]
-    assert store.units(is_whole=True) == [("rollouts-000000.parquet", "rollouts-000001.parquet")]
-    assert [store.num_candidates(unit) for unit in store.units(is_whole=False)] == [1, 1]
-    assert store.read_rollouts("rollouts-000000.parquet", trusted=False) == [row(3), row(3, session=1)]
-    store.write_rollouts([row(7, "trusted")], seconds=1.0)
-    assert len(store.units(is_whole=False)) == 2 and len(store.units(is_whole=True)[0]) == 2
-    assert store.num_trusted(["trusted", "other"]) == (2, 0)
+    assert store.units(along) == {("rollouts-000000.parquet",): None, ("rollouts-000001.parquet",): None}
+    assert store.units(whole) == {("rollouts-000000.parquet", "rollouts-000001.parquet"): None}
+    assert [len(store.rollouts(OF_POOL, unit)) for unit in store.units(along)] == [2, 1]
+    assert store.members(("rollouts-000000.parquet",)) == {("trusted", 0), (None, 3)}
+    assert store.rollouts(OF_POOL, ("rollouts-000000.parquet",)).to_pylist() == [row(3), row(3, session=1)]
+    assert store.rollouts(~OF_POOL).to_pylist() == [row(0, "trusted")]
+    store.write_rollouts(table(row(7, "trusted")), seconds=1.0)
+    assert len(store.units(along)) == 2 and len(list(store.units(whole))[0]) == 2
+    assert store.num_trusted(along) == (2, 0) and store.num_trusted(whole) == ()
     assert store.rollout_seconds() == 3.0
-    assert pq.read_schema(store.rollout_files()[0]).equals(ROLLOUTS)
+    assert pq.read_schema(tmp_path / "rollouts-000000.parquet").equals(ROLLOUTS)
 
 
 def group(problem_id, rng, is_live=True):
@@ -269,16 +315,30 @@ def measured(files, problem_ids, rng, trusted=(4,), half_cosine=0.5):
 
 def test_what_was_measured_is_read_as_the_same_numbers(tmp_path):
     store, rng = ScoringStore(tmp_path), np.random.default_rng(0)
-    before = measured(("rollouts-000003.parquet",), range(7), rng)
+    for _ in range(4):
+        store.write_rollouts(table(*(row(i, "trusted") for i in range(4)), row(4)), seconds=1.0)
+    unit = ("rollouts-000003.parquet",)
+    before = measured(unit, range(7), rng, trusted=(4,))
     first, *others = before.groups
     before = replace(before, groups=(replace(first, coefficients=(0.1, float("nan"), -0.1, 0.3)), *others))
     store.write_measured(before)
-    (after,) = store.measured((4,))
+    config = GradAlignConfig(validation=ValidationConfig(files=("trusted.parquet",)))
+    after = store.units(config)[unit]
     assert (after.files, after.half_cosine, dict(after.metrics)) == (before.files, 0.5, dict(before.metrics))
     assert str(after.groups) == str(before.groups)  # nan is not equal to itself
     for name in ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2"):
         assert torch.equal(getattr(after.scores, name), getattr(before.scores, name)), name
-    assert store.measured((3,)) == []  # along another direction
+    nothing = replace(before, groups=(), scores=empty(before.scores))
+    store.write_measured(nothing)
+    again = store.units(config)[unit].scores
+    assert again.half_dot_P2.shape == (0, 2) and len(again.dot_P) == 0
+    store.write_rollouts(table(row(5, "trusted")), seconds=1.0)
+    assert store.units(config)[unit] is None  # it was along another direction
+
+
+def empty(scores):
+    columns = {name: getattr(scores, name)[:0] for name in ("dot_P", "norm_P", "num_tokens_P", "half_dot_P2")}
+    return replace(scores, uid=(), response_derivative_PR=None, **columns)
 
 
 def test_a_rollout_is_over_when_the_failed_problems_are_noted(tmp_path):
@@ -312,12 +372,13 @@ def test_the_choice_does_not_depend_on_how_the_pool_was_cut(score):
     )
     failed = [Problem("u", 10, "a"), Problem("v", 0, "a", "trusted")]
     choices = [choose(config, measured, failed, 4, 13) for measured in (parts, [whole])]
-    for (columns, metrics), (others, other_metrics) in zip(choices, choices[1:], strict=False):
-        assert columns["problem_id"] == list(range(13))
+    for (groups, columns, metrics), (other_groups, others, other_metrics) in zip(choices, choices[1:], strict=False):
+        assert columns["problem_id"].tolist() == [g.problem.problem_id for g in groups] == list(range(13))
+        assert groups == other_groups
         for name, values in columns.items():
-            np.testing.assert_array_equal(np.array(values), np.array(others[name]), name)
+            np.testing.assert_array_equal(values, others[name], name)
         assert metrics == pytest.approx(other_metrics, rel=1e-12, nan_ok=True)  # sums in another order
-    columns = choices[0][0]
+    columns = choices[0][1]
     assert sum(columns["kept"]) == 4 and columns["reason"][10] == "failed" and columns["reason"][0] == "dead"
     kept = [s for s, k in zip(columns["score"], columns["kept"], strict=True) if k]
     others = [s for s, r in zip(columns["score"], columns["reason"], strict=True) if r == "low_score"]
@@ -327,9 +388,9 @@ def test_the_choice_does_not_depend_on_how_the_pool_was_cut(score):
 def test_every_problem_of_the_pool_has_a_row_that_says_why_it_has_no_score():
     config = GradAlignConfig(validation=ValidationConfig(files=("trusted.parquet",)))
     parts = [measured(("f",), [0, 1, 3], np.random.default_rng(0))]
-    columns, _ = choose(config, parts, [Problem("u", 4, "a")], 0.25, 5)
+    _, columns, _ = choose(config, parts, [Problem("u", 4, "a")], 0.25, 5)
     pool = pa.table({"data_source": ["a", "a", "b", "a", "a"], "prompt": ["?"] * 5})
-    rows = scores_table(columns, pool, {}).to_pylist()
+    rows = scores_table(columns, pool).to_pylist()
     assert [r["problem_id"] for r in rows] == list(range(5))
     assert [r["reason"] for r in rows if r["score"] is None] == ["dead", "left_out", "failed"]
     assert rows[2]["data_source"] == "b" and not rows[2]["kept"]
@@ -337,21 +398,20 @@ def test_every_problem_of_the_pool_has_a_row_that_says_why_it_has_no_score():
         assert r["cosine"] == r["score"] == pytest.approx(r["dot"] / r["norm"])
 
 
-def test_scores_that_compare_the_pool_with_itself_are_measured_all_at_once():
-    trusted = ValidationConfig(files=("trusted.parquet",))
-    assert [needs_whole_pool(GradAlignConfig(score=s)) for s in ("learnalign", "pool_cosine", "norm")] == [1, 1, 0]
-    assert not needs_whole_pool(GradAlignConfig(validation=trusted))
+def test_scores_that_compare_the_pool_with_itself_are_measured_all_at_once(tmp_path):
+    store, trusted = ScoringStore(tmp_path), ValidationConfig(files=("trusted.parquet",))
+    for problem_id in range(3):
+        store.write_rollouts(table(row(problem_id)), seconds=1.0)
+    scores = [GradAlignConfig(score=s) for s in ("learnalign", "pool_cosine", "norm")]
     scaled = DirectionConfig(metric="candidates")
-    assert needs_whole_pool(GradAlignConfig(validation=trusted, direction=scaled))
+    along = [GradAlignConfig(validation=trusted), GradAlignConfig(validation=trusted, direction=scaled)]
+    assert [len(store.units(config)) for config in (*scores, *along)] == [1, 1, 3, 3, 1]
 
 
 def test_only_what_is_not_rolled_out_is_in_the_chunks_trusted_problems_first():
-    tables = {
-        "trusted": (SimpleNamespace(problem_ids=np.arange(3)), 8),
-        None: (SimpleNamespace(problem_ids=np.arange(5)), 4),
-    }
+    problem_ids = {"trusted": range(3), None: range(5)}
     done = {("trusted", 1), (None, 0), (None, 4)}
-    assert chunks_of(tables, done, 2) == [("trusted", [0, 2]), (None, [1, 2]), (None, [3])]
+    assert chunks_of(problem_ids, done, 2) == [("trusted", [0, 2]), (None, [1, 2]), (None, [3])]
 
 
 def test_summaries_are_json_without_nan(tmp_path):

@@ -89,7 +89,8 @@ class RunNotes:
         labels = {name: [self._problems.label(name, g.problem.problem_id) for g in groups] for name in own.columns}
         self._log.write(step, columns | {EXTRA + name: values for name, values in labels.items()})
         chosen = choose_samples(own.sample_problems, c.score_P, c.dot_P, c.norm_P, c.dot_error_P)
-        samples = sample_columns(step, groups, chosen, read_responses, self._problems, self._decode, own.sample_chars)
+        texts, decode = self._problems.text, self._decode
+        samples = sample_columns(step, groups, chosen, read_responses, texts, decode, own.sample_chars)
         if chosen:
             self._log.write_samples(step, samples)
         composed: dict[str, float] = {}

@@ -61,18 +61,21 @@ def sample_columns(
     groups: Sequence[Group],
     chosen: Sequence[int],
     read_responses: ReadResponses,
-    problems: Problems,
+    text: Callable[[int], tuple[str, str]],
     decode: Callable[[Any], str],
     max_chars: int,
 ) -> dict[str, list[Any]]:
-    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response."""
+    """Return the selection log's `samples` of a step: of each chosen group its best and its worst response.
+
+    `text`: see `Problems.text`.
+    """
     shown = [(groups[place], index) for place in chosen for index in best_and_worst(groups[place].rewards)]
     # A session's last output is the one that its reward is of.
     keys = [list({key.rsplit("_", 1)[0]: key for key in group.keys}.values())[index] for group, index in shown]
     rows = []
     for (group, index), response in zip(shown, read_responses(keys) if keys else [], strict=True):
         problem_id = group.problem.problem_id
-        texts = [text[:max_chars] for text in (*problems.text(problem_id), decode(response))]
+        texts = [part[:max_chars] for part in (*text(problem_id), decode(response))]
         rows.append((step, problem_id, *texts, group.rewards[index], len(response)))
     return {name: [row[place] for row in rows] for place, name in enumerate(SAMPLES.names)}
 

@@ -3,8 +3,8 @@
 
     summary = run_scoring(task, command=sys.argv, watch=lambda progress: ...)
 
-verl is started as a process of its own, with its own entry point; its output goes to state/run.log. The same call goes
-on with a scoring that was interrupted, and makes the files anew at once where everything is scored.
+verl is started as a process of its own, with its own entry point; its output goes to state/run.log. The same call
+resumes a scoring that was interrupted, and writes the results at once where everything is scored.
 """
 
 from __future__ import annotations
@@ -18,33 +18,60 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
-from verl_gradalign.files import atomic_folder
+from verl_gradalign.files import atomic_folder, file_fingerprint
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.compose import compose_run, composing, validate
-from verl_gradalign.integration.offline.plan import own_overrides, plan_of, require_same_plan
 from verl_gradalign.integration.offline.results import write_results
 from verl_gradalign.integration.offline.store import Measured, ScoringStore
-from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint
-from verl_gradalign.integration.offline.trainer import check_scoring, needs_whole_pool, trusted_names
+from verl_gradalign.integration.offline.task import (
+    Checkpoint,
+    ScoringTask,
+    check_task,
+    find_checkpoint,
+    verl_overrides,
+)
+from verl_gradalign.integration.offline.trainer import check_scoring
+from verl_gradalign.integration.run_identity import installed_versions
+from verl_gradalign.selection.state_file import flat
 
-__all__ = ["run_scoring"]
+__all__ = ["identity_of", "run_scoring"]
 
 POLL_S = 0.5
+TERMINATION_S = 60
+"""How long verl may take to end when it is asked to; then it is killed."""
+
 TAIL_LINES = 40
 # What Ray puts before a line of another process.
 OF_A_WORKER = "\x1b[36m("
 AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
+
+# What decides rollouts and scores; everything else (devices, memory, micro-batches, loggers) may differ when a scoring
+# is resumed.
+DECISIVE = {
+    "algorithm": "adv_estimator norm_adv_by_std_in_grpo gamma lam",
+    "data": "prompt_key reward_fn_key max_prompt_length max_response_length seed train_max_samples truncation "
+    "filter_overlong_prompts custom_cls apply_chat_template_kwargs tool_config_path function_tool_path tokenizer",
+    "reward": "custom_reward_function reward_manager reward_model.enable reward_model.model_path",
+    "actor_rollout_ref.model": "hf_config_path tokenizer_path custom_chat_template external_lib lora_rank lora_alpha "
+    "lora_adapter_path",
+    "actor_rollout_ref.actor": "loss_agg_mode loss_scale_factor policy_loss.loss_mode fsdp_config.model_dtype "
+    "fsdp_config.dtype fsdp_config.mixed_precision",
+    "actor_rollout_ref.rollout": "name n temperature top_k top_p dtype seed prompt_length response_length "
+    "max_model_len ignore_eos do_sample quantization multi_turn agent.default_agent_loop agent.agent_loop_config_path",
+    "gradalign": "score advantage loss_agg_mode estimator success_threshold seed score_options direction validation.n "
+    "probe.rank probe.relative_step probe.pool_dots probe.sketch_rank",
+}
 
 
 def run_scoring(
@@ -58,34 +85,67 @@ def run_scoring(
     check_task(task)
     datasets.disable_progress_bars()
     checkpoint = find_checkpoint(task.model)
-    with _alone(task):
-        model = task.model.resolve() if checkpoint is None else _weights_of(checkpoint, task)
-        overrides = own_overrides(task, model, checkpoint)
+    with _folder_lock(task):
+        model = task.model.resolve() if checkpoint is None else _whole_model(checkpoint, task)
+        overrides = verl_overrides(task, model, checkpoint)
         verl_config = _compose(overrides)
         config = _check(task, verl_config, checkpoint)
-        require_same_plan(task.state, plan_of(task, verl_config))
         store = ScoringStore(task.state)
-        measured = _finished(store, config)
-        if measured is None:
+        store.require_same_identity(identity_of(task, verl_config))
+        if _measured(store, config) is None:
             if checkpoint is not None:
                 _merge(checkpoint, model, task.state / "run.log")
             _run(overrides, task.state, watch)
-            measured = _finished(store, config)
+        measured = _measured(store, config)
         if measured is None:
             raise RuntimeError(f"verl ended, but not everything is scored; its output is in {task.state / 'run.log'}")
         return write_results(task, config, verl_config, measured, command)
 
 
+def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
+    """Return everything that must be the same for a scoring to be resumed, by dotted key."""
+    config = read_config(verl_config)
+    reward = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
+    decisive = {f"{part}.{key}": None for part, keys in DECISIVE.items() for key in keys.split()}
+    for key in decisive:
+        value = OmegaConf.select(verl_config, key)
+        decisive[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    checkpoint = find_checkpoint(task.model)
+    if checkpoint is None:
+        kinds = (".safetensors", ".bin", ".pt", ".json", ".jinja")
+        weights = [path for path in task.model.iterdir() if path.suffix in kinds and path.is_file()]
+    else:
+        parts = ("model", "optim") if config.direction.metric == "adam" else ("model",)
+        weights = [path for part in parts for path in checkpoint.folder.glob(f"{part}_world_size_*.pt")]
+    return flat(
+        {
+            "pool": _fingerprints(task.pool),
+            "trusted": {
+                s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)}
+                for s in config.validation.trusted_sets()
+            },
+            # Size and time: hashing weights would take minutes.
+            "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
+            "reward": {"file": _fingerprints([reward] if reward and Path(reward).is_file() else [])},
+            "versions": {name: installed_versions().get(name) for name in ("verl", "verl-gradalign")},
+            "verl": decisive,
+        }
+    )
+
+
+def _fingerprints(files: Iterable[str | Path]) -> list[str]:
+    return [file_fingerprint(Path(path)) for path in files]
+
+
 @contextlib.contextmanager
-def _alone(task: ScoringTask) -> Iterator[None]:
+def _folder_lock(task: ScoringTask) -> Iterator[None]:
     """Hold the folder's lock, which verl's process takes over: it is free when the last of them has ended."""
     task.state.mkdir(parents=True, exist_ok=True)
     with (task.state / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            why = "another process is scoring into it"
-            refuse("--output", task.output, why, "wait for it, or end it")
+            refuse("--output", task.output, "another process is scoring into it", "wait for it, or end it")
         os.set_inheritable(lock.fileno(), True)
         yield
 
@@ -94,10 +154,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration that verl will run with. Raises ValueError for what it does not take."""
     try:
         # verl prints while it validates; the standard output is for the result.
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            composing(),
-        ):
+        with contextlib.redirect_stdout(io.StringIO()), composing():
             return validate(compose_run(overrides))
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise ValueError(
@@ -124,17 +181,16 @@ def _check(task: ScoringTask, verl_config: DictConfig, checkpoint: Checkpoint | 
     return config
 
 
-def _finished(store: ScoringStore, config: GradAlignConfig) -> list[Measured] | None:
+def _measured(store: ScoringStore, config: GradAlignConfig) -> list[Measured] | None:
     """Return what was measured if that is everything, None if not."""
     if store.failed() is None:
         return None
-    num_trusted = store.num_trusted(trusted_names(config))
-    by_files = {measured.files: measured for measured in store.measured(num_trusted)}
-    units = store.units(needs_whole_pool(config))
-    return [by_files[unit] for unit in units] if all(unit in by_files for unit in units) else None
+    parts = store.units(config).values()
+    measured = [part for part in parts if part is not None]
+    return measured if len(measured) == len(parts) else None
 
 
-def _weights_of(checkpoint: Checkpoint, task: ScoringTask) -> Path:
+def _whole_model(checkpoint: Checkpoint, task: ScoringTask) -> Path:
     """Return the folder of a whole model that verl builds its actor from, before it loads the shards into it."""
     saved = checkpoint.folder / "huggingface"
     is_whole = any(saved.glob("*.safetensors")) or any(saved.glob("pytorch_model*.bin"))
@@ -154,27 +210,34 @@ def _merge(checkpoint: Checkpoint, model: Path, log_path: Path) -> None:
 
 def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, Any]], None]) -> None:
     """Run verl to its end."""
-    log_path, progress_path = state / "run.log", state / "progress.json"
+    progress_path = state / "progress.json"
     progress_path.unlink(missing_ok=True)
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # The lock is handed on, see `_alone`; files of this process are not inherited unless marked.
-            close_fds=False,
-        )
+
+    def report() -> None:
+        try:
+            progress = json.loads(progress_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # absent at first; and as it is for show alone, its damage ends nothing
+            return
+        watch(progress)
+
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    with (state / "run.log").open("ab") as log:
+        # verl's process takes over the lock (`_folder_lock`); other files are not inherited unless marked.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, close_fds=False)
     try:
         while process.poll() is None:
             time.sleep(POLL_S)
-            if progress_path.exists():
-                watch(json.loads(progress_path.read_text(encoding="utf-8")))
+            report()
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait()
-    _require_success(process.returncode, log_path)
-    watch(json.loads(progress_path.read_text(encoding="utf-8")))
+            try:
+                process.wait(TERMINATION_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    _require_success(process.returncode, state / "run.log")
+    report()
 
 
 def _require_success(returncode: int, log_path: Path) -> None:

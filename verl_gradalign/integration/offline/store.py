@@ -5,16 +5,15 @@
     store.write_rollouts(rows, seconds=12.5)
     store.write_measured(Measured(...))
 
-A file is written beside its place and renamed, so it is complete or absent, and a scoring that was killed at any moment
-resumes from the files that are there. A rollout file holds whole groups, whichever finished first; groups that failed
-are not stored, so they are tried again.
+A file is complete or absent, so a scoring that was killed at any moment resumes from the files that are there. A
+rollout file holds whole groups, whichever finished first; groups that failed are not stored, so they are tried again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.files import replace_file
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.selection.groups import Group, Problem
+from verl_gradalign.selection.scores import score_of
 from verl_gradalign.types import ProblemScores
 
-__all__ = ["ROLLOUTS", "Measured", "Member", "ScoringStore", "joined_scores"]
+__all__ = ["OF_POOL", "ROLLOUTS", "Measured", "Member", "ScoringStore", "Unit", "joined_scores", "uid_of"]
 
 ROLLOUTS = pa.schema(
     [
@@ -43,20 +44,26 @@ ROLLOUTS = pa.schema(
         ("rewards", pa.list_(pa.float32())),  # of each response token
     ]
 )
+OF_POOL = pc.field("trusted_set").is_null()
+"""Which rows are of the pool, for `ScoringStore.rollouts`; the others are of the trusted sets."""
+
 SECONDS_KEY = b"seconds"
+TENSORS = ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2")
 
 Member = tuple[str | None, int]
 """A problem of a scoring: its trusted set (None: the pool) and its row."""
+
+Unit = tuple[str, ...]
+"""Names of the rollout files that are measured in one call, in order."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """What one scoring call measured of the groups of some rollout files."""
 
-    files: tuple[str, ...]
-    """Names of the rollout files, in order."""
+    files: Unit
     trusted: tuple[int, ...]
-    """How many groups of each trusted set the direction was made of; a result of another direction does not count."""
+    """How many groups of each trusted set the direction was made of."""
     groups: tuple[Group, ...]
     """Candidates, in the order of the files."""
     scores: ProblemScores | None
@@ -72,51 +79,50 @@ class ScoringStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def rollout_files(self) -> list[Path]:
-        """Return the rollout files, oldest first."""
-        return sorted(self.folder.glob("rollouts-*.parquet"))
+    def require_same_identity(self, identity: Mapping[str, Any]) -> None:
+        """Note what a new scoring is of; of one that was begun, raise ValueError that names what is different now."""
+        path = self.folder / "plan.json"
+        if not path.exists():
+            replace_file(path, json.dumps(identity, indent=1))
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differences = [
+            f"{key} was {before.get(key)!r}, is {identity.get(key)!r}"
+            for key in sorted({*before, *identity})
+            if before.get(key) != identity.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"--output {self.folder.parent}: holds another scoring: {'; '.join(differences)}. Remedy: use another "
+                "--output, or go back to the earlier values."
+            )
 
-    def write_rollouts(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> Path:
-        """Write whole groups (columns as in ROLLOUTS) as one more file, and how long they took; return its path."""
-        number = 1 + max((_number(path) for path in self.rollout_files()), default=-1)
-        schema = ROLLOUTS.with_metadata({SECONDS_KEY: str(seconds).encode()})
-        table = pa.Table.from_pylist(list(rows), schema=schema)
-        return replace_table(table, self.folder / f"rollouts-{number:06d}.parquet")
+    def write_rollouts(self, rows: pa.Table, seconds: float) -> None:
+        """Write whole groups (columns as in ROLLOUTS) as one more file, and how long they took."""
+        number = 1 + max((_number(path.name) for path in self._files()), default=-1)
+        rows = rows.replace_schema_metadata({SECONDS_KEY: str(seconds)})
+        replace_table(rows, self.folder / f"rollouts-{number:06d}.parquet")
 
-    def read_rollouts(
-        self, name: str, trusted: bool, problem_ids: Collection[int] | None = None
-    ) -> list[dict[str, Any]]:
-        """Return a rollout file's rows: those of the trusted sets, or those of the pool, of these problems or all."""
-        is_wanted = pc.field("trusted_set").is_valid() == trusted
-        if problem_ids is not None:
-            is_wanted &= pc.field("problem_id").isin(list(problem_ids))
-        # Chosen before they become Python objects, one for every token.
-        rows: list[dict[str, Any]] = pq.read_table(self.folder / name).filter(is_wanted).to_pylist()
-        return rows
-
-    def units(self, is_whole: bool) -> list[tuple[str, ...]]:
-        """Return the names of the rollout files that are measured in one call each: single ones, or all together.
-
-        Files with trusted groups alone are left out.
-        """
-        names = [path.name for path in self.rollout_files() if self.num_candidates([path.name])]
-        return [tuple(names)] if is_whole else [(name,) for name in names]
-
-    def num_candidates(self, unit: Sequence[str]) -> int:
-        """Return how many problems of the pool some rollout files hold."""
-        return len({row for name in unit for row in self._members(name) if row[0] is None})
-
-    def members(self) -> set[Member]:
-        """Return the problems that have been rolled out."""
-        return {member for path in self.rollout_files() for member in self._members(path.name)}
-
-    def _members(self, name: str) -> set[Member]:
-        table = pq.read_table(self.folder / name, columns=["trusted_set", "problem_id"])
-        return set(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
+    def rollouts(self, where: pc.Expression, files: Unit | None = None) -> pa.Table:
+        """Return the rows of these rollout files (None: of all) for which `where` holds, oldest first."""
+        paths = self._files() if files is None else [self.folder / name for name in files]
+        return pa.concat_tables(pq.read_table(path, filters=where).replace_schema_metadata() for path in paths)
 
     def rollout_seconds(self) -> float:
         """Return how long all rollouts took."""
-        return sum(float(pq.read_schema(path).metadata[SECONDS_KEY]) for path in self.rollout_files())
+        return sum(float(pq.read_schema(path).metadata[SECONDS_KEY]) for path in self._files())
+
+    def members(self, files: Unit | None = None) -> set[Member]:
+        """Return the problems that these rollout files (None: all) hold."""
+        paths = self._files() if files is None else [self.folder / name for name in files]
+        tables = [pq.read_table(path, columns=["trusted_set", "problem_id"]) for path in paths]
+        return {member for table in tables for member in zip(*(c.to_pylist() for c in table.columns), strict=True)}
+
+    def num_trusted(self, config: GradAlignConfig) -> tuple[int, ...]:
+        """Return how many groups of each trusted set that the score compares with have been rolled out."""
+        sets = config.validation.trusted_sets() if score_of(config.score).needs_direction else ()
+        members = self.members()
+        return tuple(sum(name == wanted.name for name, _ in members) for wanted in sets)
 
     def write_failed(self, problems: Sequence[Problem]) -> None:
         """Note the problems that could not be rolled out. Written when all others have been: the rollout is over."""
@@ -129,28 +135,34 @@ class ScoringStore:
             return None
         return [Problem(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
+    def units(self, config: GradAlignConfig) -> dict[Unit, Measured | None]:
+        """Return what is measured in one call each, and what was measured of it; None: it is still to be measured.
+
+        A unit is a rollout file, or all of them where a problem's score depends on the others that are measured with
+        it. Files with trusted groups alone are left out. What was measured along another direction does not count.
+        """
+        is_whole = score_of(config.score).direction in ("pool", "learnability")
+        is_whole |= config.direction.metric == "candidates"
+        names = [p.name for p in self._files() if any(name is None for name, _ in self.members((p.name,)))]
+        found = [_read_measured(path) for path in self.folder.glob("measured-*.json")]
+        num_trusted = self.num_trusted(config)
+        by_unit = {measured.files: measured for measured in found if measured.trusted == num_trusted}
+        units = [tuple(names)] if is_whole else [(name,) for name in names]
+        return {unit: by_unit.get(unit) for unit in units}
+
     def write_measured(self, measured: Measured) -> None:
         """Write what was measured of the groups of some rollout files."""
-        path = self.folder / f"measured-{_number(Path(measured.files[0])):06d}.json"
-        scores = measured.scores
-        text = json.dumps(
-            {
-                **{key: getattr(measured, key) for key in ("files", "trusted", "half_cosine", "metrics")},
-                "groups": [asdict(group) for group in measured.groups],
-                "scores": None if scores is None else _listed(scores),
-            }
-        )
-        replace_file(path, text)
+        # float64 is the same number when read from JSON again.
+        text = json.dumps(asdict(measured), default=torch.Tensor.tolist)
+        replace_file(self.folder / f"measured-{_number(measured.files[0]):06d}.json", text)
 
-    def measured(self, trusted: Sequence[int]) -> list[Measured]:
-        """Return what was measured along the direction of so many trusted groups, in the order of the files."""
-        found = [_read_measured(path) for path in sorted(self.folder.glob("measured-*.json"))]
-        return [measured for measured in found if measured.trusted == tuple(trusted)]
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("rollouts-*.parquet"))
 
-    def num_trusted(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Return how many groups of each trusted set have been rolled out."""
-        members = self.members()
-        return tuple(sum(name == wanted for name, _ in members) for wanted in names)
+
+def uid_of(trusted_set: str | None, problem_id: int) -> str:
+    """Return what stored trajectories' keys begin with: the same in a resumed scoring, so that its results are too."""
+    return f"pool:{problem_id}" if trusted_set is None else f"trusted:{trusted_set}:{problem_id}".replace("_", "-")
 
 
 def joined_scores(parts: Sequence[Measured]) -> ProblemScores | None:
@@ -158,70 +170,45 @@ def joined_scores(parts: Sequence[Measured]) -> ProblemScores | None:
     scores = [part.scores for part in parts if part.scores is not None]
     if not scores:
         return None
-    derivatives = [s.response_derivative_PR for s in scores if s.response_derivative_PR is not None]
-    width = max((d.shape[1] for d in derivatives), default=0)
-    wide = [torch.nn.functional.pad(d, (0, width - d.shape[1]), value=torch.nan) for d in derivatives]
-    norms = [s.norm_P for s in scores if s.norm_P is not None]
-    halves = [s.half_dot_P2 for s in scores if s.half_dot_P2 is not None]
-    return ProblemScores(
-        uid=tuple(uid for s in scores for uid in s.uid),
-        dot_P=torch.cat([s.dot_P for s in scores]),
-        norm_P=torch.cat(norms) if len(norms) == len(scores) else None,
-        num_tokens_P=torch.cat([s.num_tokens_P for s in scores]),
-        response_derivative_PR=torch.cat(wide) if len(wide) == len(scores) else None,
-        direction_norm=scores[0].direction_norm,
-        half_dot_P2=torch.cat(halves) if len(halves) == len(scores) else None,
-    )
+    columns = {name: _joined([getattr(s, name) for s in scores]) for name in TENSORS}
+    return replace(scores[0], uid=tuple(uid for s in scores for uid in s.uid), diagnostics={}, **columns)
 
 
-def _number(path: Path) -> int:
-    return int(path.stem.rsplit("-", 1)[1])
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the problems of all parts, nan beyond the columns of one; None if a part is."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    if known[0].ndim == 2:
+        width = max(part.shape[1] for part in known)
+        known = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=torch.nan) for part in known]
+    return torch.cat(known)
 
 
-def _listed(scores: ProblemScores) -> dict[str, Any]:
-    """Return scores as plain values: float64 is the same number when read from JSON again."""
-    values = {key: getattr(scores, key) for key in ("uid", "direction_norm")}
-    for key in ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2"):
-        tensor = getattr(scores, key)
-        values[key] = None if tensor is None else tensor.tolist()
-    return values | {"num_rows": len(scores.uid), "diagnostics": dict(scores.diagnostics)}
+def _number(name: str) -> int:
+    return int(Path(name).stem.rsplit("-", 1)[1])
 
 
 def _read_measured(path: Path) -> Measured:
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Measured(
-        files=tuple(values["files"]),
-        trusted=tuple(values["trusted"]),
-        groups=tuple(_group(group) for group in values["groups"]),
-        scores=None if values["scores"] is None else _scores(values["scores"]),
-        half_cosine=values["half_cosine"],
-        metrics=values["metrics"],
-    )
+    for group in values["groups"]:
+        group |= {key: tuple(value) for key, value in group.items() if isinstance(value, list)}
+        group["problem"] = Problem(**group["problem"])
+    values["groups"] = tuple(Group(**group) for group in values["groups"])
+    values |= {key: tuple(values[key]) for key in ("files", "trusted")}
+    scores = values["scores"]
+    return Measured(**{**values, "scores": None if scores is None else _read_scores(scores)})
 
 
-def _group(values: dict[str, Any]) -> Group:
-    problem = Problem(**values.pop("problem"))
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Group(problem=problem, **fields)
-
-
-def _scores(values: dict[str, Any]) -> ProblemScores:
-    num_rows = values.pop("num_rows")
-
-    def tensor(key: str, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor | None:
-        listed = values[key]
-        return None if listed is None else torch.tensor(listed, dtype=dtype).reshape(num_rows, *shape)
-
-    width = len(values["response_derivative_PR"][0]) if values["response_derivative_PR"] else 0
-    dot_P, num_tokens_P = tensor("dot_P"), tensor("num_tokens_P", dtype=torch.int64)
-    assert dot_P is not None and num_tokens_P is not None, "every scoring call gives these"
-    return ProblemScores(
-        uid=tuple(values["uid"]),
-        dot_P=dot_P,
-        norm_P=tensor("norm_P"),
-        num_tokens_P=num_tokens_P,
-        response_derivative_PR=tensor("response_derivative_PR", width),
-        direction_norm=values["direction_norm"],
-        half_dot_P2=tensor("half_dot_P2", 2),
-        diagnostics=values["diagnostics"],
-    )
+def _read_scores(values: dict[str, Any]) -> ProblemScores:
+    num_problems, derivatives = len(values["uid"]), values["response_derivative_PR"]
+    # Shaped, as a list of no problems does not say how many columns it has.
+    shapes = {name: (num_problems,) for name in TENSORS}
+    shapes |= {"response_derivative_PR": (num_problems, len(derivatives[0]) if derivatives else 0)}
+    shapes |= {"half_dot_P2": (num_problems, 2)}
+    for name, shape in shapes.items():
+        if values[name] is not None:
+            dtype = torch.int64 if name == "num_tokens_P" else torch.float64
+            values[name] = torch.tensor(values[name], dtype=dtype).reshape(shape)
+    values.pop("num_rows", None)  # of an earlier version
+    return ProblemScores(**{**values, "uid": tuple(values["uid"])})

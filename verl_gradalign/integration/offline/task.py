@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an offline scoring is asked for, checked before anything starts.
+"""What an offline scoring is asked for: checked before anything starts, and said in verl's words.
 
 task = ScoringTask(pool=(Path("pool.parquet"),), trusted=(Path("trusted.parquet"),), model=..., output=...)
 check_task(task)
+overrides = verl_overrides(task, model, checkpoint=None)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from verl_gradalign.config import CurriculumConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import score_of
 
-__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept"]
+__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept", "verl_overrides"]
 
 RESPONSES_PER_CHUNK = 512
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -97,22 +98,28 @@ def check_task(task: ScoringTask) -> None:
     if task.trusted and not score.needs_direction:
         why = f"score {task.score} does not look at a trusted set"
         refuse("--trusted", ", ".join(map(str, task.trusted)), why, "leave it out, or use --score cosine")
-    for option, value, least in (
-        ("--responses", task.responses, 2),
-        ("--trusted-responses", task.trusted_responses, 2),
-    ):
-        if value is not None and value < least:
-            refuse(option, value, f"must be at least {least}: advantages compare responses", "use 8 or more")
+    for option, value in (("--responses", task.responses), ("--trusted-responses", task.trusted_responses)):
+        if value is not None and value < 2:
+            refuse(option, value, "must be at least 2: advantages compare responses", "use 8 or more")
     prompt_key = overridden.get("data.prompt_key", "prompt")
     num_problems = sum(_check_file("--pool", path, prompt_key) for path in task.pool)
     for path in task.trusted:
         _check_file("--trusted", path, prompt_key)
-    _check_schemas(task.pool)
+    first = pq.read_schema(task.pool[0])
+    for path in task.pool[1:]:
+        schema = pq.read_schema(path)
+        if not schema.equals(first):  # the kept problems of all files are written as one
+            different = {f.name for f in {*schema, *first} if f not in schema or f not in first}
+            why = f"its columns are not those of {task.pool[0]}: {', '.join(sorted(different)) or 'another order'}"
+            refuse("--pool", path, why, "write the files with one schema, or score them apart")
     CurriculumConfig(keep=task.keep)
     if num_kept(task.keep, num_problems) > num_problems:
         why = f"the pool has {num_problems} problems only"
         refuse("--keep", int(task.keep), why, "use a smaller number, or a share such as 0.25")
-    _check_model(task.model)
+    if find_checkpoint(task.model) is None and not (task.model / "config.json").is_file():
+        why = "is neither a folder with config.json nor one of verl's checkpoints (global_step_<n>)"
+        remedy = "give one of them; a model of the hub is fetched with `hf download NAME --local-dir FOLDER`"
+        refuse("--model", task.model, why, remedy)
 
 
 def num_kept(keep: float, num_problems: int) -> int:
@@ -155,22 +162,55 @@ def _check_file(option: str, path: Path, prompt_key: str) -> int:
         return int(file.metadata.num_rows)
 
 
-def _check_schemas(pool: Sequence[Path]) -> None:
-    """The chosen problems of all files are written as one."""
-    first = pq.read_schema(pool[0])
-    for path in pool[1:]:
-        schema = pq.read_schema(path)
-        if not schema.equals(first):
-            different = {f.name for f in {*schema, *first} if f not in schema or f not in first}
-            why = f"its columns are not those of {pool[0]}: {', '.join(sorted(different)) or 'another order'}"
-            refuse("--pool", path, why, "write the files with one schema, or score them apart")
+def verl_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None) -> list[str]:
+    """Return all overrides of verl's entry point; the user's own come last, so that they win.
+
+    `model` is the folder that verl builds its actor from before it loads the `checkpoint` into it.
+    """
+    pool = _listed(task.pool)
+    keys = {
+        "+gradalign": "base",
+        "gradalign.score": _quoted(task.score),
+        "gradalign.seed": task.seed,
+        "gradalign.schedule": "step",
+        "gradalign.oversample": 1,
+        "gradalign.validation.files": _listed(task.trusted),
+        "gradalign.validation.n": "null" if task.trusted_responses is None else task.trusted_responses,
+        "data.train_files": pool,
+        # verl reads them whether it validates or not.
+        "data.val_files": pool,
+        "data.val_max_samples": 64,
+        "data.train_batch_size": 1,
+        "data.seed": task.seed,
+        "algorithm.adv_estimator": "grpo",
+        "critic.enable": "false",
+        "actor_rollout_ref.model.path": _quoted(model),
+        "actor_rollout_ref.actor.use_dynamic_bsz": "true",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+        "actor_rollout_ref.rollout.n": task.responses,
+        "trainer.v1.trainer_mode": "gradalign_score",
+        "trainer.default_local_dir": _quoted(task.output.resolve()),
+        "trainer.logger": "[console]",
+        "trainer.resume_mode": "disable",
+        "trainer.val_before_train": "false",
+        "trainer.total_training_steps": 1,
+        "hydra.run.dir": _quoted(task.state / "hydra"),
+        "+scoring.folder": _quoted(task.state),
+        "+scoring.chunk": task.problems_per_chunk,
+        "+scoring.checkpoint": "null" if checkpoint is None else _quoted(checkpoint.folder),
+    }
+    if checkpoint is not None:
+        # direction.metric=adam reads the optimizer's second moments.
+        contents = "[model,optimizer]" if "gradalign.direction.metric=adam" in task.overrides else "[model]"
+        keys["actor_rollout_ref.actor.checkpoint.load_contents"] = contents
+    return [*(f"{key}={value}" for key, value in keys.items()), *task.overrides]
 
 
-def _check_model(model: Path) -> None:
-    if find_checkpoint(model) is None and not (model / "config.json").is_file():
-        refuse(
-            "--model",
-            model,
-            "is neither a folder with config.json nor one of verl's checkpoints (global_step_<n>)",
-            "give one of them; a model of the hub is fetched with `hf download NAME --local-dir FOLDER`",
-        )
+def _quoted(value: str | Path) -> str:
+    """Return a value that Hydra takes as it is, whatever characters it has."""
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return f"[{','.join(_quoted(path.resolve()) for path in paths)}]"

@@ -3,40 +3,38 @@
 
 First all problems are answered, the trusted ones before the others, and written to a folder group by group as they
 finish. Then the rollout sleeps, and the actor scores what was written, by the calls that training makes. Everything
-that is in the folder is not done again (`store.py`); what is kept is decided from it later
-(`results.py`). The command is `verl-gradalign score`.
+that is in the folder (`store.py`) is not done again; what is kept is decided later (`results.py`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.files import replace_file
-from verl_gradalign.integration.offline.rows import PARTITION, load_rows, read_rows
-from verl_gradalign.integration.offline.store import Measured, Member, ScoringStore
+from verl_gradalign.integration.offline.store import OF_POOL, ROLLOUTS, Measured, Member, ScoringStore, Unit, uid_of
 from verl_gradalign.integration.prompts import PromptTable, problems_of
 from verl_gradalign.integration.rollouts import read_step
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
 from verl_gradalign.probe.trusted import COMBINED
-from verl_gradalign.selection.groups import Problem
-from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.groups import Problem, keys_by_uid, session_of
 
-logger = logging.getLogger(__name__)
+PARTITION = "train"
 
 # Chunks in flight: the rollout must not run dry while a chunk's last groups are waited for.
 CHUNKS_IN_FLIGHT = 2
@@ -79,7 +77,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
         verl_config.trainer.v1.sampler.custom_sampler.path = f"pkg://{__name__}"
 
     def _load_checkpoint(self) -> None:
-        """Load the actor's weights alone: neither a training's data loader nor its selection is gone on with."""
+        """Load the actor's weights alone: neither a training's data loader nor its selection is resumed."""
         self.global_steps = 0
         checkpoint = self.config.scoring.checkpoint
         if checkpoint is not None:
@@ -94,23 +92,17 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
         self._score_all()
         self._shutdown_dump_executor()
 
-    def _tables(self) -> dict[str | None, tuple[PromptTable, int]]:
-        """Return each trusted set's problems, then the pool's (None), and how often each is answered."""
-        tables: dict[str | None, tuple[PromptTable, int]] = {}
-        tables |= {name: (table, n or self._rollout_n) for name, (table, n) in self._trusted.items()}
-        return tables | {None: (self._pool, self._rollout_n)}
-
     def _roll_out(self) -> None:
         """Answer all problems, and write groups as they finish.
 
         Raises: RuntimeError if no problem of the pool could be answered.
         """
+        # The trusted sets first, as nothing can be scored without the direction.
+        tables: dict[str | None, tuple[PromptTable, int | None]] = {**self._trusted, None: (self._pool, None)}
         done = self._store.members()
-        tables = self._tables()
-        waiting = deque(chunks_of(tables, done, self._chunk))
-        self._report(
-            rolled_out=len(done), to_roll_out=sum(len(table) for table, _ in tables.values()), phase="rolling out"
-        )
+        waiting = deque(chunks_of({name: t.problem_ids.tolist() for name, (t, _) in tables.items()}, done, self._chunk))
+        num_problems = sum(len(table) for table, _ in tables.values())
+        self._report(rolled_out=len(done), to_roll_out=num_problems, phase="rolling out")
         in_flight: dict[str, Problem] = {}
         failed: list[Problem] = []
         started = time.perf_counter()
@@ -118,7 +110,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
             while waiting and len(in_flight) < CHUNKS_IN_FLIGHT * self._chunk:
                 name, ids = waiting.popleft()
                 table, n = tables[name]
-                batch = table.batch(ids, self.global_steps, n)
+                batch = table.batch(ids, self.global_steps, n or self._rollout_n)
                 in_flight |= {problem.uid: problem for problem in problems_of(batch, name)}
                 self._submit_batch_to_rollout(batch)
             before = int(self._progress["rolled_out"])
@@ -128,7 +120,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
             taken = [in_flight.pop(uid) for uid in uids]
             failed += [problem for problem in taken if problem.uid in failures]
             rows = read_rows(finished, [problem for problem in taken if problem.uid not in failures])
-            if rows:
+            if len(rows):
                 self._store.write_rollouts(rows, time.perf_counter() - started)
             if finished.keys:
                 tq.kv_clear(keys=finished.keys, partition_id=PARTITION)
@@ -143,30 +135,25 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
 
     def _score_all(self) -> None:
         """Have the actor score what was rolled out, file by file or all at once as the score demands."""
-        names = trusted_names(self.gradalign)
-        num_trusted = self._store.num_trusted(names)
-        units = self._store.units(is_whole=needs_whole_pool(self.gradalign))
-        done = {measured.files for measured in self._store.measured(num_trusted)}
-        sizes = {unit: self._store.num_candidates(unit) for unit in units}
-        scored = sum(sizes[unit] for unit in units if unit in done)
+        units, num_trusted = self._store.units(self.gradalign), self._store.num_trusted(self.gradalign)
+        sizes = {unit: sum(name is None for name, _ in self._store.members(unit)) for unit in units}
+        scored = sum(sizes[unit] for unit, measured in units.items() if measured is not None)
         self._report(phase="scoring", scored=scored, to_score=sum(sizes.values()))
-        has_direction = not names
-        for number, unit in enumerate(units):
-            if unit in done:
-                continue
-            rows = [row for path in unit for row in self._store.read_rollouts(path, trusted=False)]
-            if not has_direction:
-                files = self._store.rollout_files()
-                rows += [row for path in files for row in self._store.read_rollouts(path.name, trusted=True)]
-            self._store.write_measured(self._measure(unit, rows, num_trusted, step=1 + number))
-            has_direction = True
-            scored += sizes[unit]
-            self._report(scored=scored)
+        trusted = self._store.rollouts(~OF_POOL)
+        for step, unit in enumerate(units, start=1):
+            if units[unit] is None:
+                rows = pa.concat_tables([self._store.rollouts(OF_POOL, unit), trusted])
+                self._store.write_measured(self._measure(unit, rows, num_trusted, step))
+                trusted = trusted.slice(0, 0)  # the actor keeps the direction
+                scored += sizes[unit]
+                self._report(scored=scored)
 
-    def _measure(
-        self, unit: tuple[str, ...], rows: list[dict[str, Any]], num_trusted: tuple[int, ...], step: int
-    ) -> Measured:
-        """Put rows back into TransferQueue, have them scored, and clear them."""
+    def _measure(self, unit: Unit, rows: pa.Table, num_trusted: tuple[int, ...], step: int) -> Measured:
+        """Put the stored rows back into TransferQueue, have the actor measure their groups, and clear them.
+
+        Without trusted problems among them the direction of an earlier call is used.
+        Raises: RuntimeError if the trusted problems give no direction.
+        """
         batch, problems = load_rows(rows)
         groups, trusted = read_step(problems, batch, set(), self.gradalign, self.config)
         reply = self._measure_groups(batch, groups, trusted, step)
@@ -196,11 +183,6 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
             replace_file(self._store.folder / "progress.json", json.dumps(self._progress))
 
 
-def trusted_names(config: GradAlignConfig) -> list[str]:
-    """Return the trusted sets that the score compares with, none if it does not look at them."""
-    return [s.name for s in config.validation.trusted_sets()] if score_of(config.score).needs_direction else []
-
-
 def check_scoring(verl_config: DictConfig) -> None:
     """Raise ValueError for what offline scoring does not do."""
     if verl_config.get("scoring") is None:
@@ -212,17 +194,68 @@ def check_scoring(verl_config: DictConfig) -> None:
         refuse("algorithm.filter_groups.enable", True, why, "set it to False; dead groups are kept only to fill up")
 
 
-def needs_whole_pool(config: GradAlignConfig) -> bool:
-    """Return whether a problem's score depends on the other problems that are measured with it."""
-    return score_of(config.score).direction in ("pool", "learnability") or config.direction.metric == "candidates"
-
-
 def chunks_of(
-    tables: Mapping[str | None, tuple[PromptTable, int]], done: set[Member], size: int
+    problem_ids: Mapping[str | None, Sequence[int]], done: set[Member], size: int
 ) -> list[tuple[str | None, list[int]]]:
-    """Return the problems that are not done, in order, in chunks of one table each."""
-    chunks: list[tuple[str | None, list[int]]] = []
-    for name, (table, _) in tables.items():
-        todo = [i for i in table.problem_ids.tolist() if (name, i) not in done]
-        chunks += [(name, todo[k : k + size]) for k in range(0, len(todo), size)]
-    return chunks
+    """Return the problems that are not done, in order, in chunks of one trusted set or of the pool (None) each."""
+    waiting = {name: [i for i in ids if (name, i) not in done] for name, ids in problem_ids.items()}
+    return [(name, ids[start : start + size]) for name, ids in waiting.items() for start in range(0, len(ids), size)]
+
+
+def read_rows(batch: KVBatchMeta, problems: Sequence[Problem]) -> pa.Table:
+    """Return the problems' rows of a finished batch as they are stored, out of TransferQueue, problems in order.
+
+    Raises: ValueError for rows that are not plain text.
+    """
+    by_uid = keys_by_uid(batch.keys)
+    owners = {key: problem for problem in problems for key in by_uid.get(problem.uid, ())}
+    if not owners:
+        return ROLLOUTS.empty_table()
+    fields = ["prompts", "responses", "response_mask", "rm_scores", "position_ids"]
+    data = tq.kv_batch_get(keys=list(owners), partition_id=batch.partition_id, select_fields=fields)
+    prompts, responses, masks, rewards, positions = ([row.tolist() for row in data[name].unbind()] for name in fields)
+    for problem, prompt, response, position in zip(owners.values(), prompts, responses, positions, strict=True):
+        if position != list(range(len(prompt) + len(response))):
+            raise ValueError(
+                f"problem {problem.problem_id} of {problem.data_source}: its positions are not those of plain text, "
+                "and images, videos and sounds are not stored. Remedy: score problems of text only."
+            )
+    columns = {
+        "trusted_set": [problem.trusted_set for problem in owners.values()],
+        "problem_id": [problem.problem_id for problem in owners.values()],
+        "data_source": [problem.data_source for problem in owners.values()],
+        "session": [session_of(key) for key in owners],
+        "output": [int(key.rsplit("_", 1)[1]) for key in owners],
+        **{"prompt": prompts, "response": responses, "response_mask": masks, "rewards": rewards},
+    }
+    return pa.table(columns, schema=ROLLOUTS)
+
+
+def load_rows(rows: pa.Table) -> tuple[KVBatchMeta, list[Problem]]:
+    """Put stored rows into TransferQueue as the agent loop does; return their keys, and the problems in order."""
+    keys, problems = [], {}
+    for row in rows.select(["trusted_set", "problem_id", "data_source", "session", "output"]).to_pylist():
+        uid = uid_of(row["trusted_set"], row["problem_id"])
+        problems[uid] = Problem(uid, row["problem_id"], row["data_source"], row["trusted_set"])
+        keys.append(f"{uid}_{row['session']}_{row['output']}")
+    prompts, responses, masks = (
+        [torch.tensor(tokens, dtype=torch.int64) for tokens in rows[name].to_pylist()]
+        for name in ("prompt", "response", "response_mask")
+    )
+    input_ids = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    columns = {
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": masks,
+        "loss_mask": masks,
+        "input_ids": input_ids,
+        "position_ids": [torch.arange(len(tokens)) for tokens in input_ids],
+        "rm_scores": [torch.tensor(rewards) for rewards in rows["rewards"].to_pylist()],
+    }
+    fields = {name: torch.nested.as_nested_tensor(parts, layout=torch.jagged) for name, parts in columns.items()}
+    tags = [
+        {"prompt_len": len(prompt), "response_len": len(response), "seq_len": len(prompt) + len(response)}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    tq.kv_batch_put(keys=keys, partition_id=PARTITION, fields=TensorDict(fields, len(keys)), tags=tags)
+    return KVBatchMeta(keys=keys, tags=tags, partition_id=PARTITION), list(problems.values())
