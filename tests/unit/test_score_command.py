@@ -24,6 +24,7 @@ from verl_gradalign.cli import app
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, TrustedSetConfig, ValidationConfig
 from verl_gradalign.integration.compose import compose_run
 from verl_gradalign.integration.offline import run as scoring_run
+from verl_gradalign.integration.offline import trainer
 from verl_gradalign.integration.offline.results import choose, scores_table
 from verl_gradalign.integration.offline.run import identity_of
 from verl_gradalign.integration.offline.store import OF_POOL, ROLLOUTS, Measured, ScoringStore, joined_scores
@@ -278,6 +279,31 @@ def test_rollouts_are_stored_whole_and_known_by_trusted_set_and_problem(tmp_path
     assert store.num_trusted(along) == (2, 0) and store.num_trusted(whole) == ()
     assert store.rollout_seconds() == 3.0
     assert pq.read_schema(tmp_path / "rollouts-000000.parquet").equals(ROLLOUTS)
+
+
+def test_stored_rows_come_back_from_transferqueue_as_they_were(monkeypatch):
+    shelf = {}
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", lambda keys, fields, **_: shelf.update(keys=keys, fields=fields))
+    monkeypatch.setattr(
+        trainer.tq, "kv_batch_get", lambda keys, **_: shelf["fields"] if keys == shelf["keys"] else None
+    )
+    rows = [
+        row(3),
+        row(3, session=1, output=1, response=[], response_mask=[], rewards=[]),
+        row(0, "my_set", prompt=[7]),
+    ]
+    batch, problems = trainer.load_rows(table(*rows))
+    assert [(p.uid, p.problem_id, p.trusted_set) for p in problems] == [
+        ("pool:3", 3, None),
+        ("trusted:my-set:0", 0, "my_set"),
+    ]
+    assert batch.keys == ["pool:3_0_0", "pool:3_1_1", "trusted:my-set:0_0_0"]
+    assert [tag["seq_len"] for tag in batch.tags] == [3, 2, 2]
+    assert trainer.read_rows(batch, problems).to_pylist() == rows
+    assert len(trainer.read_rows(batch, [])) == 0
+    shelf["fields"]["position_ids"] = shelf["fields"]["position_ids"] + 1
+    with pytest.raises(ValueError, match="its positions are not those of plain text"):
+        trainer.read_rows(batch, problems)
 
 
 def group(problem_id, rng, is_live=True):

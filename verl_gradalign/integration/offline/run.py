@@ -106,10 +106,8 @@ def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
     """Return everything that must be the same for a scoring to be resumed, by dotted key."""
     config = read_config(verl_config)
     reward = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
-    decisive = {f"{part}.{key}": None for part, keys in DECISIVE.items() for key in keys.split()}
-    for key in decisive:
-        value = OmegaConf.select(verl_config, key)
-        decisive[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    names = [f"{part}.{key}" for part, keys in DECISIVE.items() for key in keys.split()]
+    decisive = {name: OmegaConf.select(verl_config, name) for name in names}
     checkpoint = find_checkpoint(task.model)
     if checkpoint is None:
         kinds = (".safetensors", ".bin", ".pt", ".json", ".jinja")
@@ -128,7 +126,7 @@ def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
             "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
             "reward": {"file": _fingerprints([reward] if reward and Path(reward).is_file() else [])},
             "versions": {name: installed_versions().get(name) for name in ("verl", "verl-gradalign")},
-            "verl": decisive,
+            "verl": {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in decisive.items()},
         }
     )
 

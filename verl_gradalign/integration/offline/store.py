@@ -170,7 +170,7 @@ def joined_scores(parts: Sequence[Measured]) -> ProblemScores | None:
     scores = [part.scores for part in parts if part.scores is not None]
     if not scores:
         return None
-    columns = {name: _joined([getattr(s, name) for s in scores]) for name in TENSORS}
+    columns: dict[str, Any] = {name: _joined([getattr(s, name) for s in scores]) for name in TENSORS}
     return replace(scores[0], uid=tuple(uid for s in scores for uid in s.uid), diagnostics={}, **columns)
 
 
@@ -203,12 +203,10 @@ def _read_measured(path: Path) -> Measured:
 def _read_scores(values: dict[str, Any]) -> ProblemScores:
     num_problems, derivatives = len(values["uid"]), values["response_derivative_PR"]
     # Shaped, as a list of no problems does not say how many columns it has.
-    shapes = {name: (num_problems,) for name in TENSORS}
-    shapes |= {"response_derivative_PR": (num_problems, len(derivatives[0]) if derivatives else 0)}
-    shapes |= {"half_dot_P2": (num_problems, 2)}
-    for name, shape in shapes.items():
+    widths = {"response_derivative_PR": (len(derivatives[0]) if derivatives else 0,), "half_dot_P2": (2,)}
+    for name in TENSORS:
         if values[name] is not None:
             dtype = torch.int64 if name == "num_tokens_P" else torch.float64
-            values[name] = torch.tensor(values[name], dtype=dtype).reshape(shape)
+            values[name] = torch.tensor(values[name], dtype=dtype).reshape(num_problems, *widths.get(name, ()))
     values.pop("num_rows", None)  # of an earlier version
     return ProblemScores(**{**values, "uid": tuple(values["uid"])})
