@@ -81,9 +81,9 @@ def write_results(
     scores = scores_table(columns, pool).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
     replace_table(scores, output / "scores.parquet")
     replace_table(pool.filter(scores["kept"]), output / "selected.parquet")
-    by_source = scores.group_by("data_source", use_threads=False).aggregate(
-        [("kept", "count"), ("kept", "sum"), ("success_rate", "mean")]
-    )
+    aggregates = {"problems": "kept_count", "kept": "kept_sum", "success_rate": "success_rate_mean"}
+    of_each = [tuple(name.rsplit("_", 1)) for name in aggregates.values()]
+    by_source = scores.group_by("data_source", use_threads=False).aggregate(of_each)
     summary = {
         "score": task.score,
         "keep": task.keep,
@@ -92,12 +92,8 @@ def write_results(
         "kept": pc.sum(scores["kept"]).as_py(),
         "by_reason": dict(Counter(scores["reason"].to_pylist())),
         "by_source": {
-            row["data_source"]: {
-                "problems": row["kept_count"],
-                "kept": row["kept_sum"],
-                "success_rate": row["success_rate_mean"],
-            }
-            for row in by_source.to_pylist()
+            of["data_source"]: {name: of[aggregate] for name, aggregate in aggregates.items()}
+            for of in by_source.to_pylist()
         },
         "metrics": metrics,
         "seconds": {
@@ -119,11 +115,8 @@ def choose(
 ) -> tuple[list[Group], dict[str, np.ndarray], dict[str, float]]:
     """Return all candidates in the pool's order, the selection log's columns of them, and the choice's metrics."""
     groups = [group for part in measured for group in part.groups]
-    groups += [
-        Group(problem=problem, keys=(), num_tokens=0, rewards=(), is_failed=True, is_live=False)
-        for problem in failed
-        if problem.trusted_set is None
-    ]
+    nothing: dict[str, Any] = {"keys": (), "num_tokens": 0, "rewards": (), "is_failed": True, "is_live": False}
+    groups += [Group(problem=problem, **nothing) for problem in failed if problem.trusted_set is None]
     scores = joined_scores(measured)
     chooser = Chooser(config, num_rows)
     for part in measured:

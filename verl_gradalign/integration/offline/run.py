@@ -34,13 +34,7 @@ from verl_gradalign.integration.checks import check_data, check_verl_config, rea
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.offline.results import write_results
 from verl_gradalign.integration.offline.store import Measured, ScoringStore
-from verl_gradalign.integration.offline.task import (
-    Checkpoint,
-    ScoringTask,
-    check_task,
-    find_checkpoint,
-    verl_overrides,
-)
+from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint, verl_overrides
 from verl_gradalign.integration.offline.trainer import check_scoring
 from verl_gradalign.integration.run_identity import installed_versions
 from verl_gradalign.selection.state_file import flat
@@ -105,6 +99,7 @@ def run_scoring(
 def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
     """Return everything that must be the same for a scoring to be resumed, by dotted key."""
     config = read_config(verl_config)
+    sets = config.validation.trusted_sets()
     reward = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
     names = [f"{part}.{key}" for part, keys in DECISIVE.items() for key in keys.split()]
     decisive = {name: OmegaConf.select(verl_config, name) for name in names}
@@ -118,10 +113,7 @@ def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
     return flat(
         {
             "pool": _fingerprints(task.pool),
-            "trusted": {
-                s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)}
-                for s in config.validation.trusted_sets()
-            },
+            "trusted": {s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)} for s in sets},
             # Size and time: hashing weights would take minutes.
             "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
             "reward": {"file": _fingerprints([reward] if reward and Path(reward).is_file() else [])},
@@ -155,9 +147,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         with contextlib.redirect_stdout(io.StringIO()), composing():
             return validate(compose_run(overrides))
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise ValueError(
-            f"verl does not take this configuration: {error}. Remedy: mend what stands after --."
-        ) from None
+        why = f"verl does not take this configuration: {error}. Remedy: mend what stands after --."
+        raise ValueError(why) from None
 
 
 def _check(task: ScoringTask, verl_config: DictConfig, checkpoint: Checkpoint | None) -> GradAlignConfig:
@@ -239,16 +230,12 @@ def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, An
 
 
 def _require_success(returncode: int, log_path: Path) -> None:
+    """Raise RuntimeError with verl's last lines: its own if they tell an error, as workers go on talking after it."""
     if returncode:
+        lines = log_path.read_text(errors="replace").splitlines()
+        own = [line for line in lines if not line.startswith(OF_A_WORKER)]
+        is_told = any(AN_ERROR.match(line) for line in own[-TAIL_LINES:])
         raise RuntimeError(
             f"verl failed (exit {returncode}); its whole output is in {log_path}, and the same command resumes from "
-            f"what is done\n{_end_of(log_path.read_text(errors='replace'))}"
+            "what is done\n" + "\n".join((own if is_told else lines)[-TAIL_LINES:])
         )
-
-
-def _end_of(output: str) -> str:
-    """Return verl's last lines: its own if they tell an error, as workers go on talking after it; else all of them."""
-    lines = output.splitlines()
-    own = [line for line in lines if not line.startswith(OF_A_WORKER)]
-    is_told = any(AN_ERROR.match(line) for line in own[-TAIL_LINES:])
-    return "\n".join((own if is_told else lines)[-TAIL_LINES:])
