@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a bad value is refused: with the key, the value, the rule and the remedy."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 

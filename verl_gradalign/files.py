@@ -5,8 +5,6 @@ with replacing(Path("state.npz")) as unfinished:
     np.savez(unfinished.open("wb"), **arrays)
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -17,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-__all__ = ["atomic_folder", "file_fingerprint", "hash_file", "replace_file", "replacing", "without_nan"]
 
 HASH_CHUNK_BYTES = 1 << 20
 

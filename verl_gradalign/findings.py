@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Findings: what was inspected, how it stands, and what to change. The doctor and the report collect them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-__all__ = ["GOOD", "LEVELS", "NOTE", "PROBLEM", "VERDICTS", "WATCH", "Finding", "Findings"]
 
 LEVELS = ("ok", "note", "warning", "error")
 """Of the doctor. ok: as it should be; note: good to know; warning: may go wrong; error: will go wrong."""

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-
-__all__ = ["markdown_table"]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], is_right: bool = False) -> str:

@@ -5,14 +5,10 @@ All appear as `gradalign/<name>` in every logger of verl, and in the `metrics` t
 refuses a name that is not in the catalogue; recipes/how_to/metrics.md is made of it (`make docs`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-
-__all__ = ["CATALOGUE", "PREFIX", "Metric", "metric_of", "named"]
 
 PREFIX = "gradalign/"
 

@@ -6,8 +6,6 @@ and without `gradalign` in the configuration none of the hooks changes what verl
 (it logs them at debug level), so failures are reported here, as errors.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 import os

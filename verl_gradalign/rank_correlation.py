@@ -4,14 +4,10 @@
 Shape legend: P problems.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
-
-__all__ = ["MIN_RANKED", "spearman", "spearman_brown"]
 
 MIN_RANKED = 3
 """Problems below which a rank correlation says nothing."""

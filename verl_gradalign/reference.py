@@ -7,8 +7,6 @@ fields; recipes/how_to/metrics.md of `metrics.CATALOGUE`. `make docs` is
     python -m verl_gradalign.reference
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json
@@ -25,8 +23,6 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.files import replace_file
 from verl_gradalign.markdown import markdown_table
 from verl_gradalign.metrics import CATALOGUE, PREFIX
-
-__all__ = ["Block", "Key", "blocks_of", "choices_of_keys", "configuration_page", "field_texts", "metrics_page", "pages"]
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -3,8 +3,6 @@
 
 import importlib.metadata
 
-__all__ = ["installed_versions", "version_of"]
-
 NOTED_PACKAGES = ("verl", "verl-gradalign", "torch", "transformers", "ray", "TransferQueue", "numpy", "vllm", "sglang")
 
 

@@ -9,8 +9,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["app", "numbers_table", "refusals_as_messages", "say", "whole_numbers"]
-
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
 

@@ -9,16 +9,12 @@ between GPUs (which makes `backward` slower than its operations say), verl's log
 response, weight transfer to the rollout, rewards, validation and checkpoints.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
 from verl_gradalign.cost.passes import forward, memory_of, score, update
 from verl_gradalign.cost.setting import Setting
 from verl_gradalign.errors import refuse
-
-__all__ = ["Cost", "estimate"]
 
 BYTES_PER_ROLLOUT_TOKEN = 48
 """Of the trainer's memory: ids, positions, masks and prompts or responses in int64, log-probs and scores in float32."""

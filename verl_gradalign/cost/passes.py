@@ -12,12 +12,8 @@ the compute dtype; the rollout sleeps. Left out are the allocator's fragmentatio
 rollout engine keeps while it sleeps; leave a tenth of the GPU for those.
 """
 
-from __future__ import annotations
-
 from verl_gradalign.cost.setting import ModelShape, Setting
 from verl_gradalign.probe.sizes import CHUNK_ELEMENTS, MAX_GRADIENT_ELEMENTS, fastest_form
-
-__all__ = ["forward", "memory_of", "score", "update"]
 
 FULL = 4
 """Bytes of a number of the parameters, gradients, moments and the direction."""

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 from verl_gradalign.config import ESTIMATORS
 from verl_gradalign.errors import refuse
 
-__all__ = ["ModelShape", "PRESETS", "Setting", "shape_of"]
-
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda value: value >= 0, "must be 0 or more")

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Costs as tables of text: one model over numbers of GPUs, or several models side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from verl_gradalign.cost.estimate import Cost
 from verl_gradalign.cost.setting import Setting
-
-__all__ = ["GPU_SHARE", "Table", "assumptions", "tables_of"]
 
 GPU_SHARE = 0.9
 """Of a GPU's memory that is planned with; the rest is for what passes.py leaves out."""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP engines on a CPU. FSDP2 runs as it is; FSDP1 needs one check of torch out of its way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any

@@ -6,8 +6,6 @@ weight pushes from the training workers. It does not shard a model and has no pa
 verl's asynchronous trainers abort what runs before they push weights; a client then asks again with the tokens it has.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import threading

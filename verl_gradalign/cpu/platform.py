@@ -5,8 +5,6 @@ It answers verl's questions about a device with those of a CPU. Ray's resource s
 accelerators by that name: start Ray with as many logical GPUs as there are ranks (`configs/platform/cpu.yaml`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType

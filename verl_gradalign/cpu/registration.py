@@ -5,8 +5,6 @@ Registrations in verl's own registries and one shim (`_use_gloo`), each done whe
 the registry. The engines bring further shims (`engines.py`), and vLLM's CPU build one (`_keep_weight_loaders`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType

@@ -7,8 +7,6 @@
 Every refusal becomes a finding, so that one look shows all that is wrong. No Ray, no worker, no weights.
 """
 
-from __future__ import annotations
-
 import logging
 import netrc
 import os
@@ -34,8 +32,6 @@ from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.versions import version_of
-
-__all__ = ["examine_configuration", "examine_trainer_mode"]
 
 AREA = "configuration"
 WANDB_HOST = "api.wandb.ai"

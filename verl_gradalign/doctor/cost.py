@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of a composed configuration costs, against what the machine has."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +16,6 @@ from verl_gradalign.doctor.model import ExaminedModel
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.selection.scores import score_of
-
-__all__ = ["examine_cost", "setting_of", "total_steps"]
 
 AREA = "cost"
 RESPONSE_SHARE = 0.5

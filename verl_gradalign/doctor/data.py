@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trusted sets and the train files: how many, how long, how noisy, and whether their rewards can be computed."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import statistics
@@ -19,8 +17,6 @@ from verl.utils.reward_score import default_compute_score
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.findings import Findings
 from verl_gradalign.selection.scores import score_of
-
-__all__ = ["ExaminedData", "examine_data"]
 
 MAX_TOKENISED = 1000
 """Rows of a file that are tokenised."""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine: versions of packages, GPUs, memory and limits of the system."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import resource
@@ -17,8 +15,6 @@ from packaging.specifiers import SpecifierSet
 
 from verl_gradalign.findings import Findings
 from verl_gradalign.versions import version_of
-
-__all__ = ["Machine", "asks_for_cpu", "examine_environment"]
 
 PYTHON = SpecifierSet(">=3.10,<3.13")
 REQUIRED = {

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the estimator can score the model: built on the meta device from its config alone, without any weight."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,8 +15,6 @@ from verl_gradalign.findings import Findings
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
 from verl_gradalign.selection.scores import score_of
-
-__all__ = ["ExaminedModel", "examine_model"]
 
 AREA = "model"
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}

@@ -9,8 +9,6 @@ Leaves in the output folder: results.csv, summary.md, four figures, and runs/<me
 the selection log and the console output.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -28,8 +26,6 @@ from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_ov
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.files import atomic_folder
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
-
-__all__ = ["Comparison", "compare", "cpu_environment"]
 
 POLL_S = 1.0
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -4,8 +4,6 @@
 row = summarise_run("outputs/quickstart/cosine", pool="outputs/quickstart/data/pool.parquet")
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

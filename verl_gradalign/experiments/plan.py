@@ -5,16 +5,12 @@ for run in plan_runs("unreliable_mini", methods=METHODS, seeds=[0, 1, 2], output
     run.folder, run.overrides
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_gradalign.selection.scores import SCORES
 from verl_gradalign.toy.regimes import MINIATURES
-
-__all__ = ["DONE", "FILTER_GROUPS", "METHODS", "PUBLISHED", "RunPlan", "method_overrides", "plan_runs"]
 
 DONE = "done"
 """Name of the file that marks a run's folder as complete."""

@@ -5,8 +5,6 @@ table = collect(runs)  # a row per run and step
 write_csv(table, "results.csv")
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from verl_gradalign.experiments.metrics_file import accuracies, held_out_accurac
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.markdown import markdown_table
 from verl_gradalign.toy.regimes import MINIATURES
-
-__all__ = ["MethodSummary", "collect", "curve", "draw_figures", "summarise", "write_csv", "write_markdown"]
 
 SHARE = "experiment/share/"
 TESTED = "tested"

@@ -4,8 +4,6 @@
 Every message names the key, its value and the remedy.
 """
 
-from __future__ import annotations
-
 import logging
 import unicodedata
 from collections.abc import Callable, Iterable

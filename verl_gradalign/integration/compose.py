@@ -5,8 +5,6 @@ with composing():
     config = validate(compose_run(["+gradalign=cosine", ...]))
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,8 +14,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
-
-__all__ = ["compose_run", "composing", "validate"]
 
 
 def composing() -> AbstractContextManager[Any]:

@@ -7,8 +7,6 @@ chooses the rows, and replaces the loss by a sum of token coefficients times log
 Shape legend: R rows, T response tokens, N positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The problems between trainer and sampler: sent to the rollout, not yet taken for a selection."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from verl_gradalign.selection.groups import Problem

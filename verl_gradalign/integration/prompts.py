@@ -4,8 +4,6 @@
 Rows are read when they are asked for, in the trainer's process: nothing is prefetched past a decision.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ Trusted problems, and candidates for an estimator that works on all ranks togeth
 candidates stay whole on one rank, unless they are larger than a micro-batch.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

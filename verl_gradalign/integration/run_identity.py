@@ -6,8 +6,6 @@
 `latest_checkpointed_iteration.txt`, which makes the checkpoint the one to resume from.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes
 `sampler_kwargs`: `poll_interval_s`, how often running rollouts are looked at; `filter_groups_metric`, DAPO's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ selector.note_reply(reply, step)                           # the actor's answer,
 choice = selector.choose(candidates, reply, draw, step)
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -6,8 +6,6 @@ checkpoints, validation) is verl's own. `gradalign` is synchronous; `gradalign_c
 groups while others are generated.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

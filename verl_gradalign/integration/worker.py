@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FSDP worker with more remote calls: check that a model can be scored, score problems, keep the direction."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@
 Shape legend: P candidates.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

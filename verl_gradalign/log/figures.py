@@ -9,8 +9,6 @@ Names in them come from outside (data sources, values of extra_info, runs): none
 Shape legend: P problems, S steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-__all__ = ["PALETTE", "alignments", "composition_over_time", "curves", "score_against_success", "thinned"]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24", "#4D4D4D")
 """Okabe and Ito's colours, distinguishable with any colour vision, without the yellow that is lost on white."""

@@ -24,8 +24,6 @@ import pyarrow.parquet as pq
 
 from verl_gradalign.files import replacing
 
-__all__ = ["Part", "PartedTable", "conform", "parts_of", "replace_table"]
-
 logger = logging.getLogger(__name__)
 
 # <table>-<step>.parquet, or <table>-<first step>-<last step>.parquet

@@ -4,8 +4,6 @@
 Shape legend: P candidates.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +29,6 @@ from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.groups import Group
-
-__all__ = ["RunNotes"]
 
 # Of verl's metrics those that the report reads.
 KEPT_METRICS = ("gradalign/", "timing_s/", "val-core/", "critic/score/mean", "response_length/mean", "actor/", "perf/")

@@ -4,8 +4,6 @@
 Shape legend: P candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,8 +11,6 @@ import numpy as np
 
 from verl_gradalign.log.selection_log import SAMPLES
 from verl_gradalign.selection.groups import Group
-
-__all__ = ["Problems", "ReadResponses", "best_and_worst", "choose_samples", "sample_columns"]
 
 ReadResponses = Callable[[list[str]], Sequence[Any]]
 """Gives the token ids of some keys, while the step's rows are still there."""

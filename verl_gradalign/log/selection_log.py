@@ -8,8 +8,6 @@ configuration and versions in its metadata.
     table = read_selection_log("checkpoints/project/run/gradalign")
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.log.parts import PartedTable, conform, parts_of
-
-__all__ = ["EXTRA", "FORMAT", "METADATA_KEY", "METRICS", "SAMPLES", "SCHEMA", "SelectionLog", "read_selection_log"]
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@
 Shape legend: P candidates, S steps.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +15,6 @@ from typing import Any
 import numpy as np
 
 from verl_gradalign.metrics import PREFIX
-
-__all__ = ["COLUMNS", "Pages"]
 
 COLUMNS = (
     *("kind", "step", "problem_id", "data_source", "score", "error", "success_rate", "reward"),

@@ -10,8 +10,6 @@ An approximate one reports its fidelity: the rank correlation with the exact dot
 Shape legend: P problems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -6,8 +6,6 @@
 Every rank makes the same call with its own share of the problems. Shape legend: P problems.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

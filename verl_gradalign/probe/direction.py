@@ -9,8 +9,6 @@ It does not decide which problems are trusted, nor when the direction is refresh
         direction_OI = gather(trainable_placements(engine.module)[0])        # collective
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

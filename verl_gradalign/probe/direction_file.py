@@ -9,8 +9,6 @@ No rank needs another's file, or another's disk. As with verl's weights, only th
 them. It does not decide when to save, nor where; and it does not store for which trusted set the direction was made.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import fields

@@ -7,8 +7,6 @@ Estimators and directions are written against this protocol only, so the same co
 Shape legend: R rows, T response tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

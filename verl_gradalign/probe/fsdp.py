@@ -9,8 +9,6 @@ during a pass the modules show temporary parameters.
     placements = trainable_placements(module)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

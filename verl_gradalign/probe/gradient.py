@@ -8,8 +8,6 @@ Works on plain modules, FSDP1 and FSDP2. It does not run passes and it does not 
         norms = [(name, parameter.grad.norm()) for name, parameter in trainable_parameters(module)]
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

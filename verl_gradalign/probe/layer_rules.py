@@ -12,8 +12,6 @@ Shape legend: N flattened positions, I input features, O output features, D norm
 R rows, P problems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -17,8 +17,6 @@ Shape legend: N positions of the micro-batch, T positions of a problem, S of a r
 B a block of output features, F = B * I, R rows, P problems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

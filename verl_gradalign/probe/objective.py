@@ -10,8 +10,6 @@ gradient of a problem is sum_t c_t grad log pi(y_t). It knows nothing of models,
 Shape legend: R responses, T response tokens (padded), N positions, V vocabulary, M chosen positions, C a chunk of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

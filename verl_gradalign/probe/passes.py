@@ -11,8 +11,6 @@ A norm needs all of a problem's tokens in one place, so problems are never cut.
 Shape legend: P problems, R rows of a problem or of a micro-batch, T response tokens.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@
 Shape legend: R rows of a pass, S tokens of prompt and response (padded), T response tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 

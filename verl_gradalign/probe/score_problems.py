@@ -8,8 +8,6 @@ scores = score_problems(model, trusted, candidates, temperature=1.0)
 best = scores.cosine_P.argsort(descending=True)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

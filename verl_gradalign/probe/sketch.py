@@ -16,8 +16,6 @@ Shape legend: N flattened positions, O output features (or tokens of the vocabul
 vector, K the rank, F = K * K, R rows, P problems, L parameter tensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -36,8 +34,6 @@ from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
 from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
-
-__all__ = ["sketch_gradients", "sketch_points", "sketched_scores"]
 
 REMEDY = "set gradalign.probe.pool_dots=exact"
 

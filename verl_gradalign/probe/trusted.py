@@ -10,8 +10,6 @@ how large gradients are there; every estimator works on the result unchanged, no
     direction = with_adam_metric(direction, engine, optimizer)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

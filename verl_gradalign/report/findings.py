@@ -8,8 +8,6 @@ One rule per topic: first what a run chose and what came of it, then how well an
 nothing of what was not measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import isnan
 
@@ -19,8 +17,6 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.findings import GOOD, NOTE, PROBLEM, VERDICTS, WATCH, Finding
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.visible_text import short
-
-__all__ = ["findings_of", "headline_of"]
 
 NOISE = 0.3
 """A reliability below which a ranking is mostly noise: under a third of its variance would come out again."""

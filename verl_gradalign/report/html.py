@@ -6,8 +6,6 @@ path = write_report(find_runs(["outputs"]), "report.html")
 The template gets tables, pictures and plain values by name; every text from outside is made visible here.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import uuid
@@ -27,8 +25,6 @@ from verl_gradalign.report.pictures import compared, pictures_of
 from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.visible_text import short, shown
-
-__all__ = ["render", "write_report"]
 
 MAX_RUNS_IN_FULL = 5
 MAX_TABLE_ROWS = 12

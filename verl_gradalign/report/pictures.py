@@ -4,8 +4,6 @@
 Shape legend: B bins of steps.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -23,8 +21,6 @@ from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.tallies import ValueTally
 from verl_gradalign.report.visible_text import short
-
-__all__ = ["Picture", "compared", "picture", "pictures_of"]
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values."""

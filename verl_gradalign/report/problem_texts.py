@@ -5,8 +5,6 @@ texts = problem_texts(reader, about, problem_ids)
 texts[17].prompt, texts[17].responses[0].text
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +17,6 @@ import pyarrow.parquet as pq
 from verl_gradalign.report.reader import LogReader
 from verl_gradalign.report.run import key_of
 from verl_gradalign.report.tallies import texts_of
-
-__all__ = ["ProblemText", "Response", "problem_texts"]
 
 MAX_RESPONSES = 4
 BATCH_ROWS = 2048

@@ -9,8 +9,6 @@
 It reads while the run goes on: parts that are merged meanwhile are found again, and no row is given twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +21,6 @@ import pyarrow.parquet as pq
 
 from verl_gradalign.log.parts import Part, parts_of
 from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
-
-__all__ = ["LogReader"]
 
 TABLES = {"selection": SCHEMA, "samples": SAMPLES, "metrics": METRICS}
 REQUIRED = {"selection": ("step", "problem_id"), "samples": ("step", "problem_id"), "metrics": ("step", "name")}

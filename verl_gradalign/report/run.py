@@ -5,8 +5,6 @@ run = read_run(find_runs([folder])[0])
 print(run.missing, run.steps.num_rows, len(run.suspects))
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re
@@ -20,8 +18,6 @@ from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report.reader import LogReader
 from verl_gradalign.report.suspicious import Suspects, find_suspects
 from verl_gradalign.report.tallies import Metrics, PointSample, ProblemSums, Rows, StepBins, StepTally, ValueTally
-
-__all__ = ["RunData", "RunFolder", "find_runs", "gaps_of", "key_of", "read_run"]
 
 MAX_GAPS = 4
 MAX_COLUMNS = 12

@@ -4,15 +4,11 @@
 print(json.dumps(summary_of(read_run(run))))
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from verl_gradalign.files import without_nan
 from verl_gradalign.report.findings import findings_of, headline_of
 from verl_gradalign.report.run import RunData
-
-__all__ = ["summary_of"]
 
 
 def summary_of(run: RunData) -> dict[str, Any]:

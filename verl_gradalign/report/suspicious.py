@@ -15,8 +15,6 @@ The 95% interval (Student's t) lies below zero: `negative`. It contains zero, bu
 Shape legend: P problems, M measured problems.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,6 @@ import numpy as np
 import pyarrow as pa
 
 from verl_gradalign.report.tallies import ProblemSums
-
-__all__ = ["Suspects", "find_suspects"]
 
 Z = 1.959964
 """Of a two-sided interval of 95%."""

@@ -25,8 +25,6 @@ import pyarrow.compute as pc
 
 from verl_gradalign.log.selection_log import EXTRA, SCHEMA
 
-__all__ = ["Metrics", "PointSample", "ProblemSums", "Rows", "StepBins", "StepTally", "ValueTally", "texts_of"]
-
 MAX_BINS = 400
 MAX_VALUES = 250
 MAX_METRICS = 3000

@@ -7,12 +7,8 @@ Escaping for HTML is the template's. The characters are a table, not Unicode's c
 holds joiners too, which emoji and Indic scripts need.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
-
-__all__ = ["Shown", "short", "shown", "visible"]
 
 INVISIBLE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f]"  # C0 but for tab and line feed

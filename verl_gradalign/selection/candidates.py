@@ -15,8 +15,6 @@ import numpy as np
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.types import Measurements
 
-__all__ = ["Candidates", "tabulate"]
-
 
 @dataclass(frozen=True)
 class Candidates:

@@ -7,8 +7,6 @@
 Shape legend: P candidates.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

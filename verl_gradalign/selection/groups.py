@@ -7,8 +7,6 @@ last output; where a session gave several trajectories, their derivatives and co
 Shape legend: P problems, R responses.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ import torch
 from torch import Tensor
 
 from verl_gradalign.types import Measurements, ProblemScores
-
-__all__ = ["Group", "Problem", "halved", "keys_by_uid", "measurements", "natural_order", "session_of"]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@
 Shape legend: P problems of a selection, A all problems of the train files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
-
-__all__ = ["ProblemRecord"]
 
 
 class ProblemRecord:

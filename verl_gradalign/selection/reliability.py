@@ -12,8 +12,6 @@ advantages are centred over the whole group (tests/unit/test_reliability.py).
 Shape legend: P problems, R responses.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +20,6 @@ from verl_gradalign.config import ScoreOptions
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.selection.scores import Score
 from verl_gradalign.types import Measurements
-
-__all__ = ["Reliability", "half_of", "score_reliability"]
 
 
 @dataclass(frozen=True)

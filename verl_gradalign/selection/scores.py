@@ -17,8 +17,6 @@ Formulas: s_i = <g_i, v> / (|g_i| |v|); p_i = success rate; rho_i: `correlation`
 Shape legend: P problems, R responses.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -32,8 +30,6 @@ from torch import Tensor
 
 from verl_gradalign.config import ScoreOptions
 from verl_gradalign.types import Measurements, ratio
-
-__all__ = ["SCORES", "Score", "score_of"]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@
 Shape legend: P candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

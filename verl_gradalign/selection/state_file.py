@@ -8,8 +8,6 @@
 The file is a .npz archive: arrays as they are, everything else as one JSON text.
 """
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,8 +18,6 @@ from typing import Any
 import numpy as np
 
 from verl_gradalign.files import replacing
-
-__all__ = ["flat", "load_state", "read_identity", "require_same", "save_state"]
 
 FORMAT = 1
 TEXT = "text"

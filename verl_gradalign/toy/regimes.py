@@ -7,8 +7,6 @@ Each has the structure of a published regime: what is wrong with the pool, and w
     model = prepare_policy("outputs/policy")
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ summary.json; and the selection log in gradalign/, which `verl-gradalign report`
 step of training would make among the whole pool.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -34,8 +32,6 @@ from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog
 from verl_gradalign.metrics import named
 from verl_gradalign.selection.chooser import Chooser
 from verl_gradalign.selection.groups import Group, Problem
-
-__all__ = ["SCORES", "choose", "scores_table", "write_results"]
 
 STEP = 1
 """Of the selection log: there is one choice."""

@@ -7,8 +7,6 @@ verl is started as a process of its own, with its own entry point; its output go
 resumes a scoring that was interrupted, and writes the results at once where everything is scored.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import io
@@ -38,8 +36,6 @@ from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, che
 from verl_gradalign.integration.offline.trainer import check_scoring
 from verl_gradalign.integration.run_identity import installed_versions
 from verl_gradalign.selection.state_file import flat
-
-__all__ = ["identity_of", "run_scoring"]
 
 POLL_S = 0.5
 TERMINATION_S = 60

@@ -9,8 +9,6 @@ A file is complete or absent, so a scoring that was killed at any moment resumes
 rollout file holds whole groups, whichever finished first; groups that failed are not stored, so they are tried again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,8 +26,6 @@ from verl_gradalign.log.parts import replace_table
 from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.types import ProblemScores
-
-__all__ = ["OF_POOL", "ROLLOUTS", "Measured", "Member", "ScoringStore", "Unit", "joined_scores", "uid_of"]
 
 ROLLOUTS = pa.schema(
     [

@@ -6,8 +6,6 @@ check_task(task)
 overrides = verl_overrides(task, model, checkpoint=None)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +17,6 @@ import pyarrow.parquet as pq
 from verl_gradalign.config import CurriculumConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import score_of
-
-__all__ = ["Checkpoint", "ScoringTask", "check_task", "find_checkpoint", "num_kept", "verl_overrides"]
 
 RESPONSES_PER_CHUNK = 512
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")

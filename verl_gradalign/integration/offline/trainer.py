@@ -6,8 +6,6 @@ finish. Then the rollout sleeps, and the actor scores what was written, by the c
 that is in the folder (`store.py`) is not done again; what is kept is decided later (`results.py`).
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import deque

@@ -5,8 +5,6 @@ An estimator turns problems and a direction into `ProblemScores`. Add one by wri
 `ScoreEstimator` and naming it in `ESTIMATORS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -9,8 +9,6 @@ communication for each problem (two for one whose halves are distinguished). It 
 Shape legend: P problems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

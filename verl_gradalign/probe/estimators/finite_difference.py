@@ -9,8 +9,6 @@ of the log-probs' rounding over eps.
 Shape legend: R rows, T response tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

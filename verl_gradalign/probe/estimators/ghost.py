@@ -10,8 +10,6 @@ is communicated. Costs about as much as an update over the same tokens.
 Shape legend: P problems, R rows, T response tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

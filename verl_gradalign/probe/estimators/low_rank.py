@@ -10,8 +10,6 @@ matrix, and no gradient is formed, so there are no norms. |dot - dot_r| <= |g| |
 Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank, N positions, R rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

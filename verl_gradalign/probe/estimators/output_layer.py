@@ -7,8 +7,6 @@ output layer is seen.
     scores = OutputLayerEstimator().score(engine, candidates, direction)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
