@@ -21,16 +21,6 @@ from verl_gradalign.files import file_fingerprint
 from verl_gradalign.selection.state_file import read_identity, require_same
 from verl_gradalign.versions import installed_versions
 
-__all__ = [
-    "about_run",
-    "check_resume",
-    "direction_folder",
-    "identity",
-    "installed_versions",
-    "resume_folder",
-    "state_file",
-]
-
 logger = logging.getLogger(__name__)
 
 DECISIVE_OF_VERL = (

@@ -24,7 +24,7 @@ from verl_gradalign.files import replace_file, without_nan
 from verl_gradalign.integration.offline.store import OF_POOL, Measured, ScoringStore, joined_scores, uid_of
 from verl_gradalign.integration.offline.task import ScoringTask, num_kept
 from verl_gradalign.integration.prompts import UNKNOWN_SOURCE, ground_truth, prompt_text
-from verl_gradalign.integration.run_identity import about_run, installed_versions
+from verl_gradalign.integration.run_identity import about_run
 from verl_gradalign.log.columns import log_columns, selection_metrics
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.log.samples import choose_samples, sample_columns
@@ -32,6 +32,7 @@ from verl_gradalign.log.selection_log import METADATA_KEY, SelectionLog
 from verl_gradalign.metrics import named
 from verl_gradalign.selection.chooser import Chooser
 from verl_gradalign.selection.groups import Group, Problem
+from verl_gradalign.versions import installed_versions
 
 STEP = 1
 """Of the selection log: there is one choice."""

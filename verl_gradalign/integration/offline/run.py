@@ -34,8 +34,8 @@ from verl_gradalign.integration.offline.results import write_results
 from verl_gradalign.integration.offline.store import Measured, ScoringStore
 from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint, verl_overrides
 from verl_gradalign.integration.offline.trainer import check_scoring
-from verl_gradalign.integration.run_identity import installed_versions
 from verl_gradalign.selection.state_file import flat
+from verl_gradalign.versions import installed_versions
 
 POLL_S = 0.5
 TERMINATION_S = 60
