@@ -4,3 +4,5 @@
 import os
 
 os.environ["VERL_PLATFORM"] = "cpu"
+# Threads that wait for others must not burn the cores: on a busy machine a policy's warm-up takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

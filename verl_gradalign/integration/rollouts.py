@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of finished rollouts read from TransferQueue: keys in order, rewards, advantages, coefficients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,48 +43,49 @@ def read_groups(
     is_measured = is_scored and score_of(config.score).needs_gradients
     by_uid = keys_by_uid(batch.keys)
     tags = dict(zip(batch.keys, batch.tags, strict=True))
-    usable = {p.uid: by_uid[p.uid] for p in problems if p.uid in by_uid and p.uid not in failed}
+    groups = [_unread(p, by_uid.get(p.uid, []), tags, p.uid not in by_uid or p.uid in failed) for p in problems]
+    usable = {g.problem.uid: list(g.keys) for g in groups if not g.is_failed}
+    if not usable:
+        return groups
     keys = [key for members in usable.values() for key in members]
-    rewards: dict[str, tuple[float, ...]] = {}
-    live: set[str] = set()
-    per_key: dict[str, tuple[float, float]] = {}
-    split: dict[str, list[tuple[int, str]]] = {}
-    if keys:
-        fields = ["rm_scores", "response_mask", "input_ids"]
-        fields += ["values"] if is_measured and needs_values(config, verl_config) else []
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-        padded = data.to_padded_tensor()
-        row_rewards = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
-        ids = zip(keys, data["input_ids"].unbind(), strict=True)
-        content = {key: row.numpy().tobytes() + repr(row_rewards[key]).encode() for key, row in ids}
-        split = {uid: halved(members, content) for uid, members in usable.items()}
-        rewards = {uid: _response_rewards([key for _, key in split[uid]], row_rewards) for uid in usable}
-        if not is_measured:
-            # No advantages (they may need a critic's values), and nothing to store.
-            live = {uid for uid, values in rewards.items() if len(set(values)) > 1}
-        else:
-            advantage_RT = _advantages(padded, keys, config, verl_config)
-            coefficient_RT, live = _coefficients(padded, advantage_RT, usable, config, verl_config)
-            uniform = (_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT))
-            per_key = dict(zip(keys, zip(*uniform, strict=True), strict=True))
-            column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
-            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
-    ordered = {uid: [key for _, key in split[uid]] if uid in split else members for uid, members in by_uid.items()}
-    return [
-        Group(
-            problem=p,
-            keys=tuple(ordered.get(p.uid, ())),
-            num_tokens=sum(tags[key]["seq_len"] for key in by_uid.get(p.uid, ())),
-            rewards=rewards.get(p.uid, ()),
-            is_failed=p.uid not in usable,
-            is_live=p.uid in live,
-            advantages=tuple(per_key[key][0] for key in ordered.get(p.uid, ()) if key in per_key),
-            coefficients=tuple(per_key[key][1] for key in ordered.get(p.uid, ()) if key in per_key),
-            halves=tuple(half for half, _ in split.get(p.uid, ())),
-            num_response_tokens=sum(tags[key]["response_len"] for key in by_uid.get(p.uid, ())),
+    fields = ["rm_scores", "response_mask", "input_ids"]
+    fields += ["values"] if is_measured and needs_values(config, verl_config) else []
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+    padded = data.to_padded_tensor()
+    reward_of = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
+    ids = zip(keys, data["input_ids"].unbind(), strict=True)
+    content = {key: row.numpy().tobytes() + repr(reward_of[key]).encode() for key, row in ids}
+    uniform: dict[str, tuple[float, float]] = {}
+    live: set[str] | None = None
+    # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
+    if is_measured:
+        advantage_RT = _advantages(padded, keys, config, verl_config)
+        coefficient_RT, live = _coefficients(padded, advantage_RT, usable, config, verl_config)
+        columns = [_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT)]
+        uniform = dict(zip(keys, zip(*columns, strict=True), strict=True))
+        column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
+        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
+
+    def read(group: Group) -> Group:
+        halves, ordered = zip(*halved(group.keys, content), strict=True)
+        rewards = _response_rewards(ordered, reward_of)
+        return replace(
+            group,
+            keys=ordered,
+            halves=halves,
+            rewards=rewards,
+            is_live=len(set(rewards)) > 1 if live is None else group.problem.uid in live,
+            advantages=tuple(uniform[key][0] for key in ordered if uniform),
+            coefficients=tuple(uniform[key][1] for key in ordered if uniform),
         )
-        for p in problems
-    ]
+
+    return [group if group.is_failed else read(group) for group in groups]
+
+
+def _unread(problem: Problem, keys: Sequence[str], tags: Mapping[str, Any], is_failed: bool) -> Group:
+    """Return a group of which only the keys and their lengths are known."""
+    num_tokens, num_response_tokens = (sum(tags[key][name] for key in keys) for name in ("seq_len", "response_len"))
+    return Group(problem, tuple(keys), num_tokens, (), is_failed, False, num_response_tokens=num_response_tokens)
 
 
 def read_step(
