@@ -30,6 +30,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+# GNU OpenMP reads this when torch is imported: else its waiting threads spin, and slow a busy machine tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from transformers.utils.logging import disable_progress_bar
 
 from verl_gradalign.experiments.compare import cpu_environment

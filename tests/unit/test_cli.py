@@ -47,6 +47,14 @@ def test_help_imports_nothing_heavy():
     assert "prepare" in done.stdout
 
 
+def test_waiting_openmp_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
+    show = "import os, verl_gradalign.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert subprocess.check_output([sys.executable, "-c", show], text=True).strip() == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert subprocess.check_output([sys.executable, "-c", show], text=True).strip() == "ACTIVE"
+
+
 def test_prepare_writes_the_files_and_prints_what_is_in_them(gsm8k, tmp_path):
     result = prepare("--train", "gsm8k", "--trusted", "gsm8k:3", "--test", "gsm8k", "--from", f"gsm8k={gsm8k}",
                      "--corrupted-share", "0.5", "--output", tmp_path / "out")  # fmt: skip

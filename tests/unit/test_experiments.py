@@ -96,11 +96,11 @@ def test_runs_that_are_not_done_are_left_out(tmp_path):
 def test_the_summary_is_over_seeds(runs, tmp_path):
     cosine, random = summarise(collect(runs))
     assert (cosine.method, cosine.seeds) == ("cosine", (0, 1))
-    np.testing.assert_allclose(cosine.accuracy_S, [0.7, 0.8])
-    np.testing.assert_allclose(cosine.share_S, [0.5, 0.5])
-    np.testing.assert_allclose(cosine.first_share_S, [0.25, 0.25])
-    np.testing.assert_allclose(random.tokens_S, [200, 200])
-    assert np.isnan(random.direction_S).all()
+    np.testing.assert_allclose(cosine.values["accuracy"], [0.7, 0.8])
+    np.testing.assert_allclose(cosine.values["share"], [0.5, 0.5])
+    np.testing.assert_allclose(cosine.values["first_share"], [0.25, 0.25])
+    np.testing.assert_allclose(random.values["tokens"], [200, 200])
+    assert np.isnan(random.values["direction"]).all()
     write_markdown([cosine, random], tmp_path / "summary.md", "corrupted")
     text = (tmp_path / "summary.md").read_text()
     assert "| cosine | 75.0% (70.0% to 80.0%) | 50.0%" in text and "Seeds: 0, 1." in text

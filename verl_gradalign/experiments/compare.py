@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
@@ -176,13 +176,16 @@ def _watch(
 ) -> None:
     """Wait for the processes, showing every run that has begun; end the others when one fails."""
     total = progress.add_task("runs", total=len(runs))
-    bars: dict[Path, TaskID] = {}
+    bars = [progress.add_task(f"  {run.method}, seed {run.seed}", total=None, visible=False) for run in runs]
     try:
         while any(process.poll() is None for process, _ in processes):
             time.sleep(POLL_S)
             progress.update(total, completed=sum(run.is_done for run in runs))
-            for run in runs:
-                _show_steps(run, bars, progress)
+            for run, bar in zip(runs, bars, strict=True):
+                path = run.folder / "metrics.jsonl"
+                is_running = path.exists() and not run.is_done
+                num_steps = sum("timing_s/step" in m for _, m in read_metrics(path)) if is_running else 0
+                progress.update(bar, completed=num_steps, visible=is_running)
             if any(process.poll() for process, _ in processes):
                 break
     finally:
@@ -195,16 +198,3 @@ def _watch(
         if process.returncode:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")
-
-
-def _show_steps(run: RunPlan, bars: dict[Path, TaskID], progress: Progress) -> None:
-    """Show a run's steps while it lasts."""
-    path = run.folder / "metrics.jsonl"
-    if run.is_done:
-        if run.folder in bars:
-            progress.update(bars[run.folder], visible=False)
-    elif path.exists():
-        if run.folder not in bars:
-            bars[run.folder] = progress.add_task(f"  {run.method}, seed {run.seed}", total=None)
-        num_steps = sum("timing_s/step" in metrics for _, metrics in read_metrics(path))
-        progress.update(bars[run.folder], completed=num_steps)

@@ -61,50 +61,39 @@ def _family(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 
 
+SUMMARY: dict[str, tuple[str, Callable[[list[float]], Any]]] = {
+    "accuracy": (TESTED, itemgetter(-1)),  # at the last step, on what the trusted set is of
+    "share": ("share", np.mean),  # watched share of what was trained on, mean over the steps
+    "first_share": ("share", lambda values: np.mean(values[: max(1, round(len(values) / 4))])),  # of the steps
+    "seconds": ("seconds", itemgetter(-1)),
+    "tokens": ("tokens", itemgetter(-1)),
+    "direction": ("reliability/direction", np.mean),
+    "scores": ("reliability/scores", np.mean),
+}
+"""What is said of a run: the column of the table, and what becomes of its known values."""
+
+
 @dataclass(frozen=True)
 class MethodSummary:
-    """A method over its seeds. Every array has one value per seed, in the order of `seeds`; NaN: not measured."""
+    """A method over its seeds. Every name of SUMMARY has one value per seed, in their order; nan: not measured."""
 
     method: str
     seeds: tuple[int, ...]
-    accuracy_S: np.ndarray
-    """At the last step, on what the trusted set is of."""
-    share_S: np.ndarray
-    """Watched share of what was trained on, mean over the steps."""
-    first_share_S: np.ndarray
-    """The same over the first quarter of the steps."""
-    seconds_S: np.ndarray
-    tokens_S: np.ndarray
-    direction_S: np.ndarray
-    """Mean reliability of the direction."""
-    scores_S: np.ndarray
-    """Mean reliability of the scores."""
+    values: dict[str, np.ndarray]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
     """Return one summary per method, in order of appearance."""
-    methods = dict.fromkeys(str(row["method"]) for row in rows)
-    return [_summary(method, [row for row in rows if row["method"] == method]) for method in methods]
-
-
-def _summary(method: str, rows: Sequence[Mapping[str, Any]]) -> MethodSummary:
-    seeds = tuple(dict.fromkeys(int(row["seed"]) for row in rows))
-
-    def by_seed(column: str, of_known: Callable[[list[float]], Any]) -> np.ndarray:
-        known = [[r[column] for r in rows if r["seed"] == seed and r.get(column) is not None] for seed in seeds]
-        return np.array([float(of_known(values)) if values else np.nan for values in known])
-
-    return MethodSummary(
-        method=method,
-        seeds=seeds,
-        accuracy_S=by_seed(TESTED, itemgetter(-1)),
-        share_S=by_seed("share", np.mean),
-        first_share_S=by_seed("share", lambda values: np.mean(values[: max(1, round(len(values) / 4))])),
-        seconds_S=by_seed("seconds", itemgetter(-1)),
-        tokens_S=by_seed("tokens", itemgetter(-1)),
-        direction_S=by_seed("reliability/direction", np.mean),
-        scores_S=by_seed("reliability/scores", np.mean),
-    )
+    summaries = []
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        seeds = tuple(dict.fromkeys(int(row["seed"]) for row in mine))
+        values = {}
+        for name, (column, reduced) in SUMMARY.items():
+            known = [[r[column] for r in mine if r["seed"] == seed and r.get(column) is not None] for seed in seeds]
+            values[name] = np.array([float(reduced(of_seed)) if of_seed else np.nan for of_seed in known])
+        summaries.append(MethodSummary(method, seeds, values))
+    return summaries
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -122,10 +111,10 @@ def write_markdown(summaries: Sequence[MethodSummary], path: str | Path, watched
     rows = [
         [
             s.method,
-            *(_spread(values) for values in (s.accuracy_S, s.share_S, s.first_share_S)),
-            f"{_mean(s.direction_S)} / {_mean(s.scores_S)}",
-            f"{np.mean(s.tokens_S) / 1000:.0f}",
-            f"{np.mean(s.seconds_S):.0f}",
+            *(_spread(s.values[name]) for name in ("accuracy", "share", "first_share")),
+            f"{_mean(s.values['direction'])} / {_mean(s.values['scores'])}",
+            f"{np.mean(s.values['tokens']) / 1000:.0f}",
+            f"{np.mean(s.values['seconds']):.0f}",
         ]
         for s in summaries
     ]
