@@ -18,8 +18,16 @@ from tests.benchmarks.cases import BASE, build_model, draw_problems
 from tests.benchmarks.counting import peak_bytes
 from verl_gradalign.cli import app
 from verl_gradalign.config import DirectionConfig
-from verl_gradalign.cost import PRESETS, ModelShape, Setting, estimate, passes, shape_of
-from verl_gradalign.cost.passes import FULL, SHARDS_WHILE_MADE, pass_bytes, score, update
+from verl_gradalign.cost import PRESETS, ModelShape, Setting, estimate, shape_of
+from verl_gradalign.cost.estimate import (
+    FULL,
+    SHARDS_WHILE_MADE,
+    attention,
+    matmul_parameters,
+    pass_bytes,
+    score,
+    update,
+)
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
@@ -202,12 +210,12 @@ def test_the_calculator_loads_neither_torch_nor_verl():
 def test_operations_are_two_four_and_two_per_parameter():
     """Where attention is negligible: an update 6 N, with recomputing 8 N, ghost the same, two forward passes 4 N."""
     long = Setting(shape_of("7b"), prompt_tokens=1, response_tokens=2000)
-    n = passes.matmul_parameters(long.shape)
-    attention = passes.attention(long.shape, 2001)
-    assert update(long) == pytest.approx(8 * n + 4 * attention)
-    assert update(replace(long, has_checkpointing=False)) == pytest.approx(6 * n + 3 * attention)
+    n = matmul_parameters(long.shape)
+    once = attention(long.shape, 2001)
+    assert update(long) == pytest.approx(8 * n + 4 * once)
+    assert update(replace(long, has_checkpointing=False)) == pytest.approx(6 * n + 3 * once)
     assert score(long) == pytest.approx(update(long))
-    assert score(replace(long, estimator="finite_difference")) == pytest.approx(4 * n + 2 * attention)
+    assert score(replace(long, estimator="finite_difference")) == pytest.approx(4 * n + 2 * once)
     assert score(replace(long, estimator="backward")) == update(long)
     assert score(replace(long, estimator="low_rank")) / update(long) == pytest.approx(0.75, abs=0.02)
     assert score(replace(long, estimator="output_layer")) / update(long) < 0.35

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from verl_gradalign.cli import app
 from verl_gradalign.data.tasks import write_task_files
-from verl_gradalign.doctor.cost import _memory
 from verl_gradalign.doctor.data import AT_RESPONSES, RELIABILITY, reliability_of
 from verl_gradalign.doctor.machine import REQUIRED, Machine, examine_environment
+from verl_gradalign.doctor.model import _memory
 from verl_gradalign.findings import Finding, Findings
 from verl_gradalign.toy.model import build_tiny_model
 
@@ -166,6 +166,12 @@ def test_each_mistake_is_an_error_with_its_remedy(command, overrides, parts):
     text = " | ".join(f"{f['area']}: {f['message']}" for f in found)
     assert found and all(part in text for part in parts), text
     assert all(f["remedy"] for f in found), found
+
+
+def test_a_mandatory_key_without_a_value_is_named_once_with_its_usual_value(command):
+    (found,) = errors(command("actor_rollout_ref.rollout.name=???"))
+    assert found["message"].startswith("actor_rollout_ref.rollout.name has no value")
+    assert found["remedy"] == "set actor_rollout_ref.rollout.name=vllm"
 
 
 def test_a_reward_function_of_ones_own_that_is_not_written_yet_is_called_by_its_error(command, tmp_path):

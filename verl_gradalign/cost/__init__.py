@@ -3,7 +3,7 @@
 
 from verl_gradalign.cost import Setting, estimate, shape_of
 
-estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).flops_ratio
+estimate(Setting(shape_of("7b"), num_gpus=8, oversample=4)).ratios["flops"]
 """
 
 from verl_gradalign.cost.estimate import Cost, estimate

@@ -8,7 +8,7 @@ from verl_gradalign.cost.estimate import Cost
 from verl_gradalign.cost.setting import Setting
 
 GPU_SHARE = 0.9
-"""Of a GPU's memory that is planned with; the rest is for what passes.py leaves out."""
+"""Of a GPU's memory that is planned with; the rest is for what estimate.py leaves out."""
 Row = tuple[str, ...]
 
 
@@ -91,12 +91,12 @@ def _of_machine(costs: Sequence[Cost], gpu_gb: float | None) -> Table:
 def _of_models(costs: Sequence[Cost]) -> Table:
     """Return operations of a step, by model."""
     header = ("model", "parameters", "rollout", "direction", "scores", "log-probs", "update", "all", "without", "ratio")
-    rows = {}
-    for cost in costs:
+    rows = []
+    for cost in {cost.setting.shape.name: cost for cost in costs}.values():  # the same on any number of GPUs
         shape, sums = cost.setting.shape, (sum(cost.flops.values()), sum(cost.plain.values()))
         numbers = (_short(operations / 1e15) for operations in (*cost.flops.values(), *sums))
-        rows[shape.name] = (shape.name, f"{shape.num_parameters / 1e9:.2f} B", *numbers, f"{cost.ratios['flops']:.2f}")
-    return Table("PFLOP of a mean step", header, list(rows.values()))
+        rows.append((shape.name, f"{shape.num_parameters / 1e9:.2f} B", *numbers, f"{cost.ratios['flops']:.2f}"))
+    return Table("PFLOP of a mean step", header, rows)
 
 
 def _of_models_memory(costs: Sequence[Cost], gpu_gb: float | None) -> Table:

@@ -22,10 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.cost import Cost
-from verl_gradalign.doctor.cost import examine_cost, total_steps
 from verl_gradalign.doctor.data import examine_data
 from verl_gradalign.doctor.machine import Machine, asks_for_cpu
-from verl_gradalign.doctor.model import examine_model
+from verl_gradalign.doctor.model import examine_cost, examine_model, total_steps
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
@@ -34,7 +33,6 @@ from verl_gradalign.selection.scores import score_of
 from verl_gradalign.versions import version_of
 
 AREA = "configuration"
-WANDB_HOST = "api.wandb.ai"
 
 
 def examine_trainer_mode(findings: Findings) -> None:
@@ -79,10 +77,9 @@ def examine_configuration(
         _check_steps(verl_config, config, data.num_problems, findings)
     if model is None or data is None:
         return None
-    cost: Cost | None = None
     with findings.refusals("cost"):
-        cost = examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
-    return cost
+        return examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
+    return None
 
 
 def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:
@@ -97,8 +94,8 @@ def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None
     # Elsewhere verl has mandatory keys that matter only where their part is switched on.
     missing = sorted(OmegaConf.missing_keys(config.actor_rollout_ref))
     for key in missing:
-        remedy = f"set actor_rollout_ref.{key}" + ("=vllm" if key == "rollout.name" else "")
-        findings.add(AREA, "error", f"actor_rollout_ref.{key} has no value, and verl has no default for it", remedy)
+        remedy = f"set {key}" + ("=vllm" if key == "actor_rollout_ref.rollout.name" else "")
+        findings.add(AREA, "error", f"{key} has no value, and verl has no default for it", remedy)
     return None if missing else config
 
 
@@ -179,7 +176,7 @@ def _check_logging(verl_config: DictConfig, findings: Findings) -> None:
 
 def _has_wandb_login() -> bool:
     try:
-        return WANDB_HOST in netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").hosts
+        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").hosts
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -207,11 +204,9 @@ def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
 
 
 def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems: int, findings: Findings) -> None:
-    trainer, batch, steps = (
-        verl_config.trainer,
-        verl_config.data.train_batch_size,
-        total_steps(verl_config, num_problems),
-    )
+    """Say how many steps the problems make, or that they make none."""
+    trainer, batch = verl_config.trainer, verl_config.data.train_batch_size
+    steps = total_steps(verl_config, num_problems)
     if steps < 1:
         text = f"{num_problems} problems make no batch of data.train_batch_size={batch}"
         findings.add("train files", "error", text, "lower data.train_batch_size")
