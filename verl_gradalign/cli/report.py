@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verl-gradalign report`: one HTML file on what was selected, how reliably, at what price."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
+from rich.markup import escape
 from typer import Argument, Option
 
 from verl_gradalign.cli.app import app, refusals_as_messages, say
@@ -36,10 +38,6 @@ def report(
     top: Annotated[int, Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
 ) -> None:
     """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems."""
-    import json
-
-    from rich.markup import escape
-
     from verl_gradalign.report.html import write_report
     from verl_gradalign.report.run import find_runs, read_run
     from verl_gradalign.report.summary import summary_of
@@ -60,7 +58,6 @@ def report(
         for line in run.missing:
             say(console, visible(f"{run.name}: {line}"), style="yellow")
     size = path.stat().st_size
-    runs_made = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    say(console, f"wrote {path} ({size / 1e6:.2f} MB, {runs_made})")
+    say(console, f"wrote {path} ({size / 1e6:.2f} MB, {len(runs)} run{'' if len(runs) == 1 else 's'})")
     if as_json:
         print(json.dumps({"report": str(path), "bytes": size, "runs": [summary_of(run) for run in runs]}, indent=1))

@@ -62,19 +62,16 @@ def plan_runs(regime: str, methods: Sequence[str], seeds: Sequence[int], output:
     return [RunPlan(regime, m, seed, output / "runs" / m / f"seed-{seed}") for seed in seeds for m in methods]
 
 
-def method_overrides(method: str) -> list[str]:
-    """Return the overrides that choose problems in this way; they stand in front of +regime=..., which may add."""
-    if method == FILTER_GROUPS:
-        return ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward"]
-    return [f"+gradalign={method}"]
-
-
 def miniature_overrides(run: RunPlan, data: Path, policy: Path) -> list[str]:
     """Return the overrides of a miniature's run on verl's entry point, on the CPU."""
+    of_method = [f"+gradalign={run.method}"]
     of_selection = [f"gradalign.seed={run.seed}", f"gradalign.validation.files={data / 'trusted.parquet'}"]
+    if run.method == FILTER_GROUPS:
+        of_method = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward"]
+        of_selection = []
     return [
         "+platform=cpu",
-        *method_overrides(run.method),
+        *of_method,  # in front of the regime, which may add to it
         f"+regime={run.regime}",
         f"data.train_files={data / 'pool.parquet'}",
         f"data.val_files={data / 'test.parquet'}",
@@ -82,5 +79,5 @@ def miniature_overrides(run: RunPlan, data: Path, policy: Path) -> list[str]:
         f"actor_rollout_ref.model.path={policy}",
         f"trainer.default_local_dir={run.folder}",
         f"trainer.experiment_name={run.regime}-{run.method}-seed{run.seed}",
-        *([] if run.method == FILTER_GROUPS else of_selection),
+        *of_selection,
     ]

@@ -57,12 +57,16 @@ class Pages:
 
     def publish(self, wandb: Any, step: int) -> None:
         """Log the table and the figures to the run that is open in `wandb`, and begin anew."""
+        from PIL import Image
+
         pages: dict[str, Any] = {}
         if self._rows:
             rows = [[_plain(row[name]) for name in COLUMNS] for row in self.table()]
             pages[PREFIX + "problems"] = wandb.Table(columns=list(COLUMNS), data=rows)
         for name, figure in self.figures().items():
-            pages[f"{PREFIX}figures/{name}"] = wandb.Image(_picture(figure))
+            buffer = io.BytesIO()  # as a picture: wandb takes figures of pyplot only
+            figure.savefig(buffer, format="png", dpi=110)
+            pages[f"{PREFIX}figures/{name}"] = wandb.Image(Image.open(buffer))
         if pages:
             wandb.log(pages, step=step)
         self._rows.clear()
@@ -96,15 +100,6 @@ class Pages:
             shares = {n.removeprefix(start): (over_steps(f"{n}/pool"), over_steps(f"{n}/kept")) for n in sorted(names)}
             figures["composition"] = composition_over_time(np.array(steps), shares)
         return figures
-
-
-def _picture(figure: Any) -> Any:
-    """Return the figure as a picture: wandb takes figures of pyplot only."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return Image.open(buffer)
 
 
 def _plain(value: Any) -> Any:
