@@ -3,7 +3,8 @@
 
 path = write_report(find_runs(["outputs"]), "report.html")
 
-The template gets tables, pictures and plain values by name; every text from outside is made visible here.
+The template gets tables, pictures and plain values by name. Every text from outside is made visible, by `short` and
+`shown`: here, or in the template where it is a problem's.
 """
 
 import importlib.metadata
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,6 @@ def render(runs: Sequence[RunData], top: int = 30) -> str:
     num_shown = sum(min(top, len(run.suspects)) for run in in_full)
     # Four bytes hold a character of any language.
     fair_share = TEXT_BYTES // (4 * TEXTS_PER_PROBLEM * max(1, num_shown))
-    text_chars = min(MOST_CHARS, max(LEAST_CHARS, fair_share))
     environment = Environment(
         loader=PackageLoader("verl_gradalign.report"),
         autoescape=True,
@@ -83,8 +84,10 @@ def render(runs: Sequence[RunData], top: int = 30) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    most = min(MOST_CHARS, max(LEAST_CHARS, fair_share))
+    environment.filters |= {"short": short, "shown": partial(shown, most=most)}
     return environment.get_template("report.html.j2").render(
-        pages=[_page(run, number, top, text_chars) for number, run in enumerate(in_full, start=1)],
+        pages=[_page(run, number, top) for number, run in enumerate(in_full, start=1)],
         comparison=_comparison_table(runs) if len(runs) > 1 else None,
         compared=compared(runs) if len(runs) > 1 else [],
         num_runs=len(runs),
@@ -106,8 +109,8 @@ def write_report(
     return path
 
 
-def _page(run: RunData, number: int, top: int, text_chars: int) -> dict[str, Any]:
-    """Return everything of one run. `top`: suspicious problems shown; `text_chars`: what their texts are cut to."""
+def _page(run: RunData, number: int, top: int) -> dict[str, Any]:
+    """Return everything of one run. `top`: suspicious problems shown."""
     verdict, headline = headline_of(run)
     return {
         "anchor": f"run-{number}",
@@ -123,7 +126,7 @@ def _page(run: RunData, number: int, top: int, text_chars: int) -> dict[str, Any
         "reasons": _reasons_table(run),
         "costs": _cost_table(run),
         "suspects": run.suspects,
-        "shown_suspects": _suspects(run, top, text_chars),
+        "shown_suspects": _suspects(run, top),
     }
 
 
@@ -206,26 +209,12 @@ def _cost_table(run: RunData) -> Table | None:
     return Table(("stage", "s / step", "share", ""), rows, f"Mean of {num_steps:,} steps: {step_s:,.1f} s each.", bars)
 
 
-def _suspects(run: RunData, top: int, text_chars: int) -> list[dict[str, Any]]:
-    """Return the suspicious problems with their texts; None: not known."""
+def _suspects(run: RunData, top: int) -> list[dict[str, Any]]:
+    """Return the suspicious problems with their texts."""
     rows = run.suspects.table.slice(0, top).to_pylist()
     texts = problem_texts(run.reader, run.about, [row["problem_id"] for row in rows])
-
-    def cut(text: str | None) -> Any:
-        return None if text is None else shown(text, text_chars)
-
     return [
-        {
-            **row,
-            "data_source": short(row["data_source"]),
-            "success_rate": _number(row["success_rate"], ".0%"),
-            "prompt": cut(text.prompt),
-            "answer": cut(text.answer),
-            "origin": short(text.origin, 300) if text.origin else "",
-            "responses": [response._asdict() | {"text": cut(response.text)} for response in text.responses],
-        }
-        for row in rows
-        for text in [texts[row["problem_id"]]]
+        row | {"success_rate": _number(row["success_rate"], ".0%"), "texts": texts[row["problem_id"]]} for row in rows
     ]
 
 

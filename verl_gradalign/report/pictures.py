@@ -33,10 +33,7 @@ MAX_CURVES = 8
 AGE = "gradalign/direction/age"
 RELIABILITIES = {"scores": "gradalign/reliability/scores", "direction": "gradalign/reliability/direction"}
 SECONDS = {"whole step": "timing_s/step"} | {s: f"gradalign/seconds/{s}" for s in ("rollout", "selection", "update")}
-SHARES = {
-    "selection itself": "gradalign/seconds/share_of_step",
-    "with unused rollouts": "gradalign/cost/share_of_step",
-}
+SHARES = {"selection itself": "gradalign/seconds/share_of_step", "with unused rollouts": "gradalign/cost/share_of_step"}
 
 
 @dataclass(frozen=True)
@@ -161,21 +158,15 @@ def _compositions(run: RunData) -> list[Picture]:
 
 def _shares_over_time(tally: ValueTally) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Return steps, and by value the shares of candidates and of kept ones; rare values are put together."""
-    counts = [tally.counts(of_kept) for of_kept in (False, True)]
-    totals = [np.sum(list(count.values()), axis=0) for count in counts]
-    is_there_B = totals[0] > 0
-    names = list(counts[0])
-    groups = {short(name, 60): [name] for name in names[:MAX_VALUES]}
+    names = [short(name, 60) for name in tally.counts(False)]
+    counts = np.stack([list(tally.counts(of_kept).values()) for of_kept in (False, True)])
     if len(names) > MAX_VALUES:
-        groups[f"{len(names) - MAX_VALUES} others"] = names[MAX_VALUES:]
-    shares = {}
-    for label, members in groups.items():
-        pool, kept = (
-            np.where(total > 0, np.sum([count[m] for m in members], axis=0) / np.maximum(total, 1), np.nan)[is_there_B]
-            for count, total in zip(counts, totals, strict=True)
-        )
-        shares[label] = (pool, kept)
-    return tally.bins.steps[is_there_B], shares
+        names[MAX_VALUES:] = [f"{len(names) - MAX_VALUES} others"]
+        counts = np.concatenate([counts[:, :MAX_VALUES], counts[:, MAX_VALUES:].sum(1, keepdims=True)], 1)
+    totals = counts.sum(1, keepdims=True)
+    is_there_B = totals[0, 0] > 0
+    pool, kept = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)[..., is_there_B]
+    return tally.bins.steps[is_there_B], dict(zip(names, zip(pool, kept, strict=True), strict=True))
 
 
 def _problems(run: RunData) -> list[Picture]:

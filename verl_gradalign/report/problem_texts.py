@@ -8,6 +8,7 @@ texts[17].prompt, texts[17].responses[0].text
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,36 +84,30 @@ def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
 
 def _rows_of_train_files(about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[int, str, str, str]]:
     """Yield (problem_id, prompt, answer, file) of the problems that the train files, as they are now, still have."""
-    files = key_of(about, "data.train_files", [])
+    files = key_of(about, "data.train_files", []) if wanted else []
     prompt_key = key_of(about, "data.prompt_key", "prompt")
-    first = 0
-    for name in [files] if isinstance(files, str) else list(files):
-        path = Path(str(name)).expanduser()
-        if not wanted or not path.is_file():
-            return  # without its number of rows, those of later files have unknown ids
-        last = first
-        try:
-            for last, row in enumerate(_rows_of(path, prompt_key, {w - first for w in wanted}), start=first):
-                if row is not None:
-                    yield last, *_texts_of_row(row, prompt_key), str(path)
-        except (OSError, ValueError, pa.ArrowException):
-            return
-        first = last + 1
+    ids = count()
+    try:
+        for name in [files] if isinstance(files, str) else list(files):
+            path = Path(str(name)).expanduser()
+            for row, problem_id in zip(_rows_of(path, prompt_key), ids, strict=False):
+                if problem_id in wanted:
+                    read = json.loads(row) if isinstance(row, str) else row.to_pylist()[0]
+                    yield problem_id, *_texts_of_row(read, prompt_key), str(path)
+    except (OSError, ValueError, pa.ArrowException):
+        return  # without its number of rows, those of later files have unknown ids
 
 
-def _rows_of(path: Path, prompt_key: str, wanted: set[int]) -> Iterator[Mapping[str, Any] | None]:
-    """Yield every row of a file, None where it is not wanted."""
+def _rows_of(path: Path, prompt_key: str) -> Iterator[str | pa.RecordBatch]:
+    """Yield every row of a file, not yet read: a line of JSON, or a batch of one row."""
     if path.suffix != ".parquet":
         with path.open(encoding="utf-8", errors="replace") as lines:
-            yield from (json.loads(line) if place in wanted else None for place, line in enumerate(lines))
+            yield from lines
         return
     file = pq.ParquetFile(path)
     columns = [name for name in (prompt_key, "reward_model") if name in file.schema_arrow.names]
-    place = 0
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-        for row in range(len(batch)):
-            yield batch.slice(row, 1).to_pylist()[0] if place + row in wanted else None
-        place += len(batch)
+        yield from (batch.slice(row, 1) for row in range(len(batch)))
 
 
 def _texts_of_row(row: Mapping[str, Any], prompt_key: str) -> tuple[str, str]:

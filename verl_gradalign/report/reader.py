@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verl_gradalign.log.parts import Part, parts_of
+from verl_gradalign.log.parts import Part, conform, parts_of
 from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
 
 TABLES = {"selection": SCHEMA, "samples": SAMPLES, "metrics": METRICS}
@@ -106,10 +106,12 @@ class LogReader:
             self._note(footer.metadata)
             if having is not None and not pc.any(pc.is_in(file.read(["problem_id"])["problem_id"], having)).as_py():
                 return
-            wanted = [*schema.names, *extra]
-            there = [name for name in wanted if name in footer.names]
+            types = dict(zip(schema.names, schema.types, strict=True)) | dict.fromkeys(extra, pa.string())
+            there = [name for name in types if name in footer.names]
             for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=there):
-                rows = _conform(pa.Table.from_batches([batch]), wanted, schema)
+                coded = {f.name: f.type for f in batch.schema if pa.types.is_dictionary(f.type)}
+                texts_as_read = {name: coded[name] for name in coded if types[name] == pa.string()}
+                rows = conform(pa.Table.from_batches([batch]), pa.schema(types | texts_as_read))
                 is_good = pc.and_(*(pc.is_valid(rows[name]) for name in REQUIRED[table]))
                 self._num_bad_rows += len(rows) - (pc.sum(is_good).as_py() or 0)
                 if read:
@@ -136,20 +138,6 @@ def _rows_at_once(file: pq.ParquetFile) -> int:
     groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
     bytes_per_row = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
     return int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1.0, bytes_per_row))))
-
-
-def _conform(rows: pa.Table, wanted: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Return the rows with the wanted columns: missing ones null, types as in the schema, text as it was read."""
-    columns = []
-    for name in wanted:
-        field_type = schema.field(name).type if name in schema.names else pa.string()
-        if name not in rows.column_names:
-            columns.append(pa.nulls(len(rows), field_type))
-        elif pa.types.is_dictionary(rows[name].type) and pa.types.is_string(field_type):
-            columns.append(rows[name])
-        else:
-            columns.append(rows[name].cast(field_type))
-    return pa.table(columns, names=list(wanted))
 
 
 def _one_line(error: Exception) -> str:

@@ -172,27 +172,20 @@ class PointSample:
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
-        self._threshold = 1.0
         self._points = np.zeros((0, 4))
 
     def add(self, rows: Rows) -> None:
         key_N = self._random.random(len(rows))
         rate_N, score_N = rows.numbers["success_rate"], rows.numbers["score"]
-        is_mine_N = (key_N < self._threshold) & np.isfinite(score_N) & np.isfinite(rate_N)
-        points = np.stack([column_N[is_mine_N] for column_N in (key_N, rate_N, score_N, rows.is_kept_N)], 1)
+        is_known_N = np.isfinite(score_N) & np.isfinite(rate_N)
+        points = np.stack([column_N[is_known_N] for column_N in (key_N, rate_N, score_N, rows.is_kept_N)], 1)
         self._points = np.concatenate([self._points, points])
-        if len(self._points) > 2 * MAX_POINTS:
-            self._cut()
+        if len(self._points) > MAX_POINTS:  # of all rows so far, those with the smallest keys stay
+            self._points = self._points[np.argsort(self._points[:, 0])[:MAX_POINTS]]
 
     def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return success rates, scores, and whether kept."""
-        self._cut()
         return self._points[:, 1], self._points[:, 2], self._points[:, 3].astype(bool)
-
-    def _cut(self) -> None:
-        if len(self._points) > MAX_POINTS:
-            self._points = self._points[np.argsort(self._points[:, 0])[:MAX_POINTS]]
-            self._threshold = float(self._points[-1, 0])
 
 
 class ProblemSums:
