@@ -78,15 +78,9 @@ def _graded(topic: str, value: float, good: float, watch: float, text: str, reme
     return Finding(topic, verdict, text, "" if verdict == GOOD else remedy)
 
 
-def _pool_and_kept(run: RunData, name: str) -> tuple[float, float] | None:
-    """Return a column's mean over all candidates and over the kept ones, None if either is not known."""
-    pool, kept = run.steps.mean(name, False), run.steps.mean(name, True)
-    return None if isnan(pool) or isnan(kept) else (pool, kept)
-
-
 def _alignment(run: RunData) -> Iterator[Finding]:
-    if means := _pool_and_kept(run, "alignment"):
-        pool, kept = means
+    pool, kept = run.steps.mean("alignment", False), run.steps.mean("alignment", True)
+    if not isnan(pool) and not isnan(kept):
         text = (
             f"Mean alignment (cosine with the direction): {kept:+.3f} of what was kept, {pool:+.3f} of all candidates."
         )
@@ -135,8 +129,8 @@ def _composition(run: RunData) -> Iterator[Finding]:
 
 
 def _success(run: RunData) -> Iterator[Finding]:
-    if means := _pool_and_kept(run, "success_rate"):
-        pool, kept = means
+    pool, kept = run.steps.mean("success_rate", False), run.steps.mean("success_rate", True)
+    if not isnan(pool) and not isnan(kept):
         text = f"Success rate: {kept:.0%} of what was kept, {pool:.0%} of all candidates."
         easier = "easier" if kept < 0.05 else "harder"
         remedy = f"Hardly a response differs from the others, so there is little to learn: use {easier} problems."
@@ -144,8 +138,8 @@ def _success(run: RunData) -> Iterator[Finding]:
 
 
 def _length(run: RunData) -> Iterator[Finding]:
-    if (means := _pool_and_kept(run, "response_tokens")) and means[0] > 0:
-        pool, kept = means
+    pool, kept = run.steps.mean("response_tokens", False), run.steps.mean("response_tokens", True)
+    if pool > 0 and not isnan(kept):
         text = f"Responses: {kept:,.0f} tokens of what was kept, {pool:,.0f} of all candidates."
         remedy = (
             "The selection chooses by length: see gradalign.loss_agg_mode, and gradalign.score=cosine instead of dot."

@@ -149,14 +149,13 @@ def _comparison_table(runs: Sequence[RunData]) -> Table:
         before, after = (
             float(np.mean([r[end] for r in results])) if results else math.nan for end in ("before", "after")
         )
-        change = f"{before:{form}} \u2192 {after:{form}}" if results else f"{UNKNOWN} \u2192 {UNKNOWN}"
         reliabilities = (run.metrics.mean(f"gradalign/reliability/{name}") for name in ("scores", "direction"))
         rows.append(
             (
                 short(run.name, 120),
                 short(str(run.key("gradalign.score", "?")), 40),
                 f"{len(run.steps.steps):,}",
-                change,
+                f"{_number(before, form)} \u2192 {_number(after, form)}",
                 ", ".join(_number(value, ".2f") for value in reliabilities),
                 f"{_number(run.steps.mean('success_rate', True), '.1%')}, "
                 f"{_number(run.steps.mean('alignment', True), '+.3f')}",
@@ -195,13 +194,9 @@ def _cost_table(run: RunData) -> Table | None:
     num_steps, step_s = run.metrics.count("timing_s/step"), run.metrics.mean("timing_s/step")
     if not step_s > 0 or not run.metrics.count("gradalign/seconds/selection"):
         return None
-
-    def seconds_of(stage: str) -> float:
-        # A stage that not every step has counts with what it adds to the mean step.
-        total = run.metrics.total(f"gradalign/seconds/{stage}")
-        return 0.0 if math.isnan(total) else total / num_steps
-
-    seconds = {stage: seconds_of(stage) for stage in ("rollout", "direction", "scores", "update", "selection")}
+    stages = ("rollout", "direction", "scores", "update", "selection")
+    # A stage that not every step has counts with what it adds to the mean step.
+    seconds = {s: np.nan_to_num(run.metrics.total(f"gradalign/seconds/{s}")) / num_steps for s in stages}
     seconds["rest of the selection"] = max(0.0, seconds["selection"] - seconds["direction"] - seconds["scores"])
     seconds["everything else"] = max(0.0, step_s - seconds["selection"] - seconds["rollout"] - seconds["update"])
     rows = [(name, f"{seconds[name]:,.2f}", f"{seconds[name] / step_s:.1%}", what) for name, what in COSTS.items()]

@@ -220,7 +220,6 @@ def _number(value: float, unit: str) -> str:
 
 # Text stays text: small, sharp, and in scripts that matplotlib's own font lacks. Equal figures give equal files.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "verl-gradalign", "font.family": "DejaVu Sans"}
-NO_DATE = {"Date": None, "Creator": None}
 RASTER_DPI = 110
 # Of a path's coordinates, a hundredth of a point is enough; the digits after it are half of the file.
 PATH = re.compile(rb' d="[^"]*"')
@@ -232,7 +231,7 @@ def picture(figure: Figure, alt: str, caption: str, is_wide: bool = True) -> Pic
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts may have it
-        figure.savefig(file, format="svg", dpi=RASTER_DPI, metadata=NO_DATE)
+        figure.savefig(file, format="svg", dpi=RASTER_DPI, metadata={"Date": None, "Creator": None})
     drawing = PATH.sub(lambda path: DIGITS.sub(rb"\1", path[0]), file.getvalue())
     src = "data:image/svg+xml;base64," + base64.b64encode(drawing).decode("ascii")
     return Picture(src, alt, caption, is_wide)

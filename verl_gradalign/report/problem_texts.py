@@ -49,28 +49,23 @@ def problem_texts(reader: LogReader, about: Mapping[str, Any], problem_ids: Sequ
     if not texts:
         return texts
     for rows in reader.batches("samples", having=pa.array(sorted(texts), pa.int64())):
-        _take(rows, texts)
+        known = rows.select(["step", "problem_id", "reward", "num_tokens"]).to_pylist()
+        columns = (texts_of(rows[name]) for name in ("prompt", "answer", "response"))
+        for row, prompt, answer, response in zip(known, *columns, strict=True):
+            text = texts[row["problem_id"]]
+            text.prompt = text.prompt if prompt is None else prompt  # the newest that is known
+            text.answer = text.answer if answer is None else answer
+            if response is not None:
+                reward = float("nan") if row["reward"] is None else row["reward"]
+                text.responses.append(Response(row["step"], response, reward, row["num_tokens"]))
+            if len(text.responses) > 8 * MAX_RESPONSES:
+                text.responses = _newest_extremes(text.responses)
     for text in texts.values():
         text.responses = _newest_extremes(text.responses)
     unknown = {problem_id for problem_id, text in texts.items() if text.prompt is None}
     for problem_id, prompt, answer, origin in _rows_of_train_files(about, unknown):
         texts[problem_id].prompt, texts[problem_id].answer, texts[problem_id].origin = prompt, answer, origin
     return texts
-
-
-def _take(rows: pa.Table, texts: dict[int, ProblemText]) -> None:
-    """Add the rows' texts to the problems': the last prompt and answer, and the responses."""
-    known = rows.select(["step", "problem_id", "reward", "num_tokens"]).to_pylist()
-    columns = (texts_of(rows[name]) for name in ("prompt", "answer", "response"))
-    for row, prompt, answer, response in zip(known, *columns, strict=True):
-        text = texts[row["problem_id"]]
-        text.prompt = text.prompt if prompt is None else prompt
-        text.answer = text.answer if answer is None else answer
-        if response is not None:
-            reward = float("nan") if row["reward"] is None else row["reward"]
-            text.responses.append(Response(row["step"], response, reward, row["num_tokens"]))
-        if len(text.responses) > 8 * MAX_RESPONSES:
-            text.responses = _newest_extremes(text.responses)
 
 
 def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
@@ -84,8 +79,8 @@ def _newest_extremes(responses: Sequence[Response]) -> list[Response]:
 
 def _rows_of_train_files(about: Mapping[str, Any], wanted: set[int]) -> Iterator[tuple[int, str, str, str]]:
     """Yield (problem_id, prompt, answer, file) of the problems that the train files, as they are now, still have."""
-    files = key_of(about, "data.train_files", []) if wanted else []
-    prompt_key = key_of(about, "data.prompt_key", "prompt")
+    files = key_of(about, "config.data.train_files", []) if wanted else []
+    prompt_key = key_of(about, "config.data.prompt_key", "prompt")
     ids = count()
     try:
         for name in [files] if isinstance(files, str) else list(files):

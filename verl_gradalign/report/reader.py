@@ -59,7 +59,8 @@ class LogReader:
                     has_vanished = True
                 except (OSError, pa.ArrowException, ValueError) as error:
                     done.add(part)
-                    self._damaged[part.path.name] = _one_line(error)
+                    why = " ".join(str(error).split()) or type(error).__name__
+                    self._damaged[part.path.name] = why if len(why) <= 160 else why[:157] + "..."
             if not has_vanished:
                 return
 
@@ -72,9 +73,8 @@ class LogReader:
         if set_aside := sorted(path.name for path in self.folder.glob("*.damaged")):
             found.append(f"The run itself found parts damaged and set them aside: {_listed(set_aside, ', ')}.")
         for (table, column), number in self._absent.items():
-            has = "has" if number == 1 else "have"
-            parts = f"{_count(number, 'part')} of {table}"
-            found.append(f"{parts} {has} no column {column}: its values are unknown there.")
+            parts_have = f"{_count(number, 'part')} of {table} {'has' if number == 1 else 'have'}"
+            found.append(f"{parts_have} no column {column}: its values are unknown there.")
         if self._num_bad_rows:
             found.append(f"Left out: {_count(self._num_bad_rows, 'row')} without step, problem or name.")
         newest = max((about["format"] for about in self.abouts), default=FORMAT)
@@ -138,11 +138,6 @@ def _rows_at_once(file: pq.ParquetFile) -> int:
     groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
     bytes_per_row = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
     return int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1.0, bytes_per_row))))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _listed(names: Sequence[str], separator: str) -> str:

@@ -61,14 +61,13 @@ class RunData:
 
     def key(self, path: str, default: Any = None) -> Any:
         """Return a key of the run's configuration ("gradalign.score"), the default if it is not known."""
-        return key_of(self.about, path, default)
+        return key_of(self.about, f"config.{path}", default)
 
     def held_out(self) -> tuple[str, dict[str, str]]:
         """Return "accuracy", or "reward" where there is none, and verl's metric of it by data source."""
         for quantity, word in (("acc", "accuracy"), ("reward", "reward")):
             pattern = re.compile(rf"val-core/(.+)/{quantity}/mean@\d+", re.DOTALL)
             found = {match[1]: name for name in self.metrics.names if (match := pattern.fullmatch(name))}
-            found = {source: name for source, name in found.items() if self.metrics.count(name)}
             if found:
                 return word, found
         return "accuracy", {}
@@ -93,8 +92,8 @@ class RunData:
 
 
 def key_of(about: Mapping[str, Any], path: str, default: Any = None) -> Any:
-    """Return a key of the configuration in a part's metadata, the default if it is not there."""
-    value: Any = about.get("config")
+    """Return a value of a part's metadata ("config.data.train_files"), the default if it is not there."""
+    value: Any = about
     for name in path.split("."):
         if not isinstance(value, Mapping) or value.get(name) is None:
             return default
@@ -147,7 +146,7 @@ def _missing(folder: Path, abouts: list[dict[str, Any]], selected: set[int], mea
     if not selected:
         found.append("No row of the selection can be read: there is nothing to say of what was chosen.")
     elif gaps and gaps[0][0] == 1:
-        limit = key_of(abouts[-1], "gradalign.log.max_gb") if abouts else None
+        limit = key_of(abouts[-1], "config.gradalign.log.max_gb") if abouts else None
         found.append(
             f"The log begins at step {gaps[0][1] + 1:,}: earlier steps were dropped (beyond gradalign.log.max_gb"
             f"{'' if limit is None else f'={limit}'}) or are lost."
@@ -164,13 +163,10 @@ def _missing(folder: Path, abouts: list[dict[str, Any]], selected: set[int], mea
         found.append(f"There are no sample texts: {why}.")
     if not abouts:
         return found
-    planned, last = key_of(abouts[-1], "trainer.total_training_steps"), max(selected, default=0)
+    planned, last = key_of(abouts[-1], "config.trainer.total_training_steps"), max(selected, default=0)
     if isinstance(planned, int) and last < planned:
         found.append(f"The run is not at its end: {last:,} of {planned:,} steps so far, or it was interrupted.")
-    versions = [about.get("versions") for about in abouts]
-    writers = [
-        str(known.get("verl-gradalign", "unknown")) if isinstance(known, dict) else "unknown" for known in versions
-    ]
+    writers = [str(key_of(about, "versions.verl-gradalign", "unknown")) for about in abouts]
     mine = importlib.metadata.version("verl-gradalign")
     if len(set(writers)) > 1:
         found.append(
@@ -217,7 +213,7 @@ def _holds_log(folder: Path) -> bool:
         names = os.listdir(folder)
     except OSError:
         return False
-    return any(NAME.fullmatch(name) or NAME.fullmatch(name.replace(".damaged", ".parquet")) for name in names)
+    return any(NAME.fullmatch(name.replace(".damaged", ".parquet")) for name in names)
 
 
 def _logs_below(place: Path) -> Iterator[Path]:
@@ -227,12 +223,11 @@ def _logs_below(place: Path) -> Iterator[Path]:
         yield place / LOG_FOLDER
     else:
         for parent, subfolders, _ in os.walk(place):
-            here = Path(parent)
-            is_deep = len(here.relative_to(place).parts) >= MAX_DEPTH
-            subfolders[:] = [] if is_deep else sorted(n for n in subfolders if not n.startswith(NOT_SEARCHED))
-            logs = [name for name in subfolders if _holds_log(here / name)]
-            yield from (here / name for name in logs)
-            subfolders[:] = [name for name in subfolders if name not in logs]
+            is_deep = len(Path(parent).relative_to(place).parts) >= MAX_DEPTH
+            names = [] if is_deep else sorted(n for n in subfolders if not n.startswith(NOT_SEARCHED))
+            logs = [name for name in names if _holds_log(Path(parent, name))]
+            yield from (Path(parent, name) for name in logs)
+            subfolders[:] = [name for name in names if name not in logs]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

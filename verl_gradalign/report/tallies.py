@@ -246,7 +246,7 @@ class Metrics:
 
     @property
     def names(self) -> list[str]:
-        return list(self._pieces)
+        return [name for name in self._pieces if self.count(name)]
 
     def add(self, table: pa.Table) -> None:
         """Add a piece of the metrics table (one chunk)."""
