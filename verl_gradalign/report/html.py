@@ -196,7 +196,7 @@ def _cost_table(run: RunData) -> Table | None:
         return None
     stages = ("rollout", "direction", "scores", "update", "selection")
     # A stage that not every step has counts with what it adds to the mean step.
-    seconds = {s: np.nan_to_num(run.metrics.total(f"gradalign/seconds/{s}")) / num_steps for s in stages}
+    seconds = {s: float(np.nan_to_num(run.metrics.total(f"gradalign/seconds/{s}"))) / num_steps for s in stages}
     seconds["rest of the selection"] = max(0.0, seconds["selection"] - seconds["direction"] - seconds["scores"])
     seconds["everything else"] = max(0.0, step_s - seconds["selection"] - seconds["rollout"] - seconds["update"])
     rows = [(name, f"{seconds[name]:,.2f}", f"{seconds[name] / step_s:.1%}", what) for name, what in COSTS.items()]
