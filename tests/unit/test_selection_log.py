@@ -20,9 +20,9 @@ from verl_gradalign.log.selection_log import (
     SelectionLog,
     read_selection_log,
 )
+from verl_gradalign.report.findings import summary_of
 from verl_gradalign.report.html import write_report
 from verl_gradalign.report.run import find_runs, read_run
-from verl_gradalign.report.summary import summary_of
 
 
 def row(step, problem_id, **changes):

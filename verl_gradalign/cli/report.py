@@ -38,9 +38,9 @@ def report(
     top: Annotated[int, Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
 ) -> None:
     """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems."""
+    from verl_gradalign.report.findings import summary_of
     from verl_gradalign.report.html import write_report
     from verl_gradalign.report.run import find_runs, read_run
-    from verl_gradalign.report.summary import summary_of
     from verl_gradalign.report.visible_text import short, visible
 
     # What is for people goes to stderr where stdout is for machines.

@@ -5,15 +5,17 @@ for finding in findings_of(read_run(run)):
     print(finding.level, finding.message, finding.remedy)
 
 One rule per topic: first what a run chose and what came of it, then how well and at what price it measured. A rule says
-nothing of what was not measured.
+nothing of what was not measured. `summary_of` has the same for machines, with all numbers of the page.
 """
 
 from collections.abc import Iterator
 from math import isnan
+from typing import Any
 
 import numpy as np
 
 from verl_gradalign.config import ProbeConfig
+from verl_gradalign.files import without_nan
 from verl_gradalign.findings import GOOD, NOTE, PROBLEM, VERDICTS, WATCH, Finding
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.visible_text import short
@@ -235,6 +237,45 @@ def _direction_age(run: RunData) -> Iterator[Finding]:
         text = f"Directions were used until {age:.0f} steps old; one agrees with the next by {cosine:.2f} (cosine)."
         remedy = "Refresh more often (gradalign.direction.refresh_interval), or average with gradalign.direction.ema."
         yield _note_or_watch("age of the direction", cosine >= NOISE, text, remedy)
+
+
+def summary_of(run: RunData) -> dict[str, Any]:
+    """Return the numbers of a run's page for machines; what is not known is None."""
+    verdict, headline = headline_of(run)
+    steps, metrics, suspects = run.steps, run.metrics, run.suspects
+    values = {
+        "name": run.name,
+        "log": str(run.folder),
+        "num_steps": len(steps.steps),
+        "last_step": max(steps.steps, default=0),
+        "num_rows": steps.num_rows,
+        "verdict": verdict,
+        "headline": headline,
+        "findings": [
+            {"topic": f.area, "verdict": f.level, "text": f.message, "remedy": f.remedy} for f in findings_of(run)
+        ],
+        "missing": run.missing,
+        "accuracy": run.accuracy(),
+        "reliability": {name: metrics.mean(f"gradalign/reliability/{name}") for name in ("scores", "direction")},
+        "success_rate": {"pool": steps.mean("success_rate", False), "kept": steps.mean("success_rate", True)},
+        "alignment": {"pool": steps.mean("alignment", False), "kept": steps.mean("alignment", True)},
+        "share_of_step": metrics.mean("gradalign/seconds/share_of_step"),
+        "reasons": {reason: int(count.sum()) for reason, count in run.reasons.counts(False).items()},
+        "composition": {
+            column: [{"value": value, "pool": pool, "kept": kept} for value, pool, kept in run.composition(column)]
+            for column in run.columns
+        },
+        "suspicious": {
+            "is_cosine": suspects.is_cosine,
+            "num_measured": suspects.num_measured,
+            "num_suspicious": len(suspects),
+            "expected_by_chance": suspects.expected_by_chance,
+            "typical": suspects.typical,
+            "problems": suspects.table.to_pylist(),
+        },
+    }
+    cleaned: dict[str, Any] = without_nan(values)
+    return cleaned
 
 
 RULES = (
