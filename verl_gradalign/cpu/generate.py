@@ -121,12 +121,12 @@ class _Ending(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self.stop) for text in texts])
 
 
+@dataclass
 class SequenceGenerator:
     """Samples completions for batches of token-id prompts."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
     @torch.no_grad()
     def generate(
@@ -136,11 +136,9 @@ class SequenceGenerator:
         seeds: Sequence[int],
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Completion]:
-        """Return `params.n` completions for each prompt, prompt-major.
+        """Return `params.n` completions for each prompt, prompt-major; `seeds` holds one seed for each of them.
 
         `should_stop` is asked after every token; once it returns True, unfinished completions end as they are.
-
-        Shapes: `seeds` has one seed per completion, in the order of the result.
         Raises: ValueError if the number of seeds is not len(prompts) * n.
         """
         if len(seeds) != len(prompts) * params.n:
@@ -150,16 +148,12 @@ class SequenceGenerator:
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds] if params.temperature > 0 else None
-        choice = _SeededChoice(generators)
+        is_greedy = params.temperature == 0
+        choice = _SeededChoice(None if is_greedy else [torch.Generator().manual_seed(seed) for seed in seeds])
         end_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.tokenizer.eos_token_id})
         config = GenerationConfig(
-            max_new_tokens=params.max_tokens,
-            do_sample=False,
-            eos_token_id=sorted(end_ids) or None,
-            pad_token_id=pad,
+            max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=sorted(end_ids) or None, pad_token_id=pad
         )
-        ending = _Ending(self.tokenizer, params.stop, width, should_stop)
         # What `config` leaves unset transformers takes from the model's own settings, which must not change the policy.
         own, self.model.generation_config = self.model.generation_config, config
         try:
@@ -168,15 +162,12 @@ class SequenceGenerator:
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=processing.LogitsProcessorList([*_warpers(params), choice]),
-                stopping_criteria=StoppingCriteriaList([ending]),
+                stopping_criteria=StoppingCriteriaList([_Ending(self.tokenizer, params.stop, width, should_stop)]),
             )
         finally:
             self.model.generation_config = own
-        log_probs = torch.stack(choice.log_probs, dim=1).tolist()
-        return [
-            self._cut(tokens, row_log_probs, end_ids, params)
-            for tokens, row_log_probs in zip(output[:, width:].tolist(), log_probs, strict=True)
-        ]
+        sampled = zip(output[:, width:].tolist(), torch.stack(choice.log_probs, dim=1).tolist(), strict=True)
+        return [self._cut(tokens, log_probs, end_ids, params) for tokens, log_probs in sampled]
 
     def _cut(self, tokens: list[int], log_probs: list[float], end_ids: set[int], params: SamplingParams) -> Completion:
         """Drop what transformers appended to a finished row while the rest of its batch went on."""

@@ -35,7 +35,7 @@ NOT_BEGUN = Completion(token_ids=[], log_probs=[], stop_reason="aborted")
 
 
 def server_name(replica_rank: int, suffix: str = "") -> str:
-    """Return the Ray actor name of a replica's server."""
+    """Return the name of a replica's server, a Ray actor."""
     return f"hf_server_{replica_rank}{suffix}"
 
 
@@ -105,17 +105,16 @@ class HFServer:
         Prompts of like length share a batch: padding is computed too.
         """
         params = SamplingParams.from_request(sampling_params, self._response_length)
-        asked = [i for i, count in enumerate(counts) for _ in range(count)]
-        seeds = [self._next_seed(prompts[i]) for i in asked]
-        order = sorted(range(len(asked)), key=lambda place: (len(prompts[asked[place]]), asked[place]))
-        answers: dict[int, Completion] = {}
-        for start in range(0, len(order), self._max_num_seqs):
-            places = order[start : start + self._max_num_seqs]
-            batch, batch_seeds = [prompts[asked[place]] for place in places], [seeds[place] for place in places]
-            completions = await asyncio.to_thread(self._generator.generate, batch, params, batch_seeds)
-            answers |= dict(zip(places, completions, strict=True))
-        in_order = (answers[place] for place in range(len(asked)))
-        return [list(islice(in_order, count)) for count in counts], self._weights_version
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        asked = [prompts[i] for i in order for _ in range(counts[i])]
+        seeds = [self._next_seed(prompt) for prompt in asked]
+        completions: list[Completion] = []
+        for start in range(0, len(asked), self._max_num_seqs):
+            batch = slice(start, start + self._max_num_seqs)
+            completions += await asyncio.to_thread(self._generator.generate, asked[batch], params, seeds[batch])
+        in_order = iter(completions)
+        answers = {i: list(islice(in_order, counts[i])) for i in order}
+        return [answers[i] for i in range(len(prompts))], self._weights_version
 
     async def reseed(self, seed: int) -> None:
         """Sample as a server that was started with this seed."""

@@ -57,10 +57,8 @@ def check_schedule(config: GradAlignConfig, num_problems: int, batch_size: int, 
     elif config.schedule == "round" or chooses:
         num, plan = _num_candidates(config, num_problems, batch_size), config.curriculum
         is_step = config.schedule == "step"
-        key, most = (
-            ("oversample", num_problems // batch_size) if is_step else ("curriculum.num_candidates", num_problems)
-        )
-        value = config.oversample if is_step else plan.num_candidates
+        by_factor = ("oversample", config.oversample, num_problems // batch_size)
+        key, value, most = by_factor if is_step else ("curriculum.num_candidates", plan.num_candidates, num_problems)
         rule = f"schedule {config.schedule} draws {num} candidates at a time, the train files hold {num_problems}"
         remedy = f"set gradalign.{key}={most} or less, or add problems to data.train_files"
         require(num <= num_problems, key, value, rule, remedy)

@@ -57,31 +57,6 @@ class Score:
         return self.direction is not None or self.needs_norm
 
 
-def cosine(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return s_i. Source: GradAlign (arXiv 2602.21492), its default score."""
-    return m.cosine_P
-
-
-def dot(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return <g_i, v / |v|>. Source: GradAlign's `dot` variant."""
-    return m.dot_P
-
-
-def cosine_learnability(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return 4 p_i (1 - p_i) s_i. Source: `simacc` of GradAlign's reference code."""
-    return 4 * learnability(m) * m.cosine_P
-
-
-def negative_cosine(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return -s_i: the control that keeps what points away."""
-    return -m.cosine_P
-
-
-def norm(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return |g_i|: the control that keeps what moves most."""
-    return m.norm_P
-
-
 def learnalign(m: Measurements, _: ScoreOptions) -> Tensor:
     """Return mean_j V_i V_j cos(g_i, g_j) over all candidates, self included, with V = p (1 - p).
 
@@ -89,11 +64,6 @@ def learnalign(m: Measurements, _: ScoreOptions) -> Tensor:
     is 0. Source: LearnAlign (arXiv 2506.11480) section 3.
     """
     return learnability(m) * m.cosine_P * m.direction_norm / m.num_candidates
-
-
-def accuracy_greedy(m: Measurements, _: ScoreOptions) -> Tensor:
-    """Return 0.5 - |p_i - 0.5|: 0 for problems always or never solved. Source: AccGreedy, GradAlign's baseline."""
-    return 0.5 - (m.success_rate_P - 0.5).abs()
 
 
 def accuracy_band(m: Measurements, options: ScoreOptions) -> Tensor:
@@ -112,11 +82,6 @@ def correlation(m: Measurements, _: ScoreOptions) -> Tensor:
     derivative_PR = centred(-m.derivative_PR, is_there_PR)
     spread_P = (advantage_PR.square().sum(1) * derivative_PR.square().sum(1)).sqrt()
     return ratio((advantage_PR * derivative_PR).sum(1), spread_P)
-
-
-def confident_cosine(m: Measurements, options: ScoreOptions) -> Tensor:
-    """Return s_i max(rho_i, 0): aligned, and by more than the noise of the responses along v explains."""
-    return m.cosine_P * correlation(m, options).clamp(min=0)
 
 
 def lower_bound(m: Measurements, options: ScoreOptions) -> Tensor:
@@ -146,17 +111,29 @@ def centred(values_PR: Tensor, is_there_PR: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Score] = {
-    "cosine": Score(cosine, "trusted", needs_norm=True),
-    "dot": Score(dot, "trusted"),
-    "confident_cosine": Score(confident_cosine, "trusted", needs_norm=True, needs_response_derivatives=True),
+    # s_i. Source: GradAlign (arXiv 2602.21492), its default score.
+    "cosine": Score(lambda m, _: m.cosine_P, "trusted", needs_norm=True),
+    # <g_i, v / |v|>. Source: GradAlign's `dot` variant.
+    "dot": Score(lambda m, _: m.dot_P, "trusted"),
+    # s_i max(rho_i, 0): aligned, and by more than the noise of the responses along v explains.
+    "confident_cosine": Score(
+        lambda m, options: m.cosine_P * correlation(m, options).clamp(min=0),
+        "trusted",
+        needs_norm=True,
+        needs_response_derivatives=True,
+    ),
     "correlation": Score(correlation, "trusted", needs_response_derivatives=True),
     "lower_bound": Score(lower_bound, "trusted", needs_norm=True, needs_response_derivatives=True),
-    "cosine_learnability": Score(cosine_learnability, "trusted", needs_norm=True),
-    "negative_cosine": Score(negative_cosine, "trusted", needs_norm=True),
+    # 4 p_i (1 - p_i) s_i. Source: `simacc` of GradAlign's reference code.
+    "cosine_learnability": Score(lambda m, _: 4 * learnability(m) * m.cosine_P, "trusted", needs_norm=True),
+    # The control that keeps what points away.
+    "negative_cosine": Score(lambda m, _: -m.cosine_P, "trusted", needs_norm=True),
     "learnalign": Score(learnalign, "learnability", needs_norm=True, is_split=False),
-    "pool_cosine": Score(cosine, "pool", needs_norm=True, is_split=False),
-    "norm": Score(norm, needs_norm=True, is_split=False),
-    "accuracy_greedy": Score(accuracy_greedy),
+    "pool_cosine": Score(lambda m, _: m.cosine_P, "pool", needs_norm=True, is_split=False),
+    # |g_i|: the control that keeps what moves most.
+    "norm": Score(lambda m, _: m.norm_P, needs_norm=True, is_split=False),
+    # 0 for problems always or never solved. Source: AccGreedy, GradAlign's baseline.
+    "accuracy_greedy": Score(lambda m, _: 0.5 - (m.success_rate_P - 0.5).abs()),
     "accuracy_band": Score(accuracy_band),
     "random": Score(None),
 }

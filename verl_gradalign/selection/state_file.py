@@ -10,7 +10,7 @@ The file is a .npz archive: arrays as they are, everything else as one JSON text
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from verl_gradalign.files import replacing
 
 FORMAT = 1
-TEXT = "text"
+TEXT, ARRAY = "text", "__array__"
 ZIP = b"PK\x03\x04"
 REMEDY = "Remedy: delete the file to start the selection afresh from this checkpoint's weights"
 
@@ -28,15 +28,26 @@ REMEDY = "Remedy: delete the file to start the selection afresh from this checkp
 def save_state(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write the state and what it belongs to. After a crash there is the old file or the new one, never half of one."""
     arrays: dict[str, np.ndarray] = {}
-    text = {"format": FORMAT, "identity": dict(identity), "state": _without_arrays(state, arrays)}
+
+    def without_arrays(value: Any) -> Any:
+        """Return what stands in the text for a value that JSON does not know: for an array, its name in `arrays`."""
+        if isinstance(value, np.ndarray):
+            name = f"array_{len(arrays)}"
+            arrays[name] = value
+            return {ARRAY: name}
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"a {type(value).__name__} cannot be part of a state")
+
+    text = json.dumps({"format": FORMAT, "identity": identity, "state": state}, default=without_arrays)
     with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **{TEXT: np.array(json.dumps(text))}, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **{TEXT: np.array(text)}, **arrays)  # type: ignore[arg-type]
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Return the state. Raises ValueError, with the remedy, if the file is damaged or of another format."""
     with _opened(path) as archive:
-        return _with_arrays(_text(path, archive)["state"], archive)
+        return _text(path, archive, lambda value: archive[value[ARRAY]] if value.keys() == {ARRAY} else value)["state"]
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -69,27 +80,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _without_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Return `value` with every array replaced by the name under which it is put into `arrays`."""
-    if isinstance(value, np.ndarray):
-        name = f"array_{len(arrays)}"
-        arrays[name] = value
-        return {"__array__": name}
-    if isinstance(value, Mapping):
-        return {key: _without_arrays(item, arrays) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_arrays(item, arrays) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _with_arrays(value: Any, archive: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"__array__"}:
-            return archive[value["__array__"]]
-        return {key: _with_arrays(item, archive) for key, item in value.items()}
-    return [_with_arrays(item, archive) for item in value] if isinstance(value, list) else value
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Yield the archive at a path; whatever is wrong with it becomes a ValueError with the remedy."""
@@ -103,8 +93,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}). {REMEDY}.") from error
 
 
-def _text(path: Path, archive: Any) -> dict[str, Any]:
-    text = json.loads(str(archive[TEXT]))
+def _text(path: Path, archive: Any, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    text = json.loads(str(archive[TEXT]), object_hook=object_hook)
     if text["format"] != FORMAT:
         raise ValueError(f"{path} has format {text['format']}, this version reads {FORMAT}. {REMEDY}.")
     return text
