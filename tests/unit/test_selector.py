@@ -73,6 +73,9 @@ class OneSource:
     def read_labels(self, columns):
         assert not columns
 
+    def text(self, problem_id):
+        raise AssertionError("no samples are written here")
+
 
 class Step(SelectionTrainer):
     """A trainer's step on given groups, without verl's trainer below it: what it asks of actor and TransferQueue."""
