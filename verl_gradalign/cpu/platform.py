@@ -5,8 +5,8 @@ It answers verl's questions about a device with those of a CPU. Ray's resource s
 accelerators by that name: start Ray with as many logical GPUs as there are ranks (`configs/platform/cpu.yaml`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -36,11 +36,9 @@ class CpuDeviceModule(ModuleType):
         # torch.cpu has the stream and device calls (synchronize, current_stream, ...).
         return getattr(torch.cpu, name)
 
-    @staticmethod
-    def _resident(*_: Any) -> int:
-        return psutil.Process().memory_info().rss
-
-    memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = _resident
+    memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = staticmethod(
+        lambda *_: psutil.Process().memory_info().rss
+    )
 
     @staticmethod
     def mem_get_info(*_: Any) -> tuple[int, int]:
@@ -48,16 +46,8 @@ class CpuDeviceModule(ModuleType):
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
-    @staticmethod
-    def get_rng_state(*_: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    @staticmethod
-    def set_rng_state(state: torch.Tensor, *_: Any) -> None:
-        torch.set_rng_state(state)
-
-
-_DEVICE_MODULE = CpuDeviceModule("torch_cpu_as_device")
+    get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))
 
 
 class CpuDevice(str):
@@ -72,7 +62,7 @@ class PlatformCPU(PlatformBase):
     """CPU backend: gloo collectives, no device memory, no profiler ranges."""
 
     device_name = vendor_name = "cpu"
-    device_module: ModuleType = _DEVICE_MODULE
+    device_module: ModuleType = CpuDeviceModule("torch_cpu_as_device")
     is_available = _always(True)
     # Never found by detection: a GPU machine must not fall back to its CPU in silence.
     is_platform_available = _always(False)
@@ -86,10 +76,5 @@ class PlatformCPU(PlatformBase):
     manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
     set_device = synchronize = set_allocator_settings = empty_cache = _always(None)
     profiler_start = profiler_stop = cudart = _always(None)
-
-    def ray_noset_envvars(self) -> list[str]:
-        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
+    ray_noset_envvars = _always(["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"])
+    nvtx_range = _always(nullcontext())
