@@ -8,6 +8,7 @@ share the processes of one series; a launch of its own is for what processes are
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.e2e import comparisons, offline
-from tests.e2e.runs import OWN_LOOP, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
+from tests.e2e.runs import OWN_LOOP, REPOSITORY, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
 
 LAUNCHES: dict[str, Callable[[Workplace], Any]] = {}
 
 # Sampling in float64 cannot be tipped by rounding, which differs between processes and batches.
 FLOAT64 = "actor_rollout_ref.rollout.dtype=float64"
 TWO_STEPS = "trainer.total_training_steps=2"
-GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+DEMO = REPOSITORY / "recipes" / "quickstart" / "demo.py"
+GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
 
 NUM_STEPS = 6
 SCHEDULES = {
@@ -231,6 +233,24 @@ def compared(workplace: Workplace) -> Path:
     folder = workplace.root / "comparison"
     comparisons.compare(folder, workplace.model, "random,cosine")
     return folder
+
+
+@launch
+def demonstration(workplace: Workplace) -> tuple[str, Path]:
+    """Return what the README's first command printed, with fewer steps, and its folder."""
+    folder = workplace.root / "demonstration"
+    folder.mkdir()
+    options = ["--steps", "2", "--warm-up-steps", "80", "--scores", "cosine"]
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--output", "made here", *options, "--", "trainer.test_freq=2"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout, folder / "made here"
 
 
 @launch

@@ -25,6 +25,7 @@ from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.files import atomic_folder
+from verl_gradalign.toy.idle_cores import idle_cores
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
 POLL_S = 1.0
@@ -110,7 +111,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
                 write_miniature(comparison.regime, unfinished, seed)
     todo = [run for run in runs if not run.is_done]
     series = [members for k in range(comparison.num_jobs) if (members := todo[k :: comparison.num_jobs])]
-    processes = []
+    processes, environment = [], cpu_environment(len(series))
     for number, members in enumerate(series):
         specifications = [
             {
@@ -125,13 +126,13 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
         path, log = output / f"series-{number}.json", output / f"series-{number}.log"
         path.write_text(json.dumps(specifications), encoding="utf-8")
         command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
-        processes.append((_start(command, log, output, cpu_environment(len(series))), log))
+        processes.append((_start(command, log, output, environment), log))
     _watch(processes, runs, progress)
 
 
 def cpu_environment(num_series: int) -> dict[str, str]:
-    """Return what the environment of verl on the CPU must hold, where so many launches share the cores."""
-    num_threads = max(1, (os.cpu_count() or 1) // num_series)
+    """Return what the environment of verl on the CPU must hold, where so many launches share the idle cores."""
+    num_threads = max(1, idle_cores() // num_series)
     return {
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": str(num_threads),

@@ -16,7 +16,8 @@ nothing can be ranked by it. This module does no reinforcement learning.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from verl_gradalign.data.rewards import is_right_task_answer
 from verl_gradalign.data.tasks import GUESS, SHARING_FAMILIES, STYLES_OF, Problem, draw_problems, draw_wrong_answer
+from verl_gradalign.toy.idle_cores import idle_cores
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
@@ -98,6 +100,18 @@ def _train_step(
     return loss.item()
 
 
+@contextmanager
+def _a_thread_per_idle_core() -> Iterator[None]:
+    """Compute on as many threads as cores are idle now: where others compute too, two threads are slower than one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(min(num_threads, idle_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@_a_thread_per_idle_core()
 def warm_up(
     model_dir: str | Path,
     output_dir: str | Path,
