@@ -94,12 +94,12 @@ def progress_bar() -> Progress:
 def prepare_tasks(output: Path, warm_up_steps: int, seed: int) -> dict[str, Path]:
     """Write the task files and the warmed-up model; return the data files by split."""
     from verl_gradalign.data.tasks import write_task_files
-    from verl_gradalign.toy.model import build_tiny_model
+    from verl_gradalign.toy.model import build_untrained_policy
     from verl_gradalign.toy.warmup import warm_up
 
     disable_progress_bar()
     files = write_task_files(output / "data", num_pool=2400, num_trusted=12, num_test=256, seed=seed)
-    untrained = build_tiny_model(output / "untrained", seed=seed)
+    untrained = build_untrained_policy(output / "untrained", seed=seed)
     with progress_bar() as bar:
         task = bar.add_task("supervised warm-up", total=warm_up_steps, note="")
         report = warm_up(

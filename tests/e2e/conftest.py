@@ -21,13 +21,13 @@ from verl_gradalign.data.tasks import write_task_files
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Task files and a model brought to a middling success rate, as in the demonstration."""
-    from verl_gradalign.toy.model import build_tiny_model
+    from verl_gradalign.toy.model import build_untrained_policy
     from verl_gradalign.toy.warmup import warm_up
 
     root = tmp_path_factory.mktemp("e2e")
     files = write_task_files(root / "data", num_pool=600, num_trusted=24, num_test=64, seed=0)
     # Fewer steps than the demonstration's: the habit is there, the skill is not yet complete.
-    warm_up(build_tiny_model(root / "untrained"), root / "model", num_steps=600)
+    warm_up(build_untrained_policy(root / "untrained"), root / "model", num_steps=600)
     return Workplace(root, files, root / "model")
 
 

@@ -110,6 +110,11 @@ def build_tiny_model(
     return folder
 
 
+def build_untrained_policy(path: str | Path, seed: int = 0) -> Path:
+    """Write the model that the demonstration and the miniatures start from: 230,000 parameters, quickly warmed up."""
+    return build_tiny_model(path, hidden_size=96, num_layers=2, intermediate_size=256, seed=seed)
+
+
 def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size < 1:

@@ -93,11 +93,9 @@ def prepare_policy(
     """Return the folder of the warmed-up policy, making it first unless it is there."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        from verl_gradalign.toy.model import build_tiny_model
+        from verl_gradalign.toy.model import build_untrained_policy
         from verl_gradalign.toy.warmup import warm_up
 
         with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory() as untrained:
-            # 230,000 parameters learn the seven families in two minutes.
-            build_tiny_model(untrained, hidden_size=96, num_layers=2, intermediate_size=256)
-            warm_up(untrained, unfinished, num_steps, progress=progress, families=FAMILIES)
+            warm_up(build_untrained_policy(untrained), unfinished, num_steps, progress=progress, families=FAMILIES)
     return folder
