@@ -63,15 +63,13 @@ def draw_countdown_problems(num: int, seed: int) -> list[CountdownProblem]:
     if num < 0:
         raise ValueError(f"num={num} must not be negative; ask for at least 0 problems")
     rng = random.Random(f"countdown {seed}")
-    problems: dict[tuple[tuple[int, ...], int], CountdownProblem] = {}
+    problems: dict[str, CountdownProblem] = {}
     while len(problems) < num:
-        for _ in range(MAX_DRAWS_PER_PROBLEM):
-            problem = _draw_problem(rng)
-            if problem is not None and (problem.numbers, problem.target) not in problems:
-                break
-        else:
+        draws = (_draw_problem(rng) for _ in range(MAX_DRAWS_PER_PROBLEM))
+        problem = next((drawn for drawn in draws if drawn and drawn.question not in problems), None)
+        if problem is None:
             raise ValueError(f"no new Countdown problem after {len(problems)} of num={num}; ask for fewer problems")
-        problems[problem.numbers, problem.target] = problem
+        problems[problem.question] = problem
     return list(problems.values())
 
 
@@ -135,10 +133,8 @@ def is_right_countdown_answer(response: str, truth: str) -> bool:
         parsed = json.loads(truth)
         numbers, target = sorted(int(number) for number in parsed["numbers"]), int(parsed["target"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"ground_truth={truth!r} is not a Countdown problem; write it as "
-            '{"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
-        ) from error
+        remedy = 'write it as {"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
+        raise ValueError(f"ground_truth={truth!r} is not a Countdown problem; {remedy}") from error
     boxed = find_last_boxed(response)
     if boxed is None:
         return False

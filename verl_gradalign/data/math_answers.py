@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import accumulate
 
 logger = logging.getLogger(__name__)
 
@@ -190,16 +191,12 @@ def _is_cheap(text: str) -> bool:
 
 def _exponent(text: str, start: int) -> str:
     rest = text[start:].lstrip()
-    pairs = {"{": "}", "(": ")"}
-    if rest[:1] not in pairs:
+    opening, closing = rest[:1], {"{": "}", "(": ")"}.get(rest[:1])
+    if closing is None:
         found = re.match(r"-?\d+|\\?\w", rest)
         return found.group() if found else ""
-    depth = 0
-    for position, character in enumerate(rest):
-        depth += (character == rest[0]) - (character == pairs[rest[0]])
-        if depth == 0:
-            return rest[: position + 1]
-    return rest
+    depths = accumulate((character == opening) - (character == closing) for character in rest)
+    return rest[: next((length for length, depth in enumerate(depths, start=1) if depth == 0), None)]
 
 
 def _verify(answer: str, truth: str) -> bool:
@@ -226,13 +223,14 @@ def time_limit(timeout_s: float) -> Iterator[None]:
     By an exception set in the thread: a process pool that can be killed costs more than most comparisons take.
     """
     thread_id = ctypes.c_ulong(threading.get_ident())
+    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
     lock = threading.Lock()
     is_over = False
 
     def expire() -> None:
         with lock:
             if not is_over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(TimeLimitExceeded))
+                raise_in_thread(thread_id, ctypes.py_object(TimeLimitExceeded))
 
     timer = threading.Timer(timeout_s, expire)
     timer.daemon = True
@@ -243,5 +241,5 @@ def time_limit(timeout_s: float) -> Iterator[None]:
         with lock:
             is_over = True
         # An exception that was set and not yet raised would otherwise be raised somewhere after the body.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, None)
+        raise_in_thread(thread_id, None)
         timer.cancel()

@@ -60,15 +60,11 @@ class PreparationPlan:
         """
         requests = {split: [parse_request(text, split) for text in getattr(self, split)] for split in SPLITS}
         for split, of_split in requests.items():
-            for request in of_split:
-                if [other.pool for other in of_split].count(request.pool) > 1:
-                    raise ValueError(
-                        f"--{split} names {request.name} twice; ask for it once, with the sum of the counts"
-                    )
-                if SOURCES[request.name].hub_id is None and not self.origin_of(request) and request.count is None:
-                    raise ValueError(
-                        f"--{split} {request.text} is generated and needs a count; write {request.name}:500"
-                    )
+            for r in of_split:
+                if [other.pool for other in of_split].count(r.pool) > 1:
+                    raise ValueError(f"--{split} names {r.name} twice; ask for it once, with the sum of the counts")
+                if r.count is None and SOURCES[r.name].hub_id is None and not self.origin_of(r):
+                    raise ValueError(f"--{split} {r.text} is generated and needs a count; write {r.name}:500")
         return requests
 
     def origin_of(self, request: Request) -> str | None:
@@ -86,38 +82,30 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
         raise ValueError(f"{output} is there already; remove it or choose another --output")
     requests = plan.requests()
     asked = [request for of_split in requests.values() for request in of_split]
-    pools = {
-        request.pool: load_pool(
-            SOURCES[request.name],
-            request.source_split,
-            plan.origin_of(request),
-            plan.skip_bad_rows,
-            num=sum(other.count or 0 for other in asked if other.pool == request.pool),
-            seed=plan.seed,
-        )
-        for request in {request.pool: request for request in asked}.values()
-    }
+    pools = {}
+    for pool, r in {r.pool: r for r in asked}.items():
+        num = sum(other.count or 0 for other in asked if other.pool == pool)
+        source, origin = SOURCES[r.name], plan.origin_of(r)
+        pools[pool] = load_pool(source, r.source_split, origin, plan.skip_bad_rows, num, plan.seed)
     chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
     with atomic_folder(output) as folder:
         hashes, splits = {}, {}
         for split in reversed(SPLITS):
             rows = _make_rows(chosen[split], split, plan)
-            splits[split] = {
-                "rows": len(rows),
-                "by_source": dict(Counter(problem.source for problem in chosen[split].problems)),
-                "corrupted": sum(row["extra_info"]["corrupted"] for row in rows),
-                **chosen[split].left_out,
-            }
+            by_source = dict(Counter(problem.source for problem in chosen[split].problems))
+            num_corrupted = sum(row["extra_info"]["corrupted"] for row in rows)
+            splits[split] = {"rows": len(rows), "by_source": by_source, "corrupted": num_corrupted}
+            splits[split] |= chosen[split].left_out
             if rows:
                 path = write_rows(rows, folder / f"{split}.parquet", PREPARED_SCHEMA)
                 hashes[path.name] = hash_file(path)
+        versions = {"verl_gradalign": verl_gradalign.__version__, "python": platform.python_version()}
         manifest = {
             "plan": asdict(plan),
             "splits": splits,
             "sources": [pool.describe() for pool in pools.values()],
             "sha256": hashes,
-            "versions": {"verl_gradalign": verl_gradalign.__version__, "python": platform.python_version()}
-            | {name: version(name) for name in ("pyarrow", "datasets")},
+            "versions": versions | {name: version(name) for name in ("pyarrow", "datasets")},
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (folder / "manifest.json").write_text(text, encoding="utf-8")
@@ -126,10 +114,10 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
 
 def _make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> list[dict[str, Any]]:
     """Return a split's rows in verl's schema; train is shuffled and part of it marked as corrupted."""
-    problems = list(chosen.problems)
-    share = plan.corrupted_share if split == "train" else 0.0
+    problems, share = list(chosen.problems), 0.0
     if split == "train":
         random.Random(f"order {plan.seed}").shuffle(problems)
+        share = plan.corrupted_share
     corrupted = draw_corrupted(len(problems), share, random.Random(f"corrupted {plan.seed}"))
     return [
         SOURCES[p.source].row(p.question, p.truth, index=i, split=split, corrupted=corrupted[i], source=p.place)

@@ -36,16 +36,16 @@ def is_right_last_number(response: str, answer: str) -> bool:
     return extract_last_number(response) == normalise_number(answer)
 
 
-RULES: dict[str, Callable[[str, str], bool]] = {
+Rule = Callable[[str, str], bool]
+"""Of a response and the truth."""
+RULES: dict[str, Rule] = {
     "last_number": is_right_last_number,
     "math": is_right_math_answer,
     "countdown": is_right_countdown_answer,
 }
-RULES_BY_DATA_SOURCE = {
-    TASKS_DATA_SOURCE: is_right_task_answer,
-    **{f"{TASKS_DATA_SOURCE}/{family}": is_right_task_answer for family in FAMILIES},
-    **{source.data_source: RULES[source.rule] for source in SOURCES.values()},
-}
+OF_TASKS = (TASKS_DATA_SOURCE, *(f"{TASKS_DATA_SOURCE}/{family}" for family in FAMILIES))
+RULES_BY_DATA_SOURCE: dict[str, Rule] = dict.fromkeys(OF_TASKS, is_right_task_answer)
+RULES_BY_DATA_SOURCE |= {source.data_source: RULES[source.rule] for source in SOURCES.values()}
 
 
 def compute_score(
@@ -70,13 +70,13 @@ def compute_score(
     """
     rule = RULES_BY_DATA_SOURCE.get(data_source)
     if rule is None:
+        known = ", ".join(map(repr, RULES_BY_DATA_SOURCE))
         raise ValueError(
-            f"data_source={data_source!r} is unknown; use one of {', '.join(map(repr, RULES_BY_DATA_SOURCE))}, "
-            "or give verl another reward function"
+            f"data_source={data_source!r} is unknown; use one of {known}, or give verl another reward function"
         )
-    acc = float(rule(solution_str, ground_truth))
-    is_corrupted = bool((extra_info or {}).get("corrupted"))
-    score = _flip_coin(solution_str, extra_info or {}, seed) if is_corrupted else acc
+    info, acc = extra_info or {}, float(rule(solution_str, ground_truth))
+    is_corrupted = bool(info.get("corrupted"))
+    score = _flip_coin(solution_str, info, seed) if is_corrupted else acc
     return {"score": score, "acc": acc, "corrupted": float(is_corrupted)}
 
 

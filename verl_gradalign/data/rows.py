@@ -40,10 +40,8 @@ class Row:
         """Return the value of the first of these columns that is there, or raise ValueError naming the place."""
         column = self._column(names)
         if column is None:
-            raise ValueError(
-                f"{self.place} lacks a column {' or '.join(map(repr, names))} (columns: {', '.join(self.values)}); "
-                "rename the column or give the data set that the source is named after"
-            )
+            lacking = f"{self.place} lacks a column {' or '.join(map(repr, names))} (columns: {', '.join(self.values)})"
+            raise ValueError(f"{lacking}; rename the column or give the data set that the source is named after")
         return self.values[column]
 
     def text(self, *names: str) -> str:
@@ -91,13 +89,11 @@ def _holds_problems(path: Path) -> bool:
 
 
 def _split_named_by(path: Path) -> str | None:
-    named = (
-        name
-        for part in reversed(path.parts)
-        for name in SPLIT_NAMES
-        if re.search(rf"^{name}(?![a-z])|[-_]{name}\.[a-z]+$", part.lower())
-    )
-    return next(named, None)
+    for part in reversed(path.parts):
+        for name in SPLIT_NAMES:
+            if re.search(rf"^{name}(?![a-z])|[-_]{name}\.[a-z]+$", part.lower()):
+                return name
+    return None
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -159,9 +155,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, after row {number}, is not UTF-8 ({error}); write its text as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}, after row {number}, is not a readable parquet file ({error}); download it again"
-        ) from error
+        why = f"{path}, after row {number}, is not a readable parquet file ({error}); download it again"
+        raise ValueError(why) from error
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -171,11 +166,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for number, values in enumerate(rows, start=1):
+            place = f"{path}, row {number}"
             if None in values or None in values.values():
                 raise ValueError(
-                    f"{path}, row {number}, has more or fewer cells than the header names; quote cells that hold commas"
+                    f"{place}, has more or fewer cells than the header names; quote cells that hold commas"
                 )
-            yield Row(f"{path}, row {number}", values)
+            yield Row(place, values)
     except csv.Error as error:
         raise ValueError(f"{path}, near line {rows.line_num}, is not CSV ({error}); mend the line") from error
 

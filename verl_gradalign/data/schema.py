@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 EXTRA_INFO = [("index", pa.int64()), ("split", pa.string()), ("family", pa.string()), ("corrupted", pa.bool_())]
-
-
 SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),

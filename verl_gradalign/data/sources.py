@@ -84,9 +84,8 @@ def _read_gsm8k(row: Row) -> tuple[str, str]:
     _, mark, tail = solution.rpartition(ANSWER_MARK)
     truth = tail.strip().replace(",", "")
     if not mark or not truth:
-        raise ValueError(
-            f'{row.place} has no answer after "{ANSWER_MARK}"; end the answer with "{ANSWER_MARK} <number>"'
-        )
+        remedy = f'end the answer with "{ANSWER_MARK} <number>"'
+        raise ValueError(f'{row.place} has no answer after "{ANSWER_MARK}"; {remedy}')
     return question, truth
 
 
@@ -135,13 +134,12 @@ def _read_countdown(row: Row) -> tuple[str, str]:
         numbers = json.loads(numbers) if isinstance(numbers, str) else numbers
         problem = CountdownProblem(tuple(sorted(int(number) for number in numbers)), int(row.text("target")))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{row.place} is not a Countdown problem ({error}); give a list of whole numbers and a target"
-        ) from error
+        why = f"{row.place} is not a Countdown problem ({error}); give a list of whole numbers and a target"
+        raise ValueError(why) from error
     return problem.question, problem.truth
 
 
-GSM8K_DATA_SOURCE = "openai/gsm8k"
+GSM8K = "openai/gsm8k"
 MATH = "DigitalLearningGmbH/MATH-lighteval"
 MATH500 = "HuggingFaceH4/MATH-500"
 DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
@@ -153,7 +151,7 @@ GENERATED = ("generated", "generated")  # what a request without @SPLIT draws fr
 SOURCES = {
     source.name: source
     for source in (
-        Source("gsm8k", _read_gsm8k, "openai/gsm8k", GSM8K_DATA_SOURCE, hub_config="main", rule="last_number"),
+        Source("gsm8k", _read_gsm8k, GSM8K, GSM8K, hub_config="main", rule="last_number"),
         Source("math", _read_math, MATH, MATH),
         Source("math500", _read_math, MATH500, MATH500, train_split="test"),
         Source("dapo", _read_dapo, DAPO, "math_dapo", test_split="train"),

@@ -144,18 +144,15 @@ def _generate(source: Source, num: int, seed: int) -> Iterable[Row]:
 
 def _read_rows(pool: Pool) -> Iterable[Row]:
     """Return the rows of the pool's origin, and note in the pool which files they are read from."""
-    path = Path(pool.origin)
-    if path.exists():
-        files = files_of(path, pool.split)
+    origin, source = pool.origin, pool.source
+    if Path(origin).exists():
+        files = files_of(Path(origin), pool.split)
         pool.files = {str(file): hash_file(file) for file in files}
         return (row for file in files for row in read_file(file))
-    if not HUB_ID.fullmatch(pool.origin):
-        raise ValueError(
-            f"{pool.origin} for {pool.source.name} is no file, folder or hub id (owner/name); correct the path"
-        )
-    config = pool.source.hub_config if pool.origin == pool.source.hub_id else None
-    rows, fingerprint = read_hub(pool.origin, config, pool.split)
-    pool.files = {pool.origin: fingerprint}
+    if not HUB_ID.fullmatch(origin):
+        raise ValueError(f"{origin} for {source.name} is no file, folder or hub id (owner/name); correct the path")
+    rows, fingerprint = read_hub(origin, source.hub_config if origin == source.hub_id else None, pool.split)
+    pool.files = {origin: fingerprint}
     return rows
 
 
@@ -215,28 +212,12 @@ def choose_problems(
     """
     chosen = {split: ChosenProblems() for split in SPLITS}
     taken: dict[str, tuple[str, SourceProblem]] = {}
-
-    def reason_to_leave_out(problem: SourceProblem, split: str) -> str | None:
-        if problem.key not in taken:
-            return None
-        other_split, other = taken[problem.key]
-        if other_split == split:
-            return DUPLICATE
-        if other.source == problem.source:
-            return HELD_OUT
-        if drop_overlap:
-            return OVERLAP
-        raise ValueError(
-            f"{problem.place}, asked for by --{split} {problem.source}, is also {other.place}, which is in "
-            f"{other_split} from {other.source}; name other data, or leave such problems out of {split} with "
-            "--drop-overlap"
-        )
-
     for split in SPLITS:
         for request in requests.get(split, ()):
             free = []
             for problem in pools[request.pool].problems:
-                if reason := reason_to_leave_out(problem, split):
+                if problem.key in taken:
+                    reason = _reason_to_leave_out(problem, split, *taken[problem.key], drop_overlap)
                     chosen[split].left_out[reason][request.name] += 1
                 else:
                     free.append(problem)
@@ -246,17 +227,34 @@ def choose_problems(
     return chosen
 
 
+def _reason_to_leave_out(
+    p: SourceProblem, split: str, other_split: str, other: SourceProblem, drop_overlap: bool
+) -> str:
+    """Return why a problem is left out of a split, being the `other` one, which another request took."""
+    if other_split == split:
+        return DUPLICATE
+    if other.source == p.source:
+        return HELD_OUT
+    if drop_overlap:
+        return OVERLAP
+    raise ValueError(
+        f"{p.place}, asked for by --{split} {p.source}, is also {other.place}, which is in {other_split} from "
+        f"{other.source}; name other data, or leave such problems out of {split} with --drop-overlap"
+    )
+
+
 def _draw(request: Request, split: str, free: list[SourceProblem], pool: Pool, seed: int) -> list[SourceProblem]:
-    count = len(free) if request.count is None else request.count
-    if count > len(free) or not free:
+    num_free = len(free)
+    count = num_free if request.count is None else request.count
+    if count > num_free or not free:
         wanted = "all rows" if request.count is None else f"{count} problems"
+        remedy = f"ask for at most {num_free}" if free else "leave the request out or ask for fewer elsewhere"
         raise ValueError(
             f"--{split} {request.text} asks for {wanted}, but of the {pool.num_rows} rows of {pool.origin} "
-            f"({pool.split}) {len(free)} are left ({pool.left_out[DUPLICATE]} duplicates, "
-            f"{len(pool.problems) - len(free)} in use elsewhere); "
-            + (f"ask for at most {len(free)}" if free else "leave the request out or ask for fewer elsewhere")
+            f"({pool.split}) {num_free} are left ({pool.left_out[DUPLICATE]} duplicates, "
+            f"{len(pool.problems) - num_free} in use elsewhere); {remedy}"
         )
-    if request.takes_first or pool.is_drawn or count == len(free):
+    if request.takes_first or pool.is_drawn or count == num_free:
         return free[:count]
     # One order per pool and seed: who draws later gets what follows, whatever the counts of other sources.
     order = [problem.key for problem in pool.problems]

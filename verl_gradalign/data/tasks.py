@@ -93,15 +93,12 @@ def draw_problems(
     problems = []
     for position in range(num):
         family = families[position % len(families)]
-        for _ in range(MAX_ATTEMPTS_PER_PROBLEM):
-            problem = _draw_problem(family, rng)
-            if problem.prompt not in seen and is_for_warm_up(problem.prompt) == for_warm_up:
-                break
-        else:
-            raise ValueError(
-                f"no new {family} prompt in {MAX_ATTEMPTS_PER_PROBLEM} draws after {position} of num={num} problems; "
-                "ask for fewer problems"
-            )
+        draws = (_draw_problem(family, rng) for _ in range(MAX_ATTEMPTS_PER_PROBLEM))
+        free = (p for p in draws if p.prompt not in seen and is_for_warm_up(p.prompt) == for_warm_up)
+        problem = next(free, None)
+        if problem is None:
+            why = f"no new {family} prompt in {MAX_ATTEMPTS_PER_PROBLEM} draws after {position} of num={num} problems"
+            raise ValueError(f"{why}; ask for fewer problems")
         seen.add(problem.prompt)
         problems.append(problem)
     return problems
@@ -123,8 +120,8 @@ def draw_wrong_answer(problem: Problem, rng: random.Random) -> str:
         others = sorted(set(problem.prompt.split()[1:]) - {problem.answer})
         if others:
             return rng.choice(others)
-    value = int(problem.answer)
-    return str(value + rng.choice([offset for offset in (-10, -2, -1, 1, 2, 10) if value + offset >= 0]))
+    values = [int(problem.answer) + offset for offset in (-10, -2, -1, 1, 2, 10)]
+    return str(rng.choice([value for value in values if value >= 0]))
 
 
 def write_task_files(

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy
 
 POLL_S = 1.0
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+Launch = tuple[subprocess.Popen[bytes], Path]
+"""A process and the file that its output goes to."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,9 @@ def compare(comparison: Comparison, console: Console) -> Path:
 
 def _check_same(comparison: Comparison, output: Path) -> None:
     """Refuse to continue with other settings than the runs that are there were made with."""
-    settings = {
-        "regime": comparison.regime,
-        "overrides": list(comparison.overrides),
-        "data": str(comparison.data),
-        "policy": str(comparison.policy),
-        "warm_up_steps": comparison.warm_up_steps,
-    }
+    c = comparison
+    settings: dict[str, object] = {"regime": c.regime, "overrides": list(c.overrides), "data": str(c.data)}
+    settings |= {"policy": str(c.policy), "warm_up_steps": c.warm_up_steps}
     path = output / "comparison.json"
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise ValueError(
@@ -97,37 +95,34 @@ def _check_same(comparison: Comparison, output: Path) -> None:
 
 
 def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:
-    warm_up = progress.add_task("policy", total=comparison.warm_up_steps)
-    policy = prepare_policy(
-        comparison.policy or output / "policy",
-        comparison.warm_up_steps,
-        lambda state: progress.update(warm_up, completed=int(state["step"])),
-    )
-    progress.update(warm_up, completed=comparison.warm_up_steps)
+    num_steps = comparison.warm_up_steps
+    warm_up = progress.add_task("policy", total=num_steps)
+
+    def show(state: Mapping[str, float]) -> None:
+        progress.update(warm_up, completed=int(state["step"]))
+
+    policy = prepare_policy(comparison.policy or output / "policy", num_steps, show)
+    progress.update(warm_up, completed=num_steps)
     for seed in comparison.seeds:
         data = output / "data" / f"seed-{seed}"
         if not data.exists():
             with atomic_folder(data) as unfinished:
                 write_miniature(comparison.regime, unfinished, seed)
     todo = [run for run in runs if not run.is_done]
-    series = [members for k in range(comparison.num_jobs) if (members := todo[k :: comparison.num_jobs])]
-    processes, environment = [], cpu_environment(len(series))
-    for number, members in enumerate(series):
-        specifications = [
-            {
-                "folder": str(run.folder),
-                "done": str(run.folder / DONE),
-                "seed": run.seed,
-                "overrides": miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy)
-                + list(comparison.overrides),
-            }
-            for run in members
-        ]
+    num_series = min(comparison.num_jobs, len(todo))
+    # Asked once: the first series takes cores that were idle.
+    launches, environment = [], cpu_environment(num_series) if todo else {}
+    for number in range(num_series):
+        specifications = []
+        for run in todo[number::num_series]:
+            own = miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy)
+            files = {"folder": str(run.folder), "done": str(run.folder / DONE)}
+            specifications.append({**files, "seed": run.seed, "overrides": [*own, *comparison.overrides]})
         path, log = output / f"series-{number}.json", output / f"series-{number}.log"
         path.write_text(json.dumps(specifications), encoding="utf-8")
         command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
-        processes.append((_start(command, log, output, environment), log))
-    _watch(processes, runs, progress)
+        launches.append(_start(command, log, output, environment))
+    _watch(launches, runs, progress)
 
 
 def cpu_environment(num_series: int) -> dict[str, str]:
@@ -152,34 +147,29 @@ def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progr
             f"--data {comparison.data}: no train.parquet there; make it with `verl-gradalign prepare --regime "
             f"{comparison.regime} --output DIR` and give DIR"
         )
-    for run in runs:
-        if run.is_done:
-            continue
+    for run in (run for run in runs if not run.is_done):
         run.folder.mkdir(parents=True, exist_ok=True)
         environment = {"METHOD": run.method, "SEED": str(run.seed), "DATA_DIR": str(comparison.data.resolve())}
         environment |= {"PYTHON": comparison.python, "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl")}
         own = [f"trainer.default_local_dir={run.folder}", "trainer.logger=[console,wandb,file]"]
         command = ["bash", str(script), *own, *comparison.overrides]
-        log = run.folder / "run.log"
-        _watch([(_start(command, log, RECIPES.parent, environment), log)], runs, progress)
+        _watch([_start(command, run.folder / "run.log", RECIPES.parent, environment)], runs, progress)
         (run.folder / DONE).touch()
 
 
-def _start(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> Launch:
+    whole = {**os.environ, **environment}
     with log.open("wb") as output:
-        return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, **environment}
-        )
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=whole), log
 
 
-def _watch(
-    processes: Sequence[tuple[subprocess.Popen[bytes], Path]], runs: Sequence[RunPlan], progress: Progress
-) -> None:
+def _watch(launches: Sequence[Launch], runs: Sequence[RunPlan], progress: Progress) -> None:
     """Wait for the processes, showing every run that has begun; end the others when one fails."""
+    processes = [process for process, _ in launches]
     total = progress.add_task("runs", total=len(runs))
     bars = [progress.add_task(f"  {run.method}, seed {run.seed}", total=None, visible=False) for run in runs]
     try:
-        while any(process.poll() is None for process, _ in processes):
+        while any(process.poll() is None for process in processes):
             time.sleep(POLL_S)
             progress.update(total, completed=sum(run.is_done for run in runs))
             for run, bar in zip(runs, bars, strict=True):
@@ -187,15 +177,15 @@ def _watch(
                 is_running = path.exists() and not run.is_done
                 num_steps = sum("timing_s/step" in m for _, m in read_metrics(path)) if is_running else 0
                 progress.update(bar, completed=num_steps, visible=is_running)
-            if any(process.poll() for process, _ in processes):
+            if any(process.poll() for process in processes):
                 break
     finally:
-        for process, _ in processes:
+        for process in processes:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
     # Those that were ended here have a negative code, and come last.
-    for process, log in sorted(processes, key=lambda pair: -pair[0].returncode):
+    for process, log in sorted(launches, key=lambda launch: -launch[0].returncode):
         if process.returncode:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")

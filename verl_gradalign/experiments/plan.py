@@ -17,16 +17,8 @@ DONE = "done"
 
 FILTER_GROUPS = "filter_groups"
 METHODS = (
-    "cosine",
-    "dot",
-    "confident_cosine",
-    "lower_bound",
-    "correlation",
-    "learnalign",
-    "pool_cosine",
-    "accuracy_greedy",
-    FILTER_GROUPS,
-    "random",
+    *("cosine", "dot", "confident_cosine", "lower_bound", "correlation", "learnalign", "pool_cosine"),
+    *("accuracy_greedy", FILTER_GROUPS, "random"),
 )
 PUBLISHED = ("unreliable", "imbalance", "low_utility", "learnalign_gsm8k")
 
@@ -50,9 +42,9 @@ def plan_runs(regime: str, methods: Sequence[str], seeds: Sequence[int], output:
 
     Raises: ValueError for an unknown regime or method, repeated ones, or none.
     """
-    if regime not in (*MINIATURES, *PUBLISHED):
-        raise ValueError(f"regime={regime} is unknown; choose one of {', '.join((*MINIATURES, *PUBLISHED))}")
-    known = (*SCORES, FILTER_GROUPS)
+    regimes, known = (*MINIATURES, *PUBLISHED), (*SCORES, FILTER_GROUPS)
+    if regime not in regimes:
+        raise ValueError(f"regime={regime} is unknown; choose one of {', '.join(regimes)}")
     for method in methods:
         if method not in known:
             raise ValueError(f"method={method} is unknown; choose among {', '.join(known)}")
