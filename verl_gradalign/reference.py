@@ -55,14 +55,12 @@ What they mean for your run stands in [Read the report](read_report.md); the sym
 
 
 class Key(NamedTuple):
-    """One key, as a user writes it."""
+    """One key as a user writes it, with its type in words or the names it may have, and what stands below the field."""
 
     name: str
     values: str
-    """Its type in words, or the names it may have."""
     default: str
     text: str
-    """Meaning, unit, range and reason: what stands below the field."""
 
 
 class Block(NamedTuple):
@@ -73,10 +71,10 @@ class Block(NamedTuple):
     keys: list[Key]
 
 
-def field_texts() -> dict[tuple[str, str], str]:
-    """Return the string below each field of the configuration's classes, by class and field name."""
+def field_texts() -> dict[str, str]:
+    """Return the string below each field of the configuration's classes, by "class.field"."""
     return {
-        (node.name, ast.unparse(field.target)): " ".join(cleandoc(ast.literal_eval(below.value)).split())
+        f"{node.name}.{ast.unparse(field.target)}": " ".join(cleandoc(ast.literal_eval(below.value)).split())
         for node in ast.parse(getsource(config)).body
         if isinstance(node, ast.ClassDef)
         for field, below in pairwise(node.body)
@@ -105,26 +103,23 @@ def blocks_of(cls: Any = GradAlignConfig, name: str = "gradalign") -> list[Block
     texts, hints, choices = field_texts(), get_type_hints(cls), choices_of_keys()
     keys, inner = [], []
     for field in fields(cls):
-        key, hint = f"{name}.{field.name}", hints[field.name]
+        key, hint, where = f"{name}.{field.name}", hints[field.name], f"{cls.__name__}.{field.name}"
         if is_dataclass(hint):
             inner += blocks_of(hint, key)
             continue
-        types = get_args(hint) or (hint,)
+        types, names = get_args(hint) or (hint,), choices.get(key.removeprefix("gradalign."))
         if is_dataclass(types[0]):
             inner += blocks_of(types[0], f"{key}[]")
             values = "list of blocks"
-        elif key.removeprefix("gradalign.") in choices:
-            values = ", ".join(f"`{each}`" for each in choices[key.removeprefix("gradalign.")])
-            values += " or null" if type(None) in types else ""
+        elif names:
+            values = ", ".join(f"`{each}`" for each in names) + (" or null" if type(None) in types else "")
         else:
             values = f"list: {WORDS[types[0]]}" if get_origin(hint) is tuple else " or ".join(WORDS[t] for t in types)
-        if (cls.__name__, field.name) not in texts:
-            raise ValueError(
-                f"{key}: nothing stands below {cls.__name__}.{field.name}. Remedy: say there what it means."
-            )
-        text = re.sub(r"\bNone\b", "null", texts[cls.__name__, field.name])
+        if where not in texts:
+            raise ValueError(f"{key}: nothing stands below {where}. Remedy: say there what it means.")
         # JSON is YAML, where words need no quotes.
         words = field.default if isinstance(field.default, str) else ""
+        text = re.sub(r"\bNone\b", "null", texts[where])
         keys.append(Key(key, values, words or json.dumps(field.default), text))
     return [Block(name, " ".join(cleandoc(cls.__doc__ or "").split("\n\n")[0].split()), keys), *inner]
 
@@ -132,9 +127,8 @@ def blocks_of(cls: Any = GradAlignConfig, name: str = "gradalign") -> list[Block
 def cell(text: str) -> str:
     """Return the text for a cell of a Markdown table: outside of `code` nothing is taken for markup."""
     parts = text.replace("|", r"\|").split("`")
-    return "`".join(
-        part if place % 2 else part.replace("<", "&lt;").replace("*", r"\*") for place, part in enumerate(parts)
-    )
+    parts[::2] = [part.replace("<", "&lt;").replace("*", r"\*") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def configuration_page() -> str:

@@ -124,10 +124,8 @@ def _flops(setting: Setting, candidates: float, trusted: float, trained: float, 
 
 def _seconds(cost: Cost, tflops: float | None, tokens_per_second: float | None) -> dict[str, float]:
     if tflops is None or tokens_per_second is None:
-        raise ValueError(
-            "--tflops and --tokens-per-second belong together: time is only estimated from your own speeds. Remedy: "
-            "give both, or neither for ratios."
-        )
+        why = "--tflops and --tokens-per-second belong together: time is only estimated from your own speeds"
+        raise ValueError(f"{why}. Remedy: give both, or neither for ratios.")
     for option, speed in (("--tflops", tflops), ("--tokens-per-second", tokens_per_second)):
         if not 0 < speed < math.inf:
             refuse(option, speed, "must be above 0", "give what your machine reaches")
@@ -144,16 +142,13 @@ def _seconds(cost: Cost, tflops: float | None, tokens_per_second: float | None) 
 
 def _notes(setting: Setting) -> tuple[str, ...]:
     """Return what the numbers do not show."""
-    notes = []
-    mean = setting.responses_per_candidate * setting.tokens_per_row
-    longest = setting.responses_per_candidate * (setting.max_prompt_tokens + setting.max_response_tokens)
-    if setting.estimator not in (None, "backward") and longest > setting.probe_tokens:
-        is_common = mean > setting.probe_tokens
-        which = "a mean problem" if is_common else "a problem of the longest responses"
+    notes, num, most = [], setting.responses_per_candidate, setting.probe_tokens
+    mean, longest = num * setting.tokens_per_row, num * setting.longest_row
+    if setting.estimator not in (None, "backward") and longest > most:
+        which, size = ("a mean problem", mean) if mean > most else ("a problem of the longest responses", longest)
         notes.append(
-            f"{which} takes {mean if is_common else longest:,.0f} positions, more than the {setting.probe_tokens:,} "
-            "of a micro-batch: such problems are scored one at a time on all GPUs, exactly but slowly. Raise "
-            "gradalign.probe.max_tokens_per_rank if memory allows"
+            f"{which} takes {size:,.0f} positions, more than the {most:,} of a micro-batch: such problems are scored "
+            "one at a time on all GPUs, exactly but slowly. Raise gradalign.probe.max_tokens_per_rank if memory allows"
         )
     if setting.estimator == "backward" and setting.num_gpus > 1:
         notes.append(
@@ -279,7 +274,7 @@ def pass_bytes(setting: Setting, micro_batch_tokens: int) -> tuple[float, float]
     """
     shape, bytes_each = setting.shape, setting.compute_bytes
     # A longest row, where that is more than a micro-batch, is one of its own.
-    tokens = max(micro_batch_tokens, setting.max_prompt_tokens + setting.max_response_tokens)
+    tokens = max(micro_batch_tokens, setting.longest_row)
     layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * bytes_each
     inputs = shape.num_layers * tokens * shape.hidden * bytes_each
     logits = tokens * shape.vocabulary

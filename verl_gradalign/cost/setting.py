@@ -84,6 +84,10 @@ class Setting:
         return self.prompt_tokens + self.response_tokens
 
     @property
+    def longest_row(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
     def steps_per_selection(self) -> int:
         return 1 if self.schedule == "step" else self.steps_per_round
 

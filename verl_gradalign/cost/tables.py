@@ -72,12 +72,8 @@ def _of_machine(costs: Sequence[Cost], gpu_gb: float | None) -> Table:
     """Return memory of a GPU, and time where the speeds are known, by the number of GPUs."""
     parts = ("parameters", "gradients", "optimizer", "direction", "gathered", "activations", "logits")
     rows = [(f"GB: {part}", *(_gb(cost.memory[part]) for cost in costs)) for part in parts]
-    peaks = {
-        "update without selection": "plain",
-        "update": "update",
-        "scores": "score",
-        "making the direction": "make_direction",
-    }
+    peaks = {"update without selection": "plain", "update": "update", "scores": "score"}
+    peaks["making the direction"] = "make_direction"
     rows += [(f"GB, peak: {name}", *(_gb(c.memory[peak], gpu_gb) for c in costs)) for name, peak in peaks.items()]
     seconds = [dict(cost.seconds) for cost in costs if cost.seconds]
     for parts_s in seconds:

@@ -75,10 +75,9 @@ def examine_configuration(
     data = examine_data(config, verl_config, findings)
     if data is not None:
         _check_steps(verl_config, config, data.num_problems, findings)
-    if model is None or data is None:
-        return None
-    with findings.refusals("cost"):
-        return examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
+    if model is not None and data is not None:
+        with findings.refusals("cost"):
+            return examine_cost(config, verl_config, model, data, machine, findings, response_tokens)
     return None
 
 
@@ -197,10 +196,9 @@ def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
             text = f"{key}={folder}: {there} cannot be written ({error.strerror})"
             findings.add("folders", "error", text, f"set {key} to another folder")
     with findings.refusals("folders"):
-        resumed = resume_folder(verl_config)
-        if resumed is not None:
-            text = f"the run would go on from {resumed}"
-            findings.add("folders", "note", text, "trainer.resume_mode=disable, or another folder, to start anew")
+        if (resumed := resume_folder(verl_config)) is not None:
+            remedy = "trainer.resume_mode=disable, or another folder, to start anew"
+            findings.add("folders", "note", f"the run would go on from {resumed}", remedy)
 
 
 def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems: int, findings: Findings) -> None:

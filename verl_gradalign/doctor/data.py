@@ -73,11 +73,9 @@ def _noise(name: str, num_problems: int, n: int, findings: Findings) -> None:
         f"direction of reliability {reliability:.2f} (measured: {RELIABILITY} at {AT_RESPONSES}; a toy, so only a "
         "hint). Problems always or never solved do not count"
     )
-    if reliability < LOW_RELIABILITY:
-        remedy = "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction"
-        findings.add("trusted set", "warning", text, remedy)
-    else:
-        findings.add("trusted set", "ok", text)
+    remedy = "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction"
+    is_low = reliability < LOW_RELIABILITY
+    findings.add("trusted set", "warning" if is_low else "ok", text, remedy if is_low else "")
 
 
 def _tokenizer(verl_config: DictConfig, findings: Findings) -> Any:

@@ -61,10 +61,8 @@ def examine_environment(findings: Findings) -> Machine:
 
 def _packages(findings: Findings) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
-    if python in PYTHON:
-        findings.add("environment", "ok", f"Python {python}")
-    else:
-        findings.add("environment", "error", f"Python {python}", f"use Python {PYTHON}")
+    level, remedy = ("ok", "") if python in PYTHON else ("error", f"use Python {PYTHON}")
+    findings.add("environment", level, f"Python {python}", remedy)
     for package, wanted in REQUIRED.items():
         version = version_of(package)
         if version is not None and SpecifierSet(wanted).contains(version, prereleases=True):

@@ -49,12 +49,12 @@ class Composition:
         names = self._names[column]
         cut_P = np.array([value[:MAX_NAME_CHARS] for value in value_P], dtype=object)
         name_P = np.where(np.isin(cut_P, names), cut_P, OTHER)
-        shares = {}
-        for name in names:
-            for group, names_G in (("pool", name_P), ("kept", name_P[is_kept_P])):
-                share = float((names_G == name).mean()) if len(names_G) else 0.0
-                shares[f"composition/{column}/{name}/{group}"] = share
-        return shares
+        groups = {"pool": name_P, "kept": name_P[is_kept_P]}
+        return {
+            f"composition/{column}/{name}/{group}": float((name_G == name).mean()) if len(name_G) else 0.0
+            for name in names
+            for group, name_G in groups.items()
+        }
 
 
 def log_columns(step: int, c: Candidates, selection: Selection) -> dict[str, Any]:
@@ -78,25 +78,17 @@ def log_columns(step: int, c: Candidates, selection: Selection) -> dict[str, Any
 
 def selection_metrics(c: Candidates, selection: Selection) -> dict[str, float]:
     """Return the metrics that every score has: counts by reason, success rates, lengths; the spread of the scores."""
+    kept, num, num_live = selection.kept, len(selection.kept), int(c.is_live_P.sum())
+    values: dict[str, float] = {"candidates": len(c), "live": num_live, "kept": num, "rejected": len(c) - num}
     counts = np.bincount(selection.reason_P, minlength=len(REASONS))
-    values = {
-        "candidates": len(c),
-        "live": int(c.is_live_P.sum()),
-        "kept": len(selection.kept),
-        "rejected": len(c) - len(selection.kept),
-        **{
-            f"{'kept' if reason in KEPT_REASONS else 'rejected'}_by/{reason}": float(count)
-            for reason, count in zip(REASONS, counts, strict=True)
-        },
-        "success_rate/pool": _mean(c.success_rate_P),
-        "success_rate/kept": _mean(c.success_rate_P[selection.kept]),
-        "response_length/pool": _mean(c.response_tokens_P),
-        "response_length/kept": _mean(c.response_tokens_P[selection.kept]),
-    }
+    for reason, count in zip(REASONS, counts, strict=True):
+        values[f"{'kept' if reason in KEPT_REASONS else 'rejected'}_by/{reason}"] = float(count)
+    for name, value_P in {"success_rate": c.success_rate_P, "response_length": c.response_tokens_P}.items():
+        values |= {f"{name}/pool": _mean(value_P), f"{name}/kept": _mean(value_P[kept])}
     finite = c.score_P[np.isfinite(c.score_P)]
     if len(finite):
         values |= {"score/mean": _mean(finite), "score/min": float(finite.min()), "score/max": float(finite.max())}
-        values["score/kept_mean"] = _mean(c.score_P[selection.kept])
+        values["score/kept_mean"] = _mean(c.score_P[kept])
     return values
 
 
@@ -160,11 +152,8 @@ def cost_metrics(metrics: Mapping[str, float], seconds: StepSeconds) -> dict[str
 
     `metrics` are those of the step's selection, under their full names.
     """
-    values = {
-        "seconds/rollout": seconds.rollout,
-        "seconds/update": seconds.update,
-        "seconds/share_of_step": seconds.selection / seconds.step,
-    }
+    values = {"seconds/rollout": seconds.rollout, "seconds/update": seconds.update}
+    values["seconds/share_of_step"] = seconds.selection / seconds.step
     generated, trained = (metrics.get(f"{PREFIX}tokens/{name}") for name in ("generated", "trained"))
     if generated and trained is not None:
         unused = 1 - trained / generated

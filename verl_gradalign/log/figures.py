@@ -187,11 +187,8 @@ def _stack(axes: Axes, steps_S: np.ndarray, shares: Sequence[np.ndarray]) -> Non
     is_known_S = np.all([np.isfinite(share) for share in shares], axis=0) if shares else np.zeros(len(steps_S), bool)
     if not is_known_S.any():
         return
-    steps = steps_S[is_known_S].astype(float)
-    heights = [share[is_known_S] for share in shares]
-    points = [thinned(steps, height, MAX_BANDS) for height in heights]
-    x = points[0][0]
-    colours = [PALETTE[number % len(PALETTE)] for number in range(len(shares))]
+    points = [thinned(steps_S[is_known_S].astype(float), share[is_known_S], MAX_BANDS) for share in shares]
+    x, colours = points[0][0], [PALETTE[number % len(PALETTE)] for number in range(len(shares))]
     if len(x) >= 4:
         axes.stackplot(x, [y for _, y in points], colors=colours, linewidth=0)
         axes.set_xlim(x[0], x[-1])

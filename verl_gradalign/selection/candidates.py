@@ -15,6 +15,8 @@ import numpy as np
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.types import Measurements
 
+MEASURED = ("dot_P", "norm_P", "dot_error_P", "error_freedom_P")
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -55,14 +57,11 @@ class Candidates:
 
     def measured(self, m: Measurements) -> Candidates:
         """Return the table with what was measured of the live candidates."""
-        return self.of_live(
-            dot_P=m.dot_P, norm_P=m.norm_P, dot_error_P=m.dot_error_P, error_freedom_P=m.error_freedom_P
-        )
+        return self.of_live(**{name: getattr(m, name) for name in MEASURED})
 
 
 def tabulate(groups: Sequence[Group], success_threshold: float) -> Candidates:
     """Return the candidates' table, in the groups' order, without anything measured yet."""
-    unknown_P = np.full(len(groups), np.nan)
     num_P = np.array([len(g.rewards) for g in groups], dtype=np.int64)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where nothing was generated
         tokens_P = np.array([g.num_response_tokens if g.rewards else 0 for g in groups]) / num_P
@@ -74,9 +73,5 @@ def tabulate(groups: Sequence[Group], success_threshold: float) -> Candidates:
         success_rate_P=np.array([g.success_rate(success_threshold) for g in groups], dtype=np.float64),
         num_responses_P=num_P,
         response_tokens_P=tokens_P,
-        dot_P=unknown_P,
-        norm_P=unknown_P,
-        dot_error_P=unknown_P,
-        error_freedom_P=unknown_P,
-        score_P=unknown_P,
+        **dict.fromkeys((*MEASURED, "score_P"), np.full(len(groups), np.nan)),
     )

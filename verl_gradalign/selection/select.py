@@ -36,25 +36,19 @@ def select_top(candidates: Candidates, num_kept: int, dead_groups: str, seed: Se
     Ties are broken by a shuffle seeded with `seed`. Failed groups and scores that are not finite are never kept.
     With dead_groups="drop" dead groups only fill places that live ones leave empty; with "rank" they score 0.
     """
-    reason_P = np.full(len(candidates), REASONS.index(LOW_SCORE), dtype=np.int8)
-    order = _shuffled(candidates, seed)
-    is_dead_P = ~candidates.is_live_P & ~candidates.is_failed_P
+    order, is_failed_P = _shuffled(candidates, seed), candidates.is_failed_P
+    is_dead_P = ~candidates.is_live_P & ~is_failed_P
     score_P = np.where(is_dead_P, 0.0, candidates.score_P)
-    is_unknown_P = candidates.is_live_P & ~candidates.is_failed_P & ~np.isfinite(score_P)
-    reason_P[candidates.is_failed_P] = REASONS.index(FAILED)
-    reason_P[is_unknown_P] = REASONS.index(NON_FINITE)
-    is_ranked_P = ~candidates.is_failed_P & ~is_unknown_P
-    dead = order[:0]
-    if dead_groups == "drop":
-        dead = order[is_dead_P[order]]
-        is_ranked_P &= ~is_dead_P
-        reason_P[is_dead_P] = REASONS.index(DEAD)
-    ranked = order[is_ranked_P[order]]
+    is_unknown_P = ~is_failed_P & ~np.isfinite(score_P)
+    is_dropped_P = is_dead_P & (dead_groups == "drop")
+    ranked = order[~(is_failed_P | is_unknown_P | is_dropped_P)[order]]
     ranked = ranked[np.argsort(-score_P[ranked], kind="stable")]  # the shuffle decides between equal scores
     top = ranked[:num_kept]
-    filler = dead[: max(0, num_kept - len(top))]
-    reason_P[top] = REASONS.index(TOP)
-    reason_P[filler] = REASONS.index(FILLER)
+    filler = order[is_dropped_P[order]][: max(0, num_kept - len(top))]
+    reason_P = np.full(len(candidates), REASONS.index(LOW_SCORE), dtype=np.int8)
+    of_reason = {FAILED: is_failed_P, NON_FINITE: is_unknown_P, DEAD: is_dropped_P, TOP: top, FILLER: filler}
+    for reason, which in of_reason.items():
+        reason_P[which] = REASONS.index(reason)
     return Selection(np.concatenate([top, filler]), reason_P)
 
 
