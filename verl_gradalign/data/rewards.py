@@ -82,10 +82,8 @@ def compute_score(
 
 def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float:
     if extra_info.get("index") is None:
-        raise ValueError(
-            "a problem with extra_info['corrupted'] has no extra_info['index'], which its coin flips are drawn from; "
-            "number the rows of the data set"
-        )
+        why = "a problem with extra_info['corrupted'] has no extra_info['index'], which its coin flips are drawn from"
+        raise ValueError(f"{why}; number the rows of the data set")
     # Without a step (verl's own trainer does not give one) a resumed run draws other coins than the unbroken one.
     index, step = int(extra_info["index"]), int(extra_info.get("global_steps") or 0)
     if extra_info.get("session_id") is not None:

@@ -165,6 +165,7 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
             continue
         try:
             _reward(own or default_compute_score, source, row)
+            num_right += 1
         except Exception as error:
             if own is None and isinstance(error, NotImplementedError):
                 unknown.append(source)  # verl's way to say that it does not know a data source
@@ -172,8 +173,6 @@ def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig
             text = f"{area}: the reward of an empty answer (data source {source!r}) fails: "
             remedy = "fix the reward function, or the ground truth of this source"
             findings.add("reward", "error", f"{text}{type(error).__name__}: {error}", remedy)
-        else:
-            num_right += 1
     if unknown:
         text = f"{area}: verl has no reward function for data source {', '.join(unknown[:10])}"
         findings.add("reward", "error", text, "name yours in reward.custom_reward_function.path and .name")

@@ -86,10 +86,8 @@ def _check_same(comparison: Comparison, output: Path) -> None:
     settings |= {"policy": str(c.policy), "warm_up_steps": c.warm_up_steps}
     path = output / "comparison.json"
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        raise ValueError(
-            f"{path}: the runs here were made with {before}, this comparison asks for {settings}. Remedy: choose "
-            "another --output, or delete this one"
-        )
+        why = f"the runs here were made with {before}, this comparison asks for {settings}"
+        raise ValueError(f"{path}: {why}. Remedy: choose another --output, or delete this one")
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings), encoding="utf-8")
 
@@ -143,10 +141,8 @@ def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progr
     if not script.exists():
         raise ValueError(f"{script}: no such file; published regimes are run from a checkout of the repository")
     if comparison.data is None or not (comparison.data / "train.parquet").exists():
-        raise ValueError(
-            f"--data {comparison.data}: no train.parquet there; make it with `verl-gradalign prepare --regime "
-            f"{comparison.regime} --output DIR` and give DIR"
-        )
+        remedy = f"make it with `verl-gradalign prepare --regime {comparison.regime} --output DIR` and give DIR"
+        raise ValueError(f"--data {comparison.data}: no train.parquet there; {remedy}")
     for run in (run for run in runs if not run.is_done):
         run.folder.mkdir(parents=True, exist_ok=True)
         environment = {"METHOD": run.method, "SEED": str(run.seed), "DATA_DIR": str(comparison.data.resolve())}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.errors import require
+from verl_gradalign.errors import refuse, require
 
 # What an order is for: the second word of its seed. Above any step, because ties are broken by the seed [seed, step]
 # and numpy takes missing words for zeros.
@@ -48,10 +48,9 @@ def check_schedule(config: GradAlignConfig, num_problems: int, batch_size: int, 
     `num_problems` are in the train files after filtering; `chooses`: see `Curriculum`.
     """
     if num_problems < batch_size:
-        raise ValueError(
-            f"data.train_files: hold {num_problems} problems, fewer than a batch of {batch_size}. Remedy: add problems "
-            f"or set data.train_batch_size={max(num_problems, 1)}."
-        )
+        why = f"hold {num_problems} problems, fewer than a batch of {batch_size}"
+        remedy = f"add problems or set data.train_batch_size={max(num_problems, 1)}"
+        raise ValueError(f"data.train_files: {why}. Remedy: {remedy}.")
     if config.schedule in ("once", "staged"):
         _check_stages(config, num_problems, batch_size)
     elif config.schedule == "round" or chooses:
@@ -163,12 +162,10 @@ class Curriculum:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises: ValueError if it is that of another seed, schedule or set of problems."""
+        remedy = "resume with the same gradalign.schedule, gradalign.seed and data.train_files, or start a new run"
         for key, own in self._identity.items():
             if state[key] != own:
-                raise ValueError(
-                    f"{key}={own!r}: the checkpoint's curriculum has {state[key]!r}, and cannot go on. Remedy: resume "
-                    "with the same gradalign.schedule, gradalign.seed and data.train_files, or start a new run."
-                )
+                refuse(key, repr(own), f"the checkpoint's curriculum has {state[key]!r}, and cannot go on", remedy)
         self._step, self._kept_step = state["step"], state["kept_step"]
         self._kept = _Epochs(np.asarray(state["kept"], dtype=np.int64), (self._config.seed, KEPT, self._kept_step))
         places = (state["warmup_place"], state["stream_place"], state["kept_place"])

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from verl_gradalign.config import ScoreOptions
+from verl_gradalign.errors import require
 from verl_gradalign.types import Measurements, ratio
 
 
@@ -148,12 +149,8 @@ def score_of(name: str) -> Score:
     if name in SCORES:
         return SCORES[name]
     where, colon, attribute = name.rpartition(":")
-    if not colon:
-        known = ", ".join(SCORES)
-        raise ValueError(
-            f"gradalign.score={name!r}: unknown; known are {known}. Remedy: use one of them, or name your own function "
-            "as my_package.my_module:function or path/to/file.py:function."
-        )
+    remedy = "use one of them, or name your own function as my_package.my_module:function or path/to/file.py:function"
+    require(bool(colon), "score", name, f"unknown; known are {', '.join(SCORES)}", remedy)
     try:
         found = getattr(_module(where), attribute)
     except Exception as error:
@@ -163,8 +160,7 @@ def score_of(name: str) -> Score:
         ) from error
     if isinstance(found, Score):
         return found
-    if not callable(found):
-        raise ValueError(f"gradalign.score={name!r}: is a {type(found).__name__}. Remedy: name a function or a Score.")
+    require(callable(found), "score", name, f"is a {type(found).__name__}", "name a function or a Score")
     return Score(lambda m, _: found(m), "trusted", needs_norm=True)
 
 
