@@ -93,7 +93,7 @@ def killed_and_resumed(workplace: Workplace) -> Resumed:
     process = start(pool, workplace.model, output, *options, interrupt_at=f"scoring 2 {marker}")
     kill_at_marker(process, marker, output / "state" / "run.log")
     state = output / "state"
-    (measured,) = state.glob("measured-*.json")
+    (measured,) = state.glob("measured-*.pt")
     # As if it had been killed in the middle of the rollout.
     last = rollout_files(output)[-1]
     lost = pq.read_table(last).to_pylist()

@@ -322,7 +322,7 @@ def group(problem_id, rng, is_live=True):
     )
 
 
-def measured(files, problem_ids, rng, trusted=(4,), half_cosine=0.5):
+def measured(files, problem_ids, rng, trusted=(4,)):
     groups = tuple(group(i, rng, is_live=i % 5 > 0) for i in problem_ids)
     num = sum(g.is_live for g in groups)
     dot_P = torch.tensor(rng.normal(size=num))
@@ -336,7 +336,8 @@ def measured(files, problem_ids, rng, trusted=(4,), half_cosine=0.5):
         direction_norm=2.5,
         half_dot_P2=torch.stack([half_P, dot_P - half_P], dim=1),
     )
-    return Measured(files, trusted, groups, scores, half_cosine, {"direction/norm": 2.5, "seconds/scores": 1.0})
+    metrics = {"direction/norm": 2.5, "reliability/direction_cosine": 0.5, "seconds/scores": 1.0}
+    return Measured(files, trusted, groups, scores, metrics)
 
 
 def test_what_was_measured_is_read_as_the_same_numbers(tmp_path):
@@ -350,7 +351,8 @@ def test_what_was_measured_is_read_as_the_same_numbers(tmp_path):
     store.write_measured(before)
     config = GradAlignConfig(validation=ValidationConfig(files=("trusted.parquet",)))
     after = store.units(config)[unit]
-    assert (after.files, after.half_cosine, dict(after.metrics)) == (before.files, 0.5, dict(before.metrics))
+    assert (after.files, dict(after.metrics)) == (before.files, dict(before.metrics))
+    assert after.metrics["reliability/direction_cosine"] == 0.5
     assert str(after.groups) == str(before.groups)  # nan is not equal to itself
     for name in ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2"):
         assert torch.equal(getattr(after.scores, name), getattr(before.scores, name)), name
@@ -393,9 +395,8 @@ def test_the_choice_does_not_depend_on_how_the_pool_was_cut(score):
         measured(("f",), range(10), np.random.default_rng(0)),
         measured(("g",), [12, 11], np.random.default_rng(1)),
     ]
-    whole = Measured(
-        ("f", "g"), (4,), parts[1].groups + parts[0].groups, joined_scores(parts[::-1]), 0.5, parts[0].metrics
-    )
+    swapped = parts[1].groups + parts[0].groups
+    whole = Measured(("f", "g"), (4,), swapped, joined_scores(parts[::-1]), parts[0].metrics)
     failed = [Problem("u", 10, "a"), Problem("v", 0, "a", "trusted")]
     choices = [choose(config, measured, failed, 4, 13) for measured in (parts, [whole])]
     for (groups, columns, metrics), (other_groups, others, other_metrics) in zip(choices, choices[1:], strict=False):

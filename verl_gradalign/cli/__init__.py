@@ -12,6 +12,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from verl_gradalign.cli import compare, cost, doctor, prepare, report, score  # noqa: F401  (each registers itself)
-from verl_gradalign.cli.app import app, refusals_as_messages
+from verl_gradalign.cli.app import app
 
-__all__ = ["app", "refusals_as_messages"]
+__all__ = ["app"]

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all commands share: the application they are registered with, and how results and refusals are shown."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+F = TypeVar("F", bound=Callable[..., None])
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
 
@@ -20,11 +21,20 @@ def main() -> None:
     """Train with verl on the problems whose policy gradient points along a trusted one."""
 
 
+def command(*examples: str, ends: str = "Exit code: 0 done, 2 bad input.") -> Callable[[F], F]:
+    """Return what registers a function as a command: examples and exit codes below its help, refusals as messages."""
+    indented = (f"  {example}".replace("\n", "\n  ") for example in examples)
+    epilog = "\n\n".join(["\nExamples:", *indented, f"{ends}\n"])
+    return lambda function: app.command(epilog=epilog)(refusals_as_messages()(function))
+
+
 @contextmanager
 def refusals_as_messages() -> Iterator[None]:
     """Print what a user can fix (ValueError, OSError; exit code 2) or a failed run (RuntimeError; 1) as one message."""
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer's own ways to end
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         say(Console(stderr=True), f"error: {error}", style="red")
         code = FAILED_RUN_EXIT_CODE if isinstance(error, RuntimeError) else BAD_INPUT_EXIT_CODE

@@ -7,20 +7,14 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages, say, whole_numbers
-
-EXAMPLES = """
-Examples:
-
-  verl-gradalign compare unreliable_mini --output outputs/unreliable_mini
-
-  verl-gradalign compare imbalance_mini --methods cosine,random --seeds 0 --output outputs/short
-
-Exit code: 0 done, 1 a run failed, 2 bad input.
-"""
+from verl_gradalign.cli.app import command, say, whole_numbers
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign compare unreliable_mini --output outputs/unreliable_mini",
+    "verl-gradalign compare imbalance_mini --methods cosine,random --seeds 0 --output outputs/short",
+    ends="Exit code: 0 done, 1 a run failed, 2 bad input.",
+)
 def compare(
     regime: Annotated[
         str, Argument(help="A miniature (unreliable_mini, imbalance_mini, low_utility_mini) or a published one.")
@@ -40,19 +34,18 @@ def compare(
     from verl_gradalign.experiments.plan import METHODS
     from verl_gradalign.toy.regimes import WARM_UP_STEPS
 
+    comparison = Comparison(
+        regime=regime,
+        output=output,
+        methods=tuple(methods.split(",")) if methods else METHODS,
+        seeds=whole_numbers("--seeds", seeds, "0,1,2"),
+        num_jobs=jobs,
+        data=data,
+        policy=policy,
+        warm_up_steps=warm_up_steps or WARM_UP_STEPS,
+        overrides=tuple(overrides or ()),
+    )
     console = Console()
-    with refusals_as_messages():
-        comparison = Comparison(
-            regime=regime,
-            output=output,
-            methods=tuple(methods.split(",")) if methods else METHODS,
-            seeds=whole_numbers("--seeds", seeds, "0,1,2"),
-            num_jobs=jobs,
-            data=data,
-            policy=policy,
-            warm_up_steps=warm_up_steps or WARM_UP_STEPS,
-            overrides=tuple(overrides or ()),
-        )
-        summary = run_comparison(comparison, console)
+    summary = run_comparison(comparison, console)
     say(console, summary.read_text(encoding="utf-8"))
     say(console, f"wrote {output}")

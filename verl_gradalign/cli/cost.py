@@ -10,25 +10,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say, whole_numbers
+from verl_gradalign.cli.app import command, numbers_table, say, whole_numbers
 from verl_gradalign.cost import PRESETS, Cost, ModelShape, Setting, estimate, shape_of
 from verl_gradalign.cost.setting import option_of
-from verl_gradalign.cost.tables import Table, assumptions, tables_of
+from verl_gradalign.cost.tables import assumptions, tables_of
 from verl_gradalign.markdown import markdown_table
-
-EXAMPLES = """
-Examples:
-
-  verl-gradalign cost --model 7b --gpus 8
-
-  verl-gradalign cost --model 7b --gpus 1,8,64 --oversample 2 --schedule round --gpu-gb 80
-
-  verl-gradalign cost --hf-config Qwen3-8B/config.json --response-tokens 3000 --tflops 350 --tokens-per-second 2500
-
-  verl-gradalign cost --model 1.5b,7b,70b --gpus 1,8,64 --markdown
-
-Exit code: 0 done, 2 bad input.
-"""
 
 
 def with_options_of_settings(command: Any) -> Any:
@@ -46,7 +32,12 @@ def with_options_of_settings(command: Any) -> Any:
     return command
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign cost --model 7b --gpus 8",
+    "verl-gradalign cost --model 7b --gpus 1,8,64 --oversample 2 --schedule round --gpu-gb 80",
+    "verl-gradalign cost --hf-config Qwen3-8B/config.json --response-tokens 3000 --tflops 350 --tokens-per-second 2500",
+    "verl-gradalign cost --model 1.5b,7b,70b --gpus 1,8,64 --markdown",
+)
 @with_options_of_settings
 def cost(
     model: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}; several with commas.")] = None,
@@ -64,18 +55,21 @@ def cost(
 
     Communication, elementwise work and the longest response's tail are left out: see recipes/how_to/cost.md.
     """
-    with refusals_as_messages():
-        if settings["estimator"] == "none":
-            settings["estimator"] = None
-        costs = [
-            estimate(Setting(shape, num_gpus, **settings), tflops, tokens_per_second)
-            for shape in _shapes(model, parameters, hf_config)
-            for num_gpus in whole_numbers("--gpus", gpus, "1,8,64")
-        ]
+    if settings["estimator"] == "none":
+        settings["estimator"] = None
+    costs = [
+        estimate(Setting(shape, num_gpus, **settings), tflops, tokens_per_second)
+        for shape in _shapes(model, parameters, hf_config)
+        for num_gpus in whole_numbers("--gpus", gpus, "1,8,64")
+    ]
     if as_json:
         print(json.dumps({"costs": [as_mapping(each) for each in costs]}, indent=2))
     elif as_markdown:
-        print("\n\n".join([assumptions(costs[0].setting), *map(markdown_of, tables_of(costs, gpu_gb))]))
+        tables = (
+            f"**{table.title}**\n\n{markdown_table(table.header, table.rows, is_right=True)}"
+            for table in tables_of(costs, gpu_gb)
+        )
+        print("\n\n".join([assumptions(costs[0].setting), *tables]))
     else:
         print_costs(costs, gpu_gb)
         for note in dict.fromkeys(note for each in costs for note in each.notes):
@@ -87,10 +81,6 @@ def as_mapping(cost: Cost) -> dict[str, Any]:
     values = asdict(cost)
     setting = {"setting": values.pop("setting"), "num_parameters": cost.setting.shape.num_parameters}
     return {**setting, **values, "ratios": cost.ratios}
-
-
-def markdown_of(table: Table) -> str:
-    return f"**{table.title}**\n\n{markdown_table(table.header, table.rows, is_right=True)}"
 
 
 def print_costs(costs: list[Cost], gpu_gb: float | None = None) -> None:

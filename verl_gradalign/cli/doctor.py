@@ -11,29 +11,24 @@ from typing import Annotated
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option
 
-from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, app
+from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, command
 from verl_gradalign.cli.cost import as_mapping, print_costs
 from verl_gradalign.cost import Cost
 from verl_gradalign.findings import Findings
 
-EXAMPLES = """
-Examples:
-
-  verl-gradalign doctor
-
-  verl-gradalign doctor +gradalign=cosine gradalign.validation.files=trusted.parquet data.train_files=train.parquet
-  actor_rollout_ref.model.path=Qwen/Qwen2.5-7B
-
-  VERL_PLATFORM=cpu verl-gradalign doctor --json -- +platform=cpu +regime=quickstart ...
-
-Exit code 0: no errors; 1: errors were found; 2: the command line was wrong.
-"""
 STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign doctor",
+    "verl-gradalign doctor +gradalign=cosine gradalign.validation.files=trusted.parquet data.train_files=train.parquet"
+    "\nactor_rollout_ref.model.path=Qwen/Qwen2.5-7B",
+    "VERL_PLATFORM=cpu verl-gradalign doctor --json -- +platform=cpu +regime=quickstart ...",
+    ends="Exit code 0: no errors; 1: errors were found; 2: the command line was wrong.",
+)
 def doctor(
     overrides: Annotated[
         list[str] | None, Argument(help="What verl's entry point would be given; none: the machine alone.")
@@ -67,28 +62,22 @@ def _examine(overrides: list[str], response_tokens: float | None, findings: Find
     from verl_gradalign.doctor.machine import examine_environment
 
     machine = examine_environment(findings)
-    try:
-        from verl_gradalign.doctor import configuration as of_configuration
-    except Exception as error:
-        findings.refusal("environment", error, "install what is missing, see above")
-        return None
-    of_configuration.examine_trainer_mode(findings)
-    if not overrides:
-        return None
-    cost = None
-    # Whatever a configuration brings about, what was found before is shown.
-    with findings.refusals("configuration"):
-        cost = of_configuration.examine_configuration(overrides, machine, findings, response_tokens)
-    return cost
+    with findings.refusals("environment", "install what is missing, see above"):
+        from verl_gradalign.doctor.configuration import examine_configuration, examine_trainer_mode
+
+        examine_trainer_mode(findings)
+        # Whatever a configuration brings about, what was found before is shown.
+        with findings.refusals("configuration"):
+            return examine_configuration(overrides, machine, findings, response_tokens) if overrides else None
+    return None
 
 
 def _print(findings: Findings, cost: Cost | None) -> None:
     console = Console()
-    table = Table("", "area", "finding", "what to change", show_lines=False)
-    for finding in findings.all:
-        style = STYLES[finding.level]
-        level = f"[{style}]{finding.level}[/{style}]"
-        table.add_row(level, finding.area, escape(finding.message), escape(finding.remedy))
+    table = Table("", "area", "finding", "what to change")
+    for found in findings.all:
+        level = Text(found.level, STYLES[found.level])
+        table.add_row(level, found.area, escape(found.message), escape(found.remedy))
     console.print(table)
     if cost is not None:
         print_costs([cost])

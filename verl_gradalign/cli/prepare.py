@@ -10,20 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say
-
-EXAMPLES = """
-Examples:
-
-  verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k
-
-  verl-gradalign prepare --train dapo:10000 --train countdown:4000 --trusted amc22 --test aime24 --output data/mine
-
-Exit code: 0 done, 2 bad input.
-"""
+from verl_gradalign.cli.app import command, numbers_table, say
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign prepare --regime learnalign_gsm8k --from gsm8k=path/to/gsm8k --output data/gsm8k",
+    "verl-gradalign prepare --train dapo:10000 --train countdown:4000 --trusted amc22 --test aime24 --output data/mine",
+)
 def prepare(
     output: Annotated[Path, Option(help="Folder to make; it must not exist, or be empty.")],
     train: Annotated[
@@ -56,21 +49,20 @@ def prepare(
     from verl_gradalign.data.prepare import REGIMES, PreparationPlan
     from verl_gradalign.data.prepare import prepare as prepare_files
 
-    with refusals_as_messages():
-        if regime is not None and regime not in REGIMES:
-            raise ValueError(f"--regime {regime} is unknown; use one of {', '.join(REGIMES)}")
-        parts: dict[str, Any] = {"train": train, "trusted": trusted, "test": test}
-        parts = {split: tuple(requests) for split, requests in parts.items() if requests}
-        if corrupted_share is not None:
-            parts["corrupted_share"] = corrupted_share
-        parts |= {"seed": seed, "origins": _parse_origins(origin or [])}
-        parts |= {"drop_overlap": drop_overlap, "skip_bad_rows": skip_bad_rows}
-        plan = replace(REGIMES[regime], **parts) if regime else PreparationPlan(**{"train": (), **parts})
-        console = Console()
-        with console.status("reading, dividing and writing the problems"):
-            manifest = prepare_files(plan, output)
-        console.print(_summary(manifest))
-        say(console, f"wrote {output}")
+    if regime is not None and regime not in REGIMES:
+        raise ValueError(f"--regime {regime} is unknown; use one of {', '.join(REGIMES)}")
+    splits = {"train": train, "trusted": trusted, "test": test}
+    parts: dict[str, Any] = {split: tuple(requests) for split, requests in splits.items() if requests}
+    if corrupted_share is not None:
+        parts["corrupted_share"] = corrupted_share
+    parts |= {"seed": seed, "drop_overlap": drop_overlap, "skip_bad_rows": skip_bad_rows}
+    parts["origins"] = _parse_origins(origin or [])
+    plan = replace(REGIMES[regime], **parts) if regime else PreparationPlan(**{"train": (), **parts})
+    console = Console()
+    with console.status("reading, dividing and writing the problems"):
+        manifest = prepare_files(plan, output)
+    console.print(_summary(manifest))
+    say(console, f"wrote {output}")
 
 
 def _parse_origins(values: list[str]) -> dict[str, str]:

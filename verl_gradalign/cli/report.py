@@ -9,22 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, refusals_as_messages, say
-
-EXAMPLES = """
-Examples:
-
-  verl-gradalign report checkpoints/project/run
-
-  verl-gradalign report checkpoints/project/cosine checkpoints/project/random --output report.html
-
-  verl-gradalign report checkpoints/project/run --json
-
-Exit code: 0 done, 2 bad input.
-"""
+from verl_gradalign.cli.app import command, say
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign report checkpoints/project/run",
+    "verl-gradalign report checkpoints/project/cosine checkpoints/project/random --output report.html",
+    "verl-gradalign report checkpoints/project/run --json",
+)
 def report(
     run_dirs: Annotated[
         list[Path], Argument(metavar="RUN_DIR...", help="Folders of runs, of their logs, or above several runs.")
@@ -45,15 +37,14 @@ def report(
 
     # What is for people goes to stderr where stdout is for machines.
     console = Console(stderr=as_json, soft_wrap=True)
-    with refusals_as_messages():
-        found = find_runs(run_dirs)
-        with console.status("reading") as status:
+    found = find_runs(run_dirs)
+    with console.status("reading") as status:
 
-            def tell(text: str) -> None:
-                status.update(escape(short(text)))
+        def tell(text: str) -> None:
+            status.update(escape(short(text)))
 
-            runs = [read_run(run, tell) for run in found]
-            path = write_report(runs, output or run_dirs[0] / "report.html", top, tell)
+        runs = [read_run(run, tell) for run in found]
+        path = write_report(runs, output or run_dirs[0] / "report.html", top, tell)
     for run in runs:
         for line in run.missing:
             say(console, visible(f"{run.name}: {line}"), style="yellow")

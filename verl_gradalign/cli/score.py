@@ -14,25 +14,18 @@ from rich.status import Status
 from rich.table import Table
 from typer import Argument, Option
 
-from verl_gradalign.cli.app import app, numbers_table, refusals_as_messages, say
-
-EXAMPLES = """
-Examples:
-
-  verl-gradalign score --pool train.parquet --trusted trusted.parquet --model Qwen2.5-1.5B-Instruct
-  --output scores --keep 0.25 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8
-
-  verl-gradalign score --pool train.parquet --score learnalign --model checkpoints/run/global_step_100
-  --output scores --keep 1000 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8
-
-  VERL_PLATFORM=cpu verl-gradalign score --pool pool.parquet --score accuracy_greedy --model tiny
-  --output scores --json -- +platform=cpu
-
-The same command resumes a scoring that was interrupted. Exit code: 0 done, 1 verl failed, 2 bad input.
-"""
+from verl_gradalign.cli.app import command, numbers_table, say
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "verl-gradalign score --pool train.parquet --trusted trusted.parquet --model Qwen2.5-1.5B-Instruct"
+    "\n--output scores --keep 0.25 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8",
+    "verl-gradalign score --pool train.parquet --score learnalign --model checkpoints/run/global_step_100"
+    "\n--output scores --keep 1000 -- actor_rollout_ref.rollout.name=vllm trainer.n_gpus_per_node=8",
+    "VERL_PLATFORM=cpu verl-gradalign score --pool pool.parquet --score accuracy_greedy --model tiny"
+    "\n--output scores --json -- +platform=cpu",
+    ends="The same command resumes a scoring that was interrupted. Exit code: 0 done, 1 verl failed, 2 bad input.",
+)
 def score(
     pool: Annotated[list[Path], Option(help="Parquet file in verl's schema to choose from; repeatable.")],
     model: Annotated[Path, Option(help="Folder of a Hugging Face model, or verl's global_step_<n>.")],
@@ -59,7 +52,7 @@ def score(
     console = Console(stderr=True)
     # verl tells of every engine that is not installed.
     warnings.filterwarnings("ignore", module=r"verl\.")
-    with refusals_as_messages(), console.status("starting verl") as status:
+    with console.status("starting verl") as status:
         from verl_gradalign.integration.offline.run import run_scoring
         from verl_gradalign.integration.offline.task import ScoringTask
 
@@ -80,10 +73,9 @@ def score(
             summary = run_scoring(task, sys.argv, watch)
     if as_json:
         print((output / "summary.json").read_text(encoding="utf-8"))
-        return
-    out = Console()
-    out.print(_table(summary))
-    say(out, f"wrote {output}")
+    else:
+        Console().print(_table(summary))
+        say(Console(), f"wrote {output}")
 
 
 @contextmanager
@@ -108,7 +100,7 @@ def _bars(console: Console, status: Status) -> Iterator[Callable[[Mapping[str, A
 def _table(summary: Mapping[str, Any]) -> Table:
     title = f"{summary['score']}: {summary['kept']} of {summary['problems']} problems kept, {summary['scored']} scored"
     rows = []
-    for source, counts in summary["by_source"].items():
-        rate = "-" if counts["success_rate"] is None else f"{counts['success_rate']:.1%}"
-        rows.append((source, str(counts["problems"]), str(counts["kept"]), rate))
+    for source, of in summary["by_source"].items():
+        rate = "-" if of["success_rate"] is None else f"{of['success_rate']:.1%}"
+        rows.append((source, str(of["problems"]), str(of["kept"]), rate))
     return numbers_table(("data source", "problems", "kept", "success rate"), rows, title=title)

@@ -57,15 +57,12 @@ def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]
 
     The number of ranks, micro-batches, paths and how often things are looked at are not among it.
     """
-    own = decisive(config)
-    own["validation"] = {"n": config.validation.n}
-    trusted = config.validation.trusted_sets()
-    own["validation"] |= {s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)} for s in trusted}
+    own = {**decisive(config), "validation": {"n": config.validation.n, **trusted_identity(config)}}
     train = verl_config.data.train_files
     return {
         "gradalign": own,
         "verl": {key: OmegaConf.select(verl_config, key) for key in DECISIVE_OF_VERL},
-        "data.train_files": _fingerprints([train] if isinstance(train, str) else train),
+        "data.train_files": fingerprints([train] if isinstance(train, str) else train),
         "versions": {package: importlib.metadata.version(package) for package in DECISIVE_PACKAGES},
     }
 
@@ -101,7 +98,13 @@ def check_resume(current: dict[str, Any], verl_config: DictConfig) -> None:
         )
 
 
-def _fingerprints(files: Iterable[Any]) -> list[str]:
+def trusted_identity(config: GradAlignConfig) -> dict[str, Any]:
+    """Return what the direction depends on, by trusted set."""
+    sets = config.validation.trusted_sets()
+    return {s.name: {"weight": s.weight, "n": s.n, "files": fingerprints(s.files)} for s in sets}
+
+
+def fingerprints(files: Iterable[Any]) -> list[str]:
     """Return a hash of each file's content, or its address where it is not on this machine."""
     paths = [(str(name), Path(str(name)).expanduser()) for name in files]
     return [file_fingerprint(path) if path.is_file() else name for name, path in paths]

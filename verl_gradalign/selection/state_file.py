@@ -58,17 +58,21 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 def require_same(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise ValueError, naming every key that differs and both values, unless the identities are equal."""
+    if different := differences(saved, current):
+        raise ValueError(
+            f"{path} holds the selection of another run: {'; '.join(different)}. A resumed run would not select what "
+            f"the unbroken one does. {REMEDY}, or go back to the earlier values."
+        )
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return, for every key whose value is another one now, the key and both values."""
     before, now = flat(saved), flat(current)
-    differences = [
+    return [
         f"{key} was {before.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
         for key in sorted({*before, *now})
         if before.get(key, "absent") != now.get(key, "absent")
     ]
-    if differences:
-        raise ValueError(
-            f"{path} holds the selection of another run: {'; '.join(differences)}. A resumed run would not select what "
-            f"the unbroken one does. {REMEDY}, or go back to the earlier values."
-        )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
-from verl_gradalign.files import atomic_folder, file_fingerprint
+from verl_gradalign.files import atomic_folder
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.offline.results import write_results
-from verl_gradalign.integration.offline.store import Measured, ScoringStore
+from verl_gradalign.integration.offline.store import ScoringStore
 from verl_gradalign.integration.offline.task import Checkpoint, ScoringTask, check_task, find_checkpoint, verl_overrides
 from verl_gradalign.integration.offline.trainer import check_scoring
+from verl_gradalign.integration.run_identity import fingerprints, trusted_identity
 from verl_gradalign.selection.state_file import flat
-from verl_gradalign.versions import installed_versions
+from verl_gradalign.versions import version_of
 
 POLL_S = 0.5
 TERMINATION_S = 60
@@ -74,28 +75,26 @@ def run_scoring(
     """
     check_task(task)
     datasets.disable_progress_bars()
-    checkpoint = find_checkpoint(task.model)
+    checkpoint, store, log_path = find_checkpoint(task.model), ScoringStore(task.state), task.state / "run.log"
     with _folder_lock(task):
         model = task.model.resolve() if checkpoint is None else _whole_model(checkpoint, task)
         overrides = verl_overrides(task, model, checkpoint)
         verl_config = _compose(overrides)
         config = _check(task, verl_config, checkpoint)
-        store = ScoringStore(task.state)
         store.require_same_identity(identity_of(task, verl_config))
-        if _measured(store, config) is None:
+        if store.measured(config) is None:
             if checkpoint is not None:
-                _merge(checkpoint, model, task.state / "run.log")
+                _merge(checkpoint, model, log_path)
             _run(overrides, task.state, watch)
-        measured = _measured(store, config)
+        measured = store.measured(config)
         if measured is None:
-            raise RuntimeError(f"verl ended, but not everything is scored; its output is in {task.state / 'run.log'}")
+            raise RuntimeError(f"verl ended, but not everything is scored; its output is in {log_path}")
         return write_results(task, config, verl_config, measured, command)
 
 
 def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
     """Return everything that must be the same for a scoring to be resumed, by dotted key."""
     config = read_config(verl_config)
-    sets = config.validation.trusted_sets()
     reward = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
     names = [f"{part}.{key}" for part, keys in DECISIVE.items() for key in keys.split()]
     decisive = {name: OmegaConf.select(verl_config, name) for name in names}
@@ -108,19 +107,15 @@ def identity_of(task: ScoringTask, verl_config: DictConfig) -> dict[str, Any]:
         weights = [path for part in parts for path in checkpoint.folder.glob(f"{part}_world_size_*.pt")]
     return flat(
         {
-            "pool": _fingerprints(task.pool),
-            "trusted": {s.name: {"weight": s.weight, "n": s.n, "files": _fingerprints(s.files)} for s in sets},
+            "pool": fingerprints(task.pool),
+            "trusted": trusted_identity(config),
             # Size and time: hashing weights would take minutes.
             "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
-            "reward": {"file": _fingerprints([reward] if reward and Path(reward).is_file() else [])},
-            "versions": {name: installed_versions().get(name) for name in ("verl", "verl-gradalign")},
+            "reward": {"file": fingerprints([reward] if reward else [])},
+            "versions": {name: version_of(name) for name in ("verl", "verl-gradalign")},
             "verl": {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in decisive.items()},
         }
     )
-
-
-def _fingerprints(files: Iterable[str | Path]) -> list[str]:
-    return [file_fingerprint(Path(path)) for path in files]
 
 
 @contextlib.contextmanager
@@ -166,15 +161,6 @@ def _check(task: ScoringTask, verl_config: DictConfig, checkpoint: Checkpoint | 
     return config
 
 
-def _measured(store: ScoringStore, config: GradAlignConfig) -> list[Measured] | None:
-    """Return what was measured if that is everything, None if not."""
-    if store.failed() is None:
-        return None
-    parts = store.units(config).values()
-    measured = [part for part in parts if part is not None]
-    return measured if len(measured) == len(parts) else None
-
-
 def _whole_model(checkpoint: Checkpoint, task: ScoringTask) -> Path:
     """Return the folder of a whole model that verl builds its actor from, before it loads the shards into it."""
     saved = checkpoint.folder / "huggingface"
@@ -184,13 +170,10 @@ def _whole_model(checkpoint: Checkpoint, task: ScoringTask) -> Path:
 
 def _merge(checkpoint: Checkpoint, model: Path, log_path: Path) -> None:
     """Have verl merge the shards into a whole model, rounded: the actor loads the exact shards afterwards."""
-    if model.exists():
-        return
-    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    with atomic_folder(model) as unfinished, log_path.open("ab") as log:
-        command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(unfinished)]
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        _require_success(done.returncode, log_path)
+    if not model.exists():
+        with atomic_folder(model) as unfinished:
+            command = ["-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+            _execute([*command, "--local_dir", str(checkpoint.folder), "--target_dir", str(unfinished)], log_path)
 
 
 def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, Any]], None]) -> None:
@@ -205,24 +188,27 @@ def _run(overrides: Sequence[str], state: Path, watch: Callable[[Mapping[str, An
             return
         watch(progress)
 
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
-    with (state / "run.log").open("ab") as log:
-        # verl's process takes over the lock (`_folder_lock`); other files are not inherited unless marked.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, close_fds=False)
+    _execute(["-m", "verl.trainer.main_ppo", *overrides], state / "run.log", report)
+    report()
+
+
+def _execute(arguments: Sequence[str], log_path: Path, on_poll: Callable[[], None] = lambda: None) -> None:
+    """Run Python to its end, its output at the end of the log; raise RuntimeError if it fails."""
+    with log_path.open("ab") as log:
+        # The process takes over the lock (`_folder_lock`); other files are not inherited unless marked.
+        process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, close_fds=False)
     try:
         while process.poll() is None:
             time.sleep(POLL_S)
-            report()
+            on_poll()
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(TERMINATION_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    _require_success(process.returncode, state / "run.log")
-    report()
+        process.terminate()  # without effect where it has ended
+        try:
+            process.wait(TERMINATION_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    _require_success(process.returncode, log_path)
 
 
 def _require_success(returncode: int, log_path: Path) -> None:

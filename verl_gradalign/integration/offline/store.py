@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an offline scoring has found so far, in a folder: rollouts as Parquet, what was measured of them as JSON.
+"""What an offline scoring has found so far, in a folder: rollouts as Parquet, what was measured of them beside them.
 
     store = ScoringStore("scores/state")
     store.write_rollouts(rows, seconds=12.5)
@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import torch
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.files import replace_file
+from verl_gradalign.files import replace_file, replacing
 from verl_gradalign.log.parts import replace_table
 from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.state_file import differences
 from verl_gradalign.types import ProblemScores
 
 ROLLOUTS = pa.schema(
@@ -44,7 +45,6 @@ OF_POOL = pc.field("trusted_set").is_null()
 """Which rows are of the pool, for `ScoringStore.rollouts`; the others are of the trusted sets."""
 
 SECONDS_KEY = b"seconds"
-TENSORS = ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2")
 
 Member = tuple[str | None, int]
 """A problem of a scoring: its trusted set (None: the pool) and its row."""
@@ -64,8 +64,6 @@ class Measured:
     """Candidates, in the order of the files."""
     scores: ProblemScores | None
     """Of the live groups, in order; None: the score does not look at gradients, or there is no live group."""
-    half_cosine: float = float("nan")
-    """Between the halves of the direction, where it was made in this call."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -80,39 +78,39 @@ class ScoringStore:
         path = self.folder / "plan.json"
         if not path.exists():
             replace_file(path, json.dumps(identity, indent=1))
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differences = [
-            f"{key} was {before.get(key)!r}, is {identity.get(key)!r}"
-            for key in sorted({*before, *identity})
-            if before.get(key) != identity.get(key)
-        ]
-        if differences:
+        elif different := differences(json.loads(path.read_text(encoding="utf-8")), identity):
             raise ValueError(
-                f"--output {self.folder.parent}: holds another scoring: {'; '.join(differences)}. Remedy: use another "
+                f"--output {self.folder.parent}: holds another scoring: {'; '.join(different)}. Remedy: use another "
                 "--output, or go back to the earlier values."
             )
 
     def write_rollouts(self, rows: pa.Table, seconds: float) -> None:
         """Write whole groups (columns as in ROLLOUTS) as one more file, and how long they took."""
-        number = 1 + max((_number(path.name) for path in self._files()), default=-1)
+        number = 1 + max((_number(path.name) for path in self._paths()), default=-1)
         rows = rows.replace_schema_metadata({SECONDS_KEY: str(seconds)})
         replace_table(rows, self.folder / f"rollouts-{number:06d}.parquet")
 
-    def rollouts(self, where: pc.Expression, files: Unit | None = None) -> pa.Table:
+    def rollouts(
+        self, where: pc.Expression | None = None, files: Unit | None = None, columns: Sequence[str] = ROLLOUTS.names
+    ) -> pa.Table:
         """Return the rows of these rollout files (None: of all) for which `where` holds, oldest first."""
-        paths = self._files() if files is None else [self.folder / name for name in files]
-        return pa.concat_tables(pq.read_table(path, filters=where).replace_schema_metadata() for path in paths)
+        tables = (pq.read_table(path, columns=list(columns), filters=where) for path in self._paths(files))
+        return pa.concat_tables(
+            [ROLLOUTS.empty_table().select(columns), *(t.replace_schema_metadata() for t in tables)]
+        )
 
     def rollout_seconds(self) -> float:
         """Return how long all rollouts took."""
-        return sum(float(pq.read_schema(path).metadata[SECONDS_KEY]) for path in self._files())
+        return sum(float(pq.read_schema(path).metadata[SECONDS_KEY]) for path in self._paths())
 
     def members(self, files: Unit | None = None) -> set[Member]:
         """Return the problems that these rollout files (None: all) hold."""
-        paths = self._files() if files is None else [self.folder / name for name in files]
-        tables = [pq.read_table(path, columns=["trusted_set", "problem_id"]) for path in paths]
-        return {member for table in tables for member in zip(*(c.to_pylist() for c in table.columns), strict=True)}
+        table = self.rollouts(files=files, columns=("trusted_set", "problem_id"))
+        return set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+    def num_of_pool(self, files: Unit) -> int:
+        """Return how many of the members of these rollout files are problems of the pool."""
+        return sum(name is None for name, _ in self.members(files))
 
     def num_trusted(self, config: GradAlignConfig) -> tuple[int, ...]:
         """Return how many groups of each trusted set that the score compares with have been rolled out."""
@@ -139,21 +137,31 @@ class ScoringStore:
         """
         is_whole = score_of(config.score).direction in ("pool", "learnability")
         is_whole |= config.direction.metric == "candidates"
-        names = [p.name for p in self._files() if any(name is None for name, _ in self.members((p.name,)))]
-        found = [_read_measured(path) for path in self.folder.glob("measured-*.json")]
+        names = [path.name for path in self._paths() if self.num_of_pool((path.name,))]
+        found = [_read_measured(path) for path in self.folder.glob("measured-*.pt")]
         num_trusted = self.num_trusted(config)
         by_unit = {measured.files: measured for measured in found if measured.trusted == num_trusted}
         units = [tuple(names)] if is_whole else [(name,) for name in names]
         return {unit: by_unit.get(unit) for unit in units}
 
+    def measured(self, config: GradAlignConfig) -> list[Measured] | None:
+        """Return what was measured of all units, None while anything is still to be rolled out or measured."""
+        if self.failed() is None:
+            return None
+        parts = self.units(config).values()
+        known = [part for part in parts if part is not None]
+        return known if len(known) == len(parts) else None
+
     def write_measured(self, measured: Measured) -> None:
         """Write what was measured of the groups of some rollout files."""
-        # float64 is the same number when read from JSON again.
-        text = json.dumps(asdict(measured), default=torch.Tensor.tolist)
-        replace_file(self.folder / f"measured-{_number(measured.files[0]):06d}.json", text)
+        path = self.folder / f"measured-{_number(measured.files[0]):06d}.pt"
+        with replacing(path) as unfinished:
+            torch.save(measured, unfinished)
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("rollouts-*.parquet"))
+    def _paths(self, files: Unit | None = None) -> list[Path]:
+        if files is None:
+            return sorted(self.folder.glob("rollouts-*.parquet"))
+        return [self.folder / name for name in files]
 
 
 def uid_of(trusted_set: str | None, problem_id: int) -> str:
@@ -161,12 +169,19 @@ def uid_of(trusted_set: str | None, problem_id: int) -> str:
     return f"pool:{problem_id}" if trusted_set is None else f"trusted:{trusted_set}:{problem_id}".replace("_", "-")
 
 
+def keys_of(rows: pa.Table) -> list[str]:
+    """Return the trajectory key of each row."""
+    names = rows.select(["trusted_set", "problem_id", "session", "output"]).to_pydict().values()
+    return [f"{uid_of(name, i)}_{session}_{output}" for name, i, session, output in zip(*names, strict=True)]
+
+
 def joined_scores(parts: Sequence[Measured]) -> ProblemScores | None:
     """Return the scores of all live groups as one, in order; None if nothing was measured."""
     scores = [part.scores for part in parts if part.scores is not None]
     if not scores:
         return None
-    columns: dict[str, Any] = {name: _joined([getattr(s, name) for s in scores]) for name in TENSORS}
+    names = ("dot_P", "norm_P", "num_tokens_P", "response_derivative_PR", "half_dot_P2")
+    columns: dict[str, Any] = {name: _joined([getattr(s, name) for s in scores]) for name in names}
     return replace(scores[0], uid=tuple(uid for s in scores for uid in s.uid), diagnostics={}, **columns)
 
 
@@ -186,23 +201,7 @@ def _number(name: str) -> int:
 
 
 def _read_measured(path: Path) -> Measured:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for group in values["groups"]:
-        group |= {key: tuple(value) for key, value in group.items() if isinstance(value, list)}
-        group["problem"] = Problem(**group["problem"])
-    values["groups"] = tuple(Group(**group) for group in values["groups"])
-    values |= {key: tuple(values[key]) for key in ("files", "trusted")}
-    scores = values["scores"]
-    return Measured(**{**values, "scores": None if scores is None else _read_scores(scores)})
-
-
-def _read_scores(values: dict[str, Any]) -> ProblemScores:
-    num_problems, derivatives = len(values["uid"]), values["response_derivative_PR"]
-    # Shaped, as a list of no problems does not say how many columns it has.
-    widths = {"response_derivative_PR": (len(derivatives[0]) if derivatives else 0,), "half_dot_P2": (2,)}
-    for name in TENSORS:
-        if values[name] is not None:
-            dtype = torch.int64 if name == "num_tokens_P" else torch.float64
-            values[name] = torch.tensor(values[name], dtype=dtype).reshape(num_problems, *widths.get(name, ()))
-    values.pop("num_rows", None)  # of an earlier version
-    return ProblemScores(**{**values, "uid": tuple(values["uid"])})
+    # The folder may come from elsewhere: nothing but these classes is unpickled.
+    with torch.serialization.safe_globals([Measured, Group, Problem, ProblemScores]):
+        measured: Measured = torch.load(path)
+    return measured

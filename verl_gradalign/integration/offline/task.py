@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,20 +22,13 @@ from verl_gradalign.selection.scores import score_of
 RESPONSES_PER_CHUNK = 512
 SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
-# Keys of verl's configuration that an option of the command stands for.
-OPTIONS = {
-    "gradalign": "--score",
-    "gradalign.score": "--score",
-    "gradalign.seed": "--seed",
-    "gradalign.validation.files": "--trusted",
-    "gradalign.validation.n": "--trusted-responses",
-    "gradalign.log.dir": "--output",
-    "data.train_files": "--pool",
-    "data.seed": "--seed",
-    "actor_rollout_ref.model.path": "--model",
-    "actor_rollout_ref.rollout.n": "--responses",
-    "trainer.default_local_dir": "--output",
-}
+# What is the same in every scoring; the user's own overrides win.
+FIXED = (
+    "+gradalign=base gradalign.schedule=step gradalign.oversample=1 data.val_max_samples=64 data.train_batch_size=1 "
+    "algorithm.adv_estimator=grpo critic.enable=false actor_rollout_ref.actor.use_dynamic_bsz=true "
+    "actor_rollout_ref.actor.ppo_mini_batch_size=1 trainer.v1.trainer_mode=gradalign_score trainer.logger=[console] "
+    "trainer.resume_mode=disable trainer.val_before_train=false trainer.total_training_steps=1"
+).split()
 
 
 @dataclass(frozen=True)
@@ -82,9 +76,11 @@ def check_task(task: ScoringTask) -> None:
     """Raise ValueError, naming the option and the remedy, for what can be seen to be wrong at once."""
     score = score_of(task.score)
     overridden = {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in task.overrides)}
+    options = {key: option for option, keys in _by_option(task, task.model).items() for key in keys}
+    options["gradalign"] = "--score"
     for key in overridden:
-        if key in OPTIONS:
-            refuse(key, overridden[key], "is set by an option of this command", f"use {OPTIONS[key]} for it")
+        if key in options:
+            refuse(key, overridden[key], "is set by an option of this command", f"use {options[key]} for it")
     if score.rank is None:
         refuse("--score", task.score, "draws problems without looking at them", "use a score that ranks, e.g. cosine")
     has_trusted = bool(task.trusted) or "gradalign.validation.sets" in overridden
@@ -129,7 +125,7 @@ def find_checkpoint(model: Path) -> Checkpoint | None:
     Raises: ValueError if a shard is missing.
     """
     for folder in (model / "actor", model):
-        found = [m for m in (SHARD.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt")) if m]
+        found = [m for path in folder.glob("model_world_size_*.pt") if (m := SHARD.fullmatch(path.name))]
         if not found:
             continue
         num_ranks = int(found[0][1])
@@ -146,16 +142,16 @@ def _check_file(option: str, path: Path, prompt_key: str) -> int:
     if not path.is_file():
         refuse(option, path, "no such file", "give the path of a Parquet file in verl's schema")
     try:
-        file = pq.ParquetFile(path)
+        metadata = pq.read_metadata(path)
     except pa.ArrowException as error:
         raise ValueError(f"{option} {path}: is not Parquet ({error}). Remedy: convert it.") from error
-    with file:
-        if prompt_key not in file.schema_arrow.names:
-            why = f"has no column {prompt_key!r}, only {', '.join(file.schema_arrow.names)}"
-            refuse(option, path, why, "add it, or set data.prompt_key after --")
-        if not file.metadata.num_rows:
-            refuse(option, path, "is empty", "give a file with problems")
-        return int(file.metadata.num_rows)
+    names = metadata.schema.to_arrow_schema().names
+    if prompt_key not in names:
+        why = f"has no column {prompt_key!r}, only {', '.join(names)}"
+        refuse(option, path, why, "add it, or set data.prompt_key after --")
+    if not metadata.num_rows:
+        refuse(option, path, "is empty", "give a file with problems")
+    return int(metadata.num_rows)
 
 
 def verl_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None) -> list[str]:
@@ -163,33 +159,9 @@ def verl_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None
 
     `model` is the folder that verl builds its actor from before it loads the `checkpoint` into it.
     """
-    pool = _listed(task.pool)
-    keys = {
-        "+gradalign": "base",
-        "gradalign.score": _quoted(task.score),
-        "gradalign.seed": task.seed,
-        "gradalign.schedule": "step",
-        "gradalign.oversample": 1,
-        "gradalign.validation.files": _listed(task.trusted),
-        "gradalign.validation.n": "null" if task.trusted_responses is None else task.trusted_responses,
-        "data.train_files": pool,
-        # verl reads them whether it validates or not.
-        "data.val_files": pool,
-        "data.val_max_samples": 64,
-        "data.train_batch_size": 1,
-        "data.seed": task.seed,
-        "algorithm.adv_estimator": "grpo",
-        "critic.enable": "false",
-        "actor_rollout_ref.model.path": _quoted(model),
-        "actor_rollout_ref.actor.use_dynamic_bsz": "true",
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
-        "actor_rollout_ref.rollout.n": task.responses,
-        "trainer.v1.trainer_mode": "gradalign_score",
-        "trainer.default_local_dir": _quoted(task.output.resolve()),
-        "trainer.logger": "[console]",
-        "trainer.resume_mode": "disable",
-        "trainer.val_before_train": "false",
-        "trainer.total_training_steps": 1,
+    keys = {key: value for keys in _by_option(task, model).values() for key, value in keys.items()}
+    keys |= {
+        "data.val_files": _listed(task.pool),  # verl reads them whether it validates or not
         "hydra.run.dir": _quoted(task.state / "hydra"),
         "+scoring.folder": _quoted(task.state),
         "+scoring.chunk": task.problems_per_chunk,
@@ -199,7 +171,25 @@ def verl_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None
         # direction.metric=adam reads the optimizer's second moments.
         contents = "[model,optimizer]" if "gradalign.direction.metric=adam" in task.overrides else "[model]"
         keys["actor_rollout_ref.actor.checkpoint.load_contents"] = contents
-    return [*(f"{key}={value}" for key, value in keys.items()), *task.overrides]
+    return [*FIXED, *(f"{key}={value}" for key, value in keys.items()), *task.overrides]
+
+
+def _by_option(task: ScoringTask, model: Path) -> dict[str, dict[str, Any]]:
+    """Return the keys of verl's configuration that each option of the command sets."""
+    output = task.output.resolve()
+    return {
+        "--score": {"gradalign.score": _quoted(task.score)},
+        "--seed": {"gradalign.seed": task.seed, "data.seed": task.seed},
+        "--trusted": {"gradalign.validation.files": _listed(task.trusted)},
+        "--trusted-responses": {"gradalign.validation.n": task.trusted_responses or "null"},
+        "--pool": {"data.train_files": _listed(task.pool)},
+        "--model": {"actor_rollout_ref.model.path": _quoted(model)},
+        "--responses": {"actor_rollout_ref.rollout.n": task.responses},
+        "--output": {
+            "trainer.default_local_dir": _quoted(output),
+            "gradalign.log.dir": _quoted(output / "gradalign"),
+        },
+    }
 
 
 def _quoted(value: str | Path) -> str:

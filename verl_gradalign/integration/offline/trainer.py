@@ -10,6 +10,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,16 +24,25 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_gradalign.errors import refuse
 from verl_gradalign.files import replace_file
-from verl_gradalign.integration.offline.store import OF_POOL, ROLLOUTS, Measured, Member, ScoringStore, Unit, uid_of
+from verl_gradalign.integration.offline.store import (
+    OF_POOL,
+    ROLLOUTS,
+    Measured,
+    Member,
+    ScoringStore,
+    Unit,
+    keys_of,
+    uid_of,
+)
 from verl_gradalign.integration.prompts import PromptTable, problems_of
 from verl_gradalign.integration.rollouts import read_step
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
-from verl_gradalign.probe.trusted import COMBINED
-from verl_gradalign.selection.groups import Problem, keys_by_uid, session_of
+from verl_gradalign.selection.groups import Problem, keys_by_uid, natural_order
 
 PARTITION = "train"
+OF_PROBLEM = ("trusted_set", "problem_id", "data_source")
 
 # Chunks in flight: the rollout must not run dry while a chunk's last groups are waited for.
 CHUNKS_IN_FLIGHT = 2
@@ -49,11 +59,9 @@ class ScoringSampler(GradAlignSampler):
             done = self.finished_keys[PARTITION] | self.failure_keys[PARTITION]
             on_poll(len(done))
             if len(done) >= least:
-                break
+                uids, snapshot, _ = self._select_prompt_uids(PARTITION, done, len(done))
+                return self._materialize_batch(PARTITION, uids, snapshot), uids, set(self.failure_keys[PARTITION])
             last = self._wait_for_next_poll(PARTITION, last)
-        failed = set(self.failure_keys[PARTITION])
-        uids, snapshot, _ = self._select_prompt_uids(PARTITION, done, len(done))
-        return self._materialize_batch(PARTITION, uids, snapshot), uids, failed
 
 
 @register_trainer("gradalign_score")
@@ -96,27 +104,28 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
         Raises: RuntimeError if no problem of the pool could be answered.
         """
         # The trusted sets first, as nothing can be scored without the direction.
-        tables: dict[str | None, tuple[PromptTable, int | None]] = dict(self._trusted.items())
-        tables[None] = (self._pool, None)
+        tables: dict[str | None, tuple[PromptTable, int | None]] = {
+            **dict(self._trusted.items()),
+            None: (self._pool, None),
+        }
         done = self._store.members()
         waiting = deque(chunks_of({name: t.problem_ids.tolist() for name, (t, _) in tables.items()}, done, self._chunk))
         num_problems = sum(len(table) for table, _ in tables.values())
         self._report(rolled_out=len(done), to_roll_out=num_problems, phase="rolling out")
-        in_flight: dict[str, Problem] = {}
         failed: list[Problem] = []
         started = time.perf_counter()
-        while waiting or in_flight:
-            while waiting and len(in_flight) < CHUNKS_IN_FLIGHT * self._chunk:
+        while waiting or len(self._in_flight):
+            while waiting and len(self._in_flight) < CHUNKS_IN_FLIGHT * self._chunk:
                 name, ids = waiting.popleft()
                 table, n = tables[name]
                 batch = table.batch(ids, self.global_steps, n or self._rollout_n)
-                in_flight |= {problem.uid: problem for problem in problems_of(batch, name)}
+                self._in_flight.add(problems_of(batch, name))
                 self._submit_batch_to_rollout(batch)
-            before = int(self._progress["rolled_out"])
+            least, before = min(self._chunk, len(self._in_flight)), int(self._progress["rolled_out"])
             finished, uids, failures = self.replay_buffer.take(
-                min(self._chunk, len(in_flight)), lambda n, before=before: self._report(rolled_out=before + n)
+                least, lambda n, before=before: self._report(rolled_out=before + n)
             )
-            taken = [in_flight.pop(uid) for uid in uids]
+            taken = self._in_flight.take(uids)
             failed += [problem for problem in taken if problem.uid in failures]
             rows = read_rows(finished, [problem for problem in taken if problem.uid not in failures])
             if len(rows):
@@ -135,7 +144,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
     def _score_all(self) -> None:
         """Have the actor score what was rolled out, file by file or all at once as the score demands."""
         units, num_trusted = self._store.units(self.gradalign), self._store.num_trusted(self.gradalign)
-        sizes = {unit: sum(name is None for name, _ in self._store.members(unit)) for unit in units}
+        sizes = {unit: self._store.num_of_pool(unit) for unit in units}
         scored = sum(sizes[unit] for unit, measured in units.items() if measured is not None)
         self._report(phase="scoring", scored=scored, to_score=sum(sizes.values()))
         trusted = self._store.rollouts(~OF_POOL)
@@ -165,15 +174,8 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
         metrics = {} if reply is None else reply_metrics(reply, len(self._trusted) > 1)
         if trusted:
             metrics |= trusted_metrics(trusted, is_degenerate=False)
-        combined = None if reply is None else reply.reports.get(COMBINED)
-        return Measured(
-            files=unit,
-            trusted=num_trusted,
-            groups=tuple(groups),
-            scores=None if reply is None else reply.scores,
-            half_cosine=float("nan") if combined is None else combined.half_cosine,
-            metrics={name: float(value) for name, value in metrics.items()},
-        )
+        scores = None if reply is None or reply.scores is None else replace(reply.scores, diagnostics={})
+        return Measured(unit, num_trusted, tuple(groups), scores, {k: float(v) for k, v in metrics.items()})
 
     def _report(self, **values: Any) -> None:
         """Tell whoever watches the folder how far this is."""
@@ -219,24 +221,16 @@ def read_rows(batch: KVBatchMeta, problems: Sequence[Problem]) -> pa.Table:
                 f"problem {problem.problem_id} of {problem.data_source}: its positions are not those of plain text, "
                 "and images, videos and sounds are not stored. Remedy: score problems of text only."
             )
-    columns = {
-        "trusted_set": [problem.trusted_set for problem in owners.values()],
-        "problem_id": [problem.problem_id for problem in owners.values()],
-        "data_source": [problem.data_source for problem in owners.values()],
-        "session": [session_of(key) for key in owners],
-        "output": [int(key.rsplit("_", 1)[1]) for key in owners],
-        **{"prompt": prompts, "response": responses, "response_mask": masks, "rewards": rewards},
-    }
-    return pa.table(columns, schema=ROLLOUTS)
+    whose = {name: [getattr(p, name) for p in owners.values()] for name in OF_PROBLEM}
+    sessions, outputs = zip(*map(natural_order, owners), strict=True)
+    tokens = {"prompt": prompts, "response": responses, "response_mask": masks, "rewards": rewards}
+    return pa.table({**whose, "session": sessions, "output": outputs, **tokens}, schema=ROLLOUTS)
 
 
 def load_rows(rows: pa.Table) -> tuple[KVBatchMeta, list[Problem]]:
     """Put stored rows into TransferQueue as the agent loop does; return their keys, and the problems in order."""
-    keys, problems = [], {}
-    for row in rows.select(["trusted_set", "problem_id", "data_source", "session", "output"]).to_pylist():
-        uid = uid_of(row["trusted_set"], row["problem_id"])
-        problems[uid] = Problem(uid, row["problem_id"], row["data_source"], row["trusted_set"])
-        keys.append(f"{uid}_{row['session']}_{row['output']}")
+    whose = zip(*(rows[name].to_pylist() for name in OF_PROBLEM), strict=True)
+    problems = dict.fromkeys(Problem(uid_of(name, i), i, source, name) for name, i, source in whose)
     prompts, responses, masks = (
         [torch.tensor(tokens, dtype=torch.int64) for tokens in rows[name].to_pylist()]
         for name in ("prompt", "response", "response_mask")
@@ -256,5 +250,6 @@ def load_rows(rows: pa.Table) -> tuple[KVBatchMeta, list[Problem]]:
         {"prompt_len": len(prompt), "response_len": len(response), "seq_len": len(prompt) + len(response)}
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+    keys = keys_of(rows)
     tq.kv_batch_put(keys=keys, partition_id=PARTITION, fields=TensorDict(fields, len(keys)), tags=tags)
-    return KVBatchMeta(keys=keys, tags=tags, partition_id=PARTITION), list(problems.values())
+    return KVBatchMeta(keys=keys, tags=tags, partition_id=PARTITION), list(problems)
