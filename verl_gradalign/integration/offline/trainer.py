@@ -104,10 +104,8 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
         Raises: RuntimeError if no problem of the pool could be answered.
         """
         # The trusted sets first, as nothing can be scored without the direction.
-        tables: dict[str | None, tuple[PromptTable, int | None]] = {
-            **dict(self._trusted.items()),
-            None: (self._pool, None),
-        }
+        tables: dict[str | None, tuple[PromptTable, int | None]] = dict(self._trusted.items())
+        tables[None] = (self._pool, None)
         done = self._store.members()
         waiting = deque(chunks_of({name: t.problem_ids.tolist() for name, (t, _) in tables.items()}, done, self._chunk))
         num_problems = sum(len(table) for table, _ in tables.values())
