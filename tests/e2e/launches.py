@@ -115,10 +115,11 @@ def trusted_sets(workplace: Workplace) -> str:
 def failing_reward(workplace: Workplace) -> Path:
     """Return a reward function that raises for every third problem of the pool."""
     text = (
+        "import os\n"
         "from verl_gradalign.data.rewards import compute_score as score\n"
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
         "    if extra_info['split'] == 'pool' and extra_info['index'] % 3 == 0:\n"
-        "        raise RuntimeError('this reward always fails')\n"
+        "        raise RuntimeError(f'this reward always fails, at niceness {os.nice(0)}')\n"
         "    return score(data_source, solution_str, ground_truth, extra_info, **kwargs)\n"
     )
     return made(workplace.root / "failing_reward.py", lambda path: path.write_text(text))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens when the trusted set, the rollout or the configuration is no good."""
 
+import os
+
 import pytest
 
 from tests.e2e.launches import GSM8K
@@ -33,6 +35,11 @@ def test_failed_groups_are_left_out_and_counted(series: dict[str, Run]) -> None:
     failing = [row for row in run.log if row["problem_id"] % 3 == 0]
     assert failing and all(row["reason"] == "failed" and not row["kept"] for row in failing)
     assert sum(m["gradalign/rejected_by/failed"] for m in run.steps) == len(failing)
+
+
+def test_workers_get_their_share_of_a_busy_machine(series: dict[str, Run]) -> None:
+    """Ray starts them at niceness 15 otherwise, and whatever else computes on the machine starves them."""
+    assert f"this reward always fails, at niceness {os.nice(0)}" in series["failing"].output
 
 
 def test_a_bad_configuration_is_refused_before_any_worker_starts(bad_configuration: Run) -> None:
