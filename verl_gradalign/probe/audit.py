@@ -19,8 +19,8 @@ from torch import Tensor
 
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.estimators import ScoreEstimator
 from verl_gradalign.probe.estimators.backward import BackwardEstimator
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman
 from verl_gradalign.types import ProblemRows, ProblemScores
 

@@ -176,19 +176,32 @@ class ProblemSums:
     def reduce(self, engine: GradientEngine, direction_norm: float) -> ProblemScores:
         """Return the problems' scores, summed over all ranks; what was not noted is zero. Collective."""
         sums = summed_over_ranks(engine, self._sums)
-        is_split_P = torch.tensor([problem.is_split for problem in self._problems], dtype=torch.bool)
         num_rows_P = torch.tensor([problem.num_rows for problem in self._problems], dtype=torch.int64)
         is_row_PR = torch.arange(sums.shape[1] - 3) < num_rows_P.unsqueeze(1)
-        return ProblemScores(
-            uid=tuple(problem.uid for problem in self._problems),
-            dot_P=sums[:, :2].sum(dim=1),
-            # A tied weight's cross term, or rounding, can take a norm of zero below it.
-            norm_P=sums[:, 2].clamp(min=0).sqrt(),
-            num_tokens_P=torch.tensor([problem.num_tokens for problem in self._problems], dtype=torch.int64),
-            response_derivative_PR=sums[:, 3:].masked_fill(~is_row_PR, torch.nan),
-            direction_norm=direction_norm,
-            half_dot_P2=sums[:, :2].masked_fill(~is_split_P.unsqueeze(1), torch.nan),
-        )
+        derivative_PR = sums[:, 3:].masked_fill(~is_row_PR, torch.nan)
+        # A tied weight's cross term, or rounding, can take a norm of zero below it.
+        norm_P = sums[:, 2].clamp(min=0).sqrt()
+        return problem_scores(self._problems, sums[:, :2], norm_P, derivative_PR, direction_norm)
+
+
+def problem_scores(
+    problems: Sequence[ProblemRows],
+    half_dot_P2: Tensor,
+    norm_P: Tensor,
+    derivative_PR: Tensor | None,
+    direction_norm: float,
+) -> ProblemScores:
+    """Return the scores of problems; a problem that is not split has all of its dot product in the first half's."""
+    is_split_P = torch.tensor([problem.is_split for problem in problems], dtype=torch.bool)
+    return ProblemScores(
+        uid=tuple(problem.uid for problem in problems),
+        dot_P=half_dot_P2.sum(dim=1),
+        norm_P=norm_P,
+        num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
+        response_derivative_PR=derivative_PR,
+        direction_norm=direction_norm,
+        half_dot_P2=half_dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
+    )
 
 
 def summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:

@@ -13,28 +13,23 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
-from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, Shards, local_products, require_same_shards, take_gradient
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.passes import problem_scores
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
-class BackwardEstimator:
-    """Per-problem `engine.backward`, then the dot product and the norm of the gradient shards."""
+class BackwardEstimator(ScoreEstimator):
+    """Per-problem `engine.backward`, then the dot product and the norm of the gradient shards; works on every model."""
 
     is_exact = True
     gives_norm = True
     gives_response_derivative = False
     needs_whole_problems = False
-
-    def __init__(self, config: ProbeConfig | None = None) -> None:
-        pass
-
-    def check(self, module: nn.Module) -> None:
-        """Whatever the engine can train, this can score."""
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order.
@@ -62,18 +57,9 @@ class BackwardEstimator:
         # Once for all problems: a reduction for each would make all ranks wait for each other as often.
         if engine.shard_group is not None:
             torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
-        sum_P3 = sum_P3.cpu()
-        half_dot_P2 = sum_P3[:, :2] * engine.gradient_scale
-        is_split_P = torch.tensor([problem.is_split for problem in problems], dtype=torch.bool)
-        return ProblemScores(
-            uid=tuple(problem.uid for problem in problems),
-            dot_P=half_dot_P2.sum(dim=1),
-            norm_P=sum_P3[:, 2].sqrt() * engine.gradient_scale,
-            num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
-            response_derivative_PR=None,
-            direction_norm=direction.norm,
-            half_dot_P2=half_dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
-        )
+        half_dot_P2, norm_P = sum_P3.cpu()[:, :2], sum_P3.cpu()[:, 2].sqrt()
+        scale = engine.gradient_scale
+        return problem_scores(problems, half_dot_P2 * scale, norm_P * scale, None, direction.norm)
 
 
 def _added(total: Shards, other: Shards) -> Shards:

@@ -18,25 +18,17 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import local_part, reshard
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
-class FiniteDifferenceEstimator:
+class FiniteDifferenceEstimator(ScoreEstimator):
     """Central differences with a step of `relative_step` times |theta|, over the trainable parameters."""
-
-    is_exact = False
-    gives_norm = False
-    gives_response_derivative = True
-    needs_whole_problems = True
-
-    def __init__(self, config: ProbeConfig | None = None) -> None:
-        self._relative_step = (config or ProbeConfig()).relative_step
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
@@ -51,7 +43,7 @@ class FiniteDifferenceEstimator:
         Raises: RuntimeError if the direction does not fit the module; ValueError for half-precision parameters, or
             if a problem exceeds the budget.
         """
-        step = self._relative_step * _parameter_norm(engine)
+        step = self._config.relative_step * _parameter_norm(engine)
         # Planned once, for both passes: log-probs in half precision depend on the shape of their batch.
         batches = micro_batches(engine, problems)
         with torch.no_grad(), perturbation(engine.module, direction) as move:

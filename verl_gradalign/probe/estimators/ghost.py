@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
@@ -26,16 +26,11 @@ from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
-class GhostEstimator:
+class GhostEstimator(ScoreEstimator):
     """Taps on every layer with trainable parameters."""
 
     is_exact = True
     gives_norm = True
-    gives_response_derivative = True
-    needs_whole_problems = True
-
-    def __init__(self, config: ProbeConfig | None = None) -> None:
-        self._per_response = (config or ProbeConfig()).response_derivatives
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, naming the layers and the remedy, if the scores of this model would not be exact."""
@@ -44,7 +39,7 @@ class GhostEstimator:
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
         points, gather = tap_points(engine.module), DirectionGather(engine.module, direction)
-        return tapped_scores(engine, problems, direction.norm, points, gather, self._per_response)
+        return tapped_scores(engine, problems, direction.norm, points, gather, self._config.response_derivatives)
 
 
 def tapped_scores(

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, vector_scores, without_padding_index
 from verl_gradalign.probe.layout import row_sums
@@ -31,16 +31,8 @@ OVERSAMPLING = 8
 POWER_ITERATIONS = 4
 
 
-class LowRankEstimator:
+class LowRankEstimator(ScoreEstimator):
     """Taps as in `ghost`, with a truncated direction and rules that never form a gradient."""
-
-    is_exact = False
-    gives_norm = False
-    gives_response_derivative = True
-    needs_whole_problems = True
-
-    def __init__(self, config: ProbeConfig | None = None) -> None:
-        self._rank = (config or ProbeConfig()).rank
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, naming the layers and the remedy, if a layer has no rule."""
@@ -49,7 +41,7 @@ class LowRankEstimator:
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
-        gather = LowRankGather(DirectionGather(engine.module, direction), points, self._rank)
+        gather = LowRankGather(DirectionGather(engine.module, direction), points, self._config.rank)
         scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
 

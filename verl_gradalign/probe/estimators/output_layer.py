@@ -12,26 +12,20 @@ from typing import Any
 
 from torch import nn
 
-from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
+from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.layer_rules import rule_of
 from verl_gradalign.probe.taps import TapPoint
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
-class OutputLayerEstimator:
+class OutputLayerEstimator(ScoreEstimator):
     """A tap on the output layer only. The norm is that of the output layer's gradient."""
 
-    is_exact = False
     gives_norm = True
-    gives_response_derivative = True
-    needs_whole_problems = True
-
-    def __init__(self, config: ProbeConfig | None = None) -> None:
-        self._per_response = (config or ProbeConfig()).response_derivatives
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if the model has no output layer, or a frozen one."""
@@ -40,10 +34,11 @@ class OutputLayerEstimator:
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
         point, gather = output_layer(engine.module), DirectionGather(engine.module, direction)
+        per_response = self._config.response_derivatives
         # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
         cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         try:
-            return tapped_scores(engine, problems, direction.norm, [point], gather, self._per_response)
+            return tapped_scores(engine, problems, direction.norm, [point], gather, per_response)
         finally:
             cut.remove()
 
