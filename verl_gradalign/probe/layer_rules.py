@@ -14,7 +14,7 @@ R rows, P problems.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,22 +87,20 @@ def rule_of(module: nn.Module) -> LayerRule | None:
 
 def add(first: LayerScores, *others: LayerScores) -> LayerScores:
     """Return the scores of disjoint sets of parameters together."""
-    derivative_R, squared_norm_P = first.derivative_R, first.squared_norm_P
+    total = first
     for other in others:
-        derivative_R, squared_norm_P = derivative_R + other.derivative_R, squared_norm_P + other.squared_norm_P
-    return LayerScores(derivative_R, squared_norm_P)
+        total = LayerScores(total.derivative_R + other.derivative_R, total.squared_norm_P + other.squared_norm_P)
+    return total
 
 
 @register_layer_rule(nn.Linear)
 def linear(call: LayerCall) -> LayerScores:
     """Linear layers, with and without bias, LoRA's A and B among them: gradient delta^T input, and sum of delta."""
-    parts = []
-    if "weight" in call.direction:
-        scores = matrix_scores(call.delta, call.input, call.direction["weight"], call.layout, call.scale_R)
-        parts.append(LayerScores(*scores))
-    if "bias" in call.direction:
-        parts.append(vector_scores(call.delta, call.direction["bias"], call))
-    return add(*parts)
+
+    def of_weight(direction_OI: Tensor) -> LayerScores:
+        return LayerScores(*matrix_scores(call.delta, call.input, direction_OI, call.layout, call.scale_R))
+
+    return weight_and_bias(call, of_weight)
 
 
 @register_layer_rule(nn.Embedding)
@@ -110,13 +108,11 @@ def embedding(call: LayerCall) -> LayerScores:
     """Embeddings: the rows of delta, added up by token id. The padding index gets no gradient, as in torch."""
     module: Any = call.module
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(module, option, None):
-            value = getattr(module, option)
+        if value := getattr(module, option, None):
             raise ValueError(f"an embedding with {option}={value} has no layer rule; use the estimator backward")
     delta_NH = without_padding_index(call).to(call.dtype)
-    direction_VH = call.direction["weight"]
-    product_N1 = (delta_NH * direction_VH[call.input].to(call.dtype)).sum(dim=-1, keepdim=True)
-    derivative_R = row_sums(product_N1, call.layout, call.dtype).squeeze(-1)
+    product_N = (delta_NH * call.direction["weight"][call.input].to(call.dtype)).sum(dim=-1)
+    derivative_R = row_sums(product_N, call.layout, call.dtype)
     row_N = call.layout.row_of_position(delta_NH.device)
     problem_N = call.layout.problem_of_row(delta_NH.device)[row_N]
     # A token that occurs twice has one row of gradient, whose square is of the sum: rows are added up before squaring.
@@ -143,12 +139,18 @@ def rms_norm(call: LayerCall) -> LayerScores:
 @register_layer_rule(nn.LayerNorm)
 def layer_norm(call: LayerCall) -> LayerScores:
     """LayerNorm over the last axis: as RMSNorm with the mean taken off, and a bias."""
-    module: Any = call.module
-    input_ND = call.input.to(call.dtype)
-    normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=module.eps)
-    parts = []
-    if "weight" in call.direction:
-        parts.append(vector_scores(call.delta * normalised_ND, call.direction["weight"], call))
+
+    def of_weight(direction_D: Tensor) -> LayerScores:
+        input_ND, module = call.input.to(call.dtype), cast(nn.LayerNorm, call.module)
+        normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=module.eps)
+        return vector_scores(call.delta * normalised_ND, direction_D, call)
+
+    return weight_and_bias(call, of_weight)
+
+
+def weight_and_bias(call: LayerCall, of_weight: Callable[[Tensor], LayerScores]) -> LayerScores:
+    """Return the scores of a layer's weight, by a function of v of it, and of its bias, as far as they are trained."""
+    parts = [of_weight(call.direction["weight"])] if "weight" in call.direction else []
     if "bias" in call.direction:
         parts.append(vector_scores(call.delta, call.direction["bias"], call))
     return add(*parts)

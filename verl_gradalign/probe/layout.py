@@ -127,13 +127,14 @@ def _run_of_element(bounds: Sequence[int], device: torch.device) -> Tensor:
 def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Tensor | None = None) -> Tensor:
     """Return the sum of `factor_N * values_NF` over the positions of each row, (rows, features), in `dtype`.
 
-    With a factor, in the dtype of the product: matrix products sum without a copy of the values.
+    Without a factor, values_N of one number each are summed too, to (rows,). With a factor, in the dtype of the
+    product: matrix products sum without a copy of the values.
     """
-    values_RTF = values_NF.view(layout.num_rows, -1, values_NF.shape[-1]) if layout.is_padded else None
-    if factor_N is None:
-        if values_RTF is not None:
+    if layout.is_padded:
+        values_RTF = values_NF.view(layout.num_rows, -1, *values_NF.shape[1:])
+        if factor_N is None:
             return values_RTF.sum(dim=1, dtype=dtype)
-        return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
-    if values_RTF is not None:
         return (factor_N.view(layout.num_rows, 1, -1) @ values_RTF).squeeze(1)
+    if factor_N is None:
+        return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
     return torch.cat([factor_N[row].unsqueeze(0) @ values_NF[row] for row in layout.rows()])

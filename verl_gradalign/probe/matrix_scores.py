@@ -134,8 +134,8 @@ def _products(segment: Segment) -> Tensor:
     """Return each row's gradient product with the direction, as sum_t (delta_t V) . input_t."""
     direction_OI = segment.direction_OI.to(segment.delta_NO.dtype)
     delta_direction_NI = _multiply(segment.delta_NO, direction_OI, segment.dtype)
-    product_N1 = torch.linalg.vecdot(delta_direction_NI, segment.input_NI.to(segment.dtype)).unsqueeze(-1)
-    return row_sums(product_N1, segment.layout, segment.dtype).squeeze(-1)
+    product_N = torch.linalg.vecdot(delta_direction_NI, segment.input_NI.to(segment.dtype))
+    return row_sums(product_N, segment.layout, segment.dtype)
 
 
 def _scaled(segment: Segment) -> tuple[Tensor, Tensor]:

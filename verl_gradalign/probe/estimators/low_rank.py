@@ -20,10 +20,9 @@ from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
-from verl_gradalign.probe.fsdp import Placement
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, vector_scores, without_padding_index
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, weight_and_bias, without_padding_index
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.taps import TapPoint, tap_points
+from verl_gradalign.probe.taps import Gather, TapPoint, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 OVERSAMPLING = 8
@@ -41,31 +40,26 @@ class LowRankEstimator(ScoreEstimator):
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
-        gather = LowRankGather(DirectionGather(engine.module, direction), points, self._config.rank)
+        whole = DirectionGather(engine.module, direction)
+        gather, energy_kept = low_rank_gather(whole, points, self._config.rank)
         scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
-        return replace(scores, diagnostics={"energy_kept": gather.energy_kept})
+        return replace(scores, diagnostics={"energy_kept": energy_kept})
 
 
-class LowRankGather:
-    """The direction's truncated matrices, as [L, R] stacked in one tensor, and its whole vectors; on every rank."""
+def low_rank_gather(whole: Gather, points: Sequence[TapPoint], rank: int) -> tuple[Gather, float]:
+    """Return what gives the direction's truncated matrices and whole vectors, and the share of |v|^2 kept. Collective.
 
-    def __init__(self, gather: DirectionGather, points: Sequence[TapPoint], rank: int) -> None:
-        self._parts: dict[tuple[int, int], Tensor] = {}
-        kept, total = 0.0, 0.0
-        for placement in (p for point in points for p in point.placements):
-            if placement.identity in self._parts:
-                continue
-            part = gather(placement)
-            energy = part.double().square().sum().item()
-            total += energy
-            if part.dim() == 2:
-                part, energy = truncated(part, rank)
-            kept += energy
-            self._parts[placement.identity] = part
-        self.energy_kept = kept / total if total else 1.0
-
-    def __call__(self, placement: Placement) -> Tensor:
-        return self._parts[placement.identity]
+    All are gathered once, before the pass: each micro-batch uses them, and on every rank they are small.
+    """
+    parts: dict[tuple[int, int], Tensor] = {}
+    kept = total = 0.0
+    for placement in {use.identity: use for point in points for use in point.placements}.values():
+        part = whole(placement)
+        energy = part.double().square().sum().item()
+        total += energy
+        parts[placement.identity], energy = truncated(part, rank) if part.dim() == 2 else (part, energy)
+        kept += energy
+    return lambda placement: parts[placement.identity], kept / total if total else 1.0
 
 
 def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
@@ -97,17 +91,14 @@ def low_rank_points(root: nn.Module) -> list[TapPoint]:
 
 def linear(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms of the weight."""
-    parts = []
-    if "weight" in call.direction:
-        left_OK, right_IK = torch.split(
-            call.direction["weight"].to(call.delta.dtype), [call.delta.shape[-1], call.input.shape[-1]]
-        )
+
+    def of_weight(stacked: Tensor) -> LayerScores:
+        left_OK, right_IK = torch.split(stacked.to(call.delta.dtype), [call.delta.shape[-1], call.input.shape[-1]])
         # Narrow products in the layer's dtype, their sum in the accumulation dtype.
         product_NK = (call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)
-        parts.append(_products_only(product_NK.sum(-1, dtype=call.dtype), call))
-    if "bias" in call.direction:
-        parts.append(vector_scores(call.delta, call.direction["bias"], call))
-    return add(*parts)
+        return _products_only(product_NK.sum(-1, dtype=call.dtype), call)
+
+    return weight_and_bias(call, of_weight)
 
 
 def embedding(call: LayerCall) -> LayerScores:
@@ -119,5 +110,5 @@ def embedding(call: LayerCall) -> LayerScores:
 
 
 def _products_only(product_N: Tensor, call: LayerCall) -> LayerScores:
-    derivative_R = row_sums(product_N.unsqueeze(-1), call.layout, call.dtype).squeeze(-1)
+    derivative_R = row_sums(product_N, call.layout, call.dtype)
     return LayerScores(derivative_R, call.scale_R.new_zeros(call.layout.num_problems))

@@ -49,17 +49,17 @@ def output_layer(root: nn.Module) -> TapPoint:
     Raises: ValueError, with the remedy, if the model does not name one, if it is frozen, as under LoRA, or has no rule.
     """
     # FSDP wrappers pass attributes on to the model; transformers and PEFT models answer this call.
-    get: Any = getattr(root, "get_output_embeddings", None)
-    head = get() if get is not None else None
+    get: Any = getattr(root, "get_output_embeddings", lambda: None)
+    head = get()
     placements = tuple(p for p in trainable_placements(root) if p.module is head)
     rule = None if head is None else rule_of(head)
-    if head is not None and placements and rule is not None:
-        return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+    name = next((name for name, module in root.named_modules() if module is head), "the output layer")
     if head is None:
         problem = f"{type(root).__name__} does not name an output layer (get_output_embeddings)"
-    else:
-        name = next((name for name, module in root.named_modules() if module is head), "the output layer")
+    elif rule is None:
+        problem = f"{name} ({type(head).__name__}) has no layer rule"
+    elif not placements:
         problem = f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only)"
-        if rule is None:
-            problem = f"{name} ({type(head).__name__}) has no layer rule"
+    else:
+        return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
     raise ValueError(f"{problem}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")
