@@ -61,8 +61,8 @@ def sketches_of(model: nn.Module, problems: Sequence[Problem], rank: int, max_to
         sketcher = Sketcher(sketch_points(model), rank, seed=0)
         batches, _ = sketch_gradients(engine, shares, sketcher)
     sketch_PLKK = torch.zeros(len(problems), *sketcher.shape, dtype=torch.float64)
-    for batch in batches:
-        sketch_PLKK[batch.problems] = batch.sketch_PLKK
+    for places, of_batch_PLKK in batches:
+        sketch_PLKK[places] = of_batch_PLKK
     return sketch_PLKK[:, [sketcher.names.index(name) for name, _ in trainable_parameters(model)]]
 
 

@@ -167,8 +167,6 @@ def _unit_sum(
 
 def _norms(scores: ProblemScores) -> Tensor:
     if scores.norm_P is None:
-        raise ValueError(
-            "the estimator gives no gradient norms, which candidates are compared with their own pool by. Remedy: set "
-            "gradalign.estimator=ghost."
-        )
+        trouble = "the estimator gives no gradient norms, which candidates are compared with their own pool by"
+        raise ValueError(f"{trouble}. Remedy: set gradalign.estimator=ghost.")
     return scores.norm_P

@@ -99,8 +99,8 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
     Call it while the module is sharded.
     """
     parameters, num_shards = trainable_parameters(root), len(direction.shards)
-    if len(parameters) != num_shards:
-        names = [name for name, _ in parameters]
+    names = [name for name, _ in parameters]
+    if len(names) != num_shards:
         culprit = (
             f"{names[num_shards]} is trainable now but has no shard in the direction"
             if len(names) > num_shards
@@ -113,11 +113,9 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
     for (name, parameter), shard in zip(parameters, direction.shards, strict=True):
         local = local_part(parameter)
         if shard is not None and shard.shape != local.shape:
-            raise RuntimeError(
-                f"{name}: this rank's shard has shape {tuple(local.shape)} but the direction's has "
-                f"{tuple(shard.shape)}; it was made for another model or another sharding: recompute the direction "
-                "(compute_direction)"
-            )
+            shapes = f"this rank's shard has shape {tuple(local.shape)} but the direction's has {tuple(shard.shape)}"
+            remedy = "it was made for another model or another sharding: recompute the direction (compute_direction)"
+            raise RuntimeError(f"{name}: {shapes}; {remedy}")
 
 
 def mapped(function: Callable[[Tensor], Tensor], shards: Shards) -> Shards:

@@ -46,10 +46,9 @@ def require_no_gradients(module: nn.Module) -> None:
     """Raise RuntimeError if a parameter already has a gradient, which the next backward pass would add to."""
     for name, parameter in trainable_parameters(module):
         if parameter.grad is not None:
-            raise RuntimeError(
-                f"{name} already has a gradient, which would be counted into the first problem; "
-                "score inside leave_no_trace(module), which sets gradients aside and puts them back"
-            )
+            trouble = f"{name} already has a gradient, which would be counted into the first problem"
+            remedy = "score inside leave_no_trace(module), which sets gradients aside and puts them back"
+            raise RuntimeError(f"{trouble}; {remedy}")
 
 
 def require_no_dropout(module: nn.Module) -> None:
@@ -64,10 +63,8 @@ def require_no_dropout(module: nn.Module) -> None:
         if isinstance(p, float) and p > 0
     ]
     if active:
-        raise ValueError(
-            f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. Remedy: set it to 0, "
-            "e.g. +actor_rollout_ref.model.override_config.attention_dropout=0"
-        )
+        remedy = "Remedy: set it to 0, e.g. +actor_rollout_ref.model.override_config.attention_dropout=0"
+        raise ValueError(f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. {remedy}")
 
 
 @contextmanager

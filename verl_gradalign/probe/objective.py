@@ -18,13 +18,7 @@ from torch import Tensor
 
 from verl_gradalign.probe.sizes import CHUNK_ELEMENTS
 
-LOSS_AGG_MODES = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-    "seq-mean-token-mean",
-)
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 """verl's values of `actor.loss_agg_mode`."""
 
 
@@ -45,11 +39,10 @@ def token_coefficients(
     """
     if loss_agg_mode not in LOSS_AGG_MODES:
         raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; it must be one of {', '.join(LOSS_AGG_MODES)}")
-    if advantage_RT.shape != response_mask_RT.shape:
-        raise ValueError(
-            f"advantages have shape {tuple(advantage_RT.shape)} but the response mask has "
-            f"{tuple(response_mask_RT.shape)}; both must be (responses, tokens)"
-        )
+    shape, mask_shape = tuple(advantage_RT.shape), tuple(response_mask_RT.shape)
+    if shape != mask_shape:
+        both = f"advantages have shape {shape} but the response mask has {mask_shape}"
+        raise ValueError(f"{both}; both must be (responses, tokens)")
     mask_RT = response_mask_RT.to(advantage_RT.dtype)
     num_tokens_R = mask_RT.sum(dim=-1, keepdim=True)
     # Clamped so that a problem without any response token gets zeros, not 0/0.

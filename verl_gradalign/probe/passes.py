@@ -78,30 +78,25 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     mine = [index for index, problem in enumerate(problems) if problem.rows]
     for problem in (problems[index] for index in mine):
         if len(problem.rows) != problem.num_rows:
-            raise ValueError(
-                f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank; this "
-                "estimator needs whole problems (passes.assign)"
-            )
+            held = f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank"
+            raise ValueError(f"{held}; this estimator needs whole problems (passes.assign)")
     packed = pack([problems[index] for index in mine], engine.budget)
-    batches = [_micro_batch(problems, tuple(mine[member] for member in members)) for members in packed]
+    batches = [_micro_batch(problems, [mine[member] for member in members]) for members in packed]
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
     num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
     return batches + [padding] * (num_batches - len(batches))
 
 
-def _micro_batch(problems: Sequence[ProblemRows], chosen: tuple[int, ...]) -> MicroBatch:
+def _micro_batch(problems: Sequence[ProblemRows], chosen: Sequence[int]) -> MicroBatch:
     members = [problems[index] for index in chosen]
-    num_second = [sum(problem.halves) if problem.is_split else 0 for problem in members]
+    halves = [(p.num_rows - sum(p.halves), sum(p.halves)) if p.is_split else (p.num_rows,) for p in members]
     return MicroBatch(
-        problems=chosen,
+        problems=tuple(chosen),
         rows=tuple(row for problem in members for row in problem.rows),
         rows_per_problem=tuple(problem.num_rows for problem in members),
         # Without an empty half: it has no positions in the activations.
-        parts=tuple(
-            tuple(n for n in (problem.num_rows - second, second) if n)
-            for problem, second in zip(members, num_second, strict=True)
-        ),
+        parts=tuple(tuple(num_rows for num_rows in of_problem if num_rows) for of_problem in halves),
     )
 
 

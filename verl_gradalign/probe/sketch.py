@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,8 @@ from verl_gradalign.probe.taps import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
 
+BatchSketch = tuple[list[int], Tensor]
+"""Problems of one micro-batch of this rank, by position in the call, and their sketches in the accumulation dtype."""
 REMEDY = "set gradalign.probe.pool_dots=exact"
 
 
@@ -90,10 +91,9 @@ def sketch_points(module: nn.Module) -> list[TapPoint]:
     points = tap_points(module)
     for point in points:
         if point.rule not in FACTORS and (point.has_matrix or point.rule not in VECTOR_RULES):
-            raise ValueError(
-                f"{point.name} ({type(point.module).__name__}) has a layer rule of its own, which gives products and "
-                f"norms but no sketch. Remedy: {REMEDY}."
-            )
+            layer = f"{point.name} ({type(point.module).__name__})"
+            rule = "a layer rule of its own, which gives products and norms but no sketch"
+            raise ValueError(f"{layer} has {rule}. Remedy: {REMEDY}.")
     return points
 
 
@@ -110,14 +110,16 @@ class Sketcher:
         self.shape = (len(names), rank, rank)
         """Of one problem's sketch."""
         self.points = [replace(point, rule=partial(self._measure, point)) for point in points]
+        self.batches: list[BatchSketch] = []
         self._place_of = {identity: place for place, identity in enumerate(names)}
         self._sketch_PLKK: Tensor | None = None
 
-    def take(self) -> Tensor:
-        """Return the sketches of the micro-batch whose backward pass has ended, and forget them."""
+    def keep(self, batch: MicroBatch) -> None:
+        """Keep the sketches of the micro-batch whose backward pass has ended, in CPU memory."""
         sketch_PLKK, self._sketch_PLKK = self._sketch_PLKK, None
         assert sketch_PLKK is not None, "some layer is tapped"
-        return sketch_PLKK
+        if batch.problems:
+            self.batches.append((list(batch.problems), sketch_PLKK.cpu()))
 
     def _measure(self, point: TapPoint, call: LayerCall) -> LayerScores:
         """Add the layer's parameters to the sketches, and return its squared norms."""
@@ -125,29 +127,27 @@ class Sketcher:
             self._sketch_PLKK = call.scale_R.new_zeros(len(call.scale_R), *self.shape)
         squared_norm_P = torch.zeros_like(call.scale_R)
         for placement in point.placements:
-            place = self._place_of[placement.identity]
-            name = self.names[place]
-            if len(placement.shape) == 1:
+            place, attribute = self._place_of[placement.identity], placement.attribute
+            name, direction = self.names[place], call.direction[attribute]
+            is_vector = len(placement.shape) == 1
+            if is_vector:
                 # Rules multiply a vector's gradient from the right, so they take all projections at once.
-                direction = normal_matrix(
-                    self._seed, f"{name} vector", (placement.shape[0], self._rank**2), call.delta.device
-                )
-            else:
-                direction = call.direction[placement.attribute]
-                self._sketch_PLKK[:, place] += self._matrix_sketch(point.rule, name, placement.shape, call)
+                shape = (placement.shape[0], self._rank**2)
+                direction = normal_matrix(self._seed, f"{name} vector", shape, call.delta.device)
             # One parameter at a time: the rule adds up what it is given, and each has a sketch for itself.
-            scores = point.rule(replace(call, direction={placement.attribute: direction}))
-            if len(placement.shape) == 1:
-                self._sketch_PLKK[:, place] += scores.derivative_R.view(-1, self._rank, self._rank)
+            scores = point.rule(replace(call, direction={attribute: direction}))
             squared_norm_P += scores.squared_norm_P
+            self._sketch_PLKK[:, place] += (
+                scores.derivative_R.view(-1, self._rank, self._rank)
+                if is_vector
+                else self._matrix_sketch(point.rule, name, placement.shape, call)
+            )
         return LayerScores(torch.zeros_like(call.scale_R), squared_norm_P)
 
     def _matrix_sketch(self, rule: LayerRule, name: str, shape: torch.Size, call: LayerCall) -> Tensor:
         """Return (delta P_O)^T (input P_I) of each problem, (problems, K, K)."""
-        left_OK, right_IK = (
-            normal_matrix(self._seed, f"{name} {side}", (size, self._rank), call.delta.device)
-            for side, size in zip(("left", "right"), shape, strict=True)
-        )
+        left_OK = normal_matrix(self._seed, f"{name} left", (shape[0], self._rank), call.delta.device)
+        right_IK = normal_matrix(self._seed, f"{name} right", (shape[1], self._rank), call.delta.device)
         left_NK, right_NK = FACTORS[rule](call, left_OK, right_IK)
         if call.layout.is_padded:
             left_PTK, right_PTK = (each.view(call.layout.num_rows, -1, self._rank) for each in (left_NK, right_NK))
@@ -184,32 +184,14 @@ def _project(values_NF: Tensor, projection_FK: Tensor, dtype: torch.dtype) -> Te
     return (values_NF @ projection_FK.to(values_NF.dtype)).to(dtype)
 
 
-class BatchSketch(NamedTuple):
-    """The sketches of the problems of one micro-batch of this rank."""
-
-    problems: list[int]
-    """Positions in the call's sequence of problems."""
-    sketch_PLKK: Tensor
-    """In the accumulation dtype, on the CPU."""
-
-
 def sketch_gradients(
     engine: GradientEngine, problems: Sequence[ProblemRows], sketcher: Sketcher
 ) -> tuple[list[BatchSketch], ProblemScores]:
     """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
-    sketches = []
-
-    def keep(batch: MicroBatch) -> None:
-        sketch_PLKK = sketcher.take()
-        if batch.problems:
-            sketches.append(BatchSketch(list(batch.problems), sketch_PLKK.cpu()))
-
     # Products with a direction are not wanted; a zero that takes no memory stands for it.
-    zero = torch.zeros((), device=next(engine.module.parameters()).device)
-    scores = tapped_scores(
-        engine, problems, 0.0, sketcher.points, lambda p: zero.expand(p.shape), per_response=False, after_pass=keep
-    )
-    return sketches, scores
+    zero, points = torch.zeros((), device=next(engine.module.parameters()).device), sketcher.points
+    scores = tapped_scores(engine, problems, 0.0, points, lambda p: zero.expand(p.shape), False, True, sketcher.keep)
+    return sketcher.batches, scores
 
 
 def _products(
@@ -220,9 +202,10 @@ def _products(
     Shapes: (problems, 3): by the whole sketches, and by two independent quarters of them.
     """
     total_LKK = torch.zeros(shape, dtype=torch.float64)
-    for batch in sketches:
-        is_in_P = factor_P[batch.problems] != 0  # others may not be finite
-        total_LKK += torch.tensordot(factor_P[batch.problems][is_in_P], batch.sketch_PLKK[is_in_P].double(), dims=1)
+    for problems, sketch_PLKK in sketches:
+        factor = factor_P[problems]
+        is_in = factor != 0  # others may not be finite
+        total_LKK += torch.tensordot(factor[is_in], sketch_PLKK[is_in].double(), dims=1)
     total_LKK = summed_over_ranks(engine, total_LKK)
     rank = shape[-1]
     product_P3 = torch.zeros(len(factor_P), 3, dtype=torch.float64)
@@ -230,11 +213,11 @@ def _products(
         # A quarter of the numbers has a quarter of the product.
         share = ((block.stop - block.start) / rank) ** 2
         total_G = total_LKK[:, block, block].flatten()
-        for batch in sketches:
-            part_PG = batch.sketch_PLKK[:, :, block, block].flatten(1).double()
-            factor, norm = factor_P[batch.problems], norm_P[batch.problems]
+        for problems, sketch_PLKK in sketches:
+            part_PG, factor = sketch_PLKK[:, :, block, block].flatten(1).double(), factor_P[problems]
+            # A problem's own part is known exactly, so the sketch estimates only what the others add.
             others = part_PG @ total_G - factor * part_PG.square().sum(dim=1)
-            product_P3[batch.problems, index] = others / share + factor * norm.square()
+            product_P3[problems, index] = others / share + factor * norm_P[problems].square()
     return summed_over_ranks(engine, product_P3), total_LKK.norm().item()
 
 

@@ -32,6 +32,7 @@ from verl_gradalign.probe.layout import Layout
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
+REMEDY = "Remedy: set gradalign.estimator=backward (exact) or finite_difference"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,9 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         else:
             points.append(TapPoint(placements[0].name.rpartition(".")[0] or kind, module, rule, tuple(placements)))
     if uncovered:
-        raise ValueError(
-            f"no layer rule covers {', '.join(uncovered[:5])}{' and more' if len(uncovered) > 5 else ''}: the scores "
-            "would miss their gradient. Remedy: set gradalign.estimator=backward (exact) or finite_difference, or "
-            "register a rule (probe.layer_rules.register_layer_rule)."
-        )
+        first = f"{', '.join(uncovered[:5])}{' and more' if len(uncovered) > 5 else ''}"
+        remedy = f"{REMEDY}, or register a rule (probe.layer_rules.register_layer_rule)."
+        raise ValueError(f"no layer rule covers {first}: the scores would miss their gradient. {remedy}")
     return points
 
 
@@ -99,7 +98,7 @@ class Taps:
 
     def __init__(self, points: Sequence[TapPoint], gather: Gather, gives_norm: bool) -> None:
         self._points, self._gather = points, gather
-        tied = TiedWeight.find(points)
+        tied = TiedWeight.find(points)  # also without norms: it refuses weights that are shared in other ways
         self._tied = tied if gives_norm else None
         self._shape = (0, 0)
         self._layout: Layout | None = None
@@ -151,17 +150,13 @@ class Taps:
 
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""
-        remedy = "Remedy: set gradalign.estimator=backward (exact) or finite_difference."
         if point.module in self._seen:
-            raise RuntimeError(
-                f"{point.name} was called more than once in one pass, so its gradient has cross terms that no rule "
-                f"covers. {remedy}"
-            )
+            trouble = "was called more than once in one pass, so its gradient has cross terms that no rule covers"
+            raise RuntimeError(f"{point.name} {trouble}. {REMEDY}.")
         if tuple(delta.shape[:2]) != self._shape:
-            raise RuntimeError(
-                f"{point.name} returned a tensor of shape {tuple(delta.shape)} in a pass over {self._shape} (lines, "
-                f"positions), so its gradient cannot be cut at problem boundaries. {remedy}"
-            )
+            trouble = f"returned a tensor of shape {tuple(delta.shape)} in a pass over {self._shape} (lines, positions)"
+            reason = "so its gradient cannot be cut at problem boundaries"
+            raise RuntimeError(f"{point.name} {trouble}, {reason}. {REMEDY}.")
         self._seen.add(point.module)
         assert self._layout is not None and self._scores is not None, "begin comes before the backward pass"
         # More than one vector at each position where a layer works on attention heads.
@@ -227,10 +222,9 @@ class TiedWeight:
         embeddings = [point for point in users if isinstance(point.module, nn.Embedding)]
         heads = [point for point in users if isinstance(point.module, nn.Linear)]
         if len(users) != 2 or len(embeddings) != 1 or len(heads) != 1:
-            raise ValueError(
-                f"{', '.join(point.name for point in users)} share a weight, and only one embedding tied to one linear "
-                "layer has a rule. Remedy: set gradalign.estimator=backward (exact) or finite_difference."
-            )
+            names = ", ".join(point.name for point in users)
+            rule = "only one embedding tied to one linear layer has a rule"
+            raise ValueError(f"{names} share a weight, and {rule}. {REMEDY}.")
         return cls(embeddings[0], heads[0])
 
     def keep_head_rows(self, call: LayerCall) -> None:
