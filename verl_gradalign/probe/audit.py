@@ -78,10 +78,9 @@ def relative_error(scores: ProblemScores, reference: ProblemScores, places: Tens
     if not is_known_P.any():
         return 0.0
     errors_P = (scores.dot_P[places] - reference.dot_P).abs()
-    if scores.norm_P is not None:
-        errors_P = errors_P.maximum((scores.norm_P[places] - reference.norm_P).abs())
     norm_P = reference.norm_P.clamp(min=torch.finfo(torch.float64).tiny)
     if scores.norm_P is not None:
+        errors_P = errors_P.maximum((scores.norm_P[places] - reference.norm_P).abs())
         norm_P = norm_P.maximum(scores.norm_P.nanmedian())
     return (errors_P / norm_P)[is_known_P].nan_to_num(nan=torch.inf).max().item()
 

@@ -45,16 +45,13 @@ def has_direction(folder: Path, rank: int, world_size: int) -> bool:
     if rank_file(folder, rank, world_size).exists():
         return True
     if (folder / WHOLE).exists():
-        raise ValueError(
-            f"{folder / WHOLE} has version 1, one file for all ranks, but version {VERSION}, one file per rank, is "
-            f"needed. {REMEDY}, or resume with the verl-gradalign that wrote it"
-        )
+        needed = f"version {VERSION}, one file per rank, is needed"
+        remedy = f"{REMEDY}, or resume with the verl-gradalign that wrote it"
+        raise ValueError(f"{folder / WHOLE} has version 1, one file for all ranks, but {needed}. {remedy}")
     for path, match in _rank_files(folder):
         if int(match[1]) != world_size:
-            raise ValueError(
-                f"{path} was written by one of {match[1]} ranks, but {world_size} ranks run now. {REMEDY}, or resume "
-                f"on {match[1]} ranks, as verl's own checkpoint asks for"
-            )
+            remedy = f"{REMEDY}, or resume on {match[1]} ranks, as verl's own checkpoint asks for"
+            raise ValueError(f"{path} was written by one of {match[1]} ranks, but {world_size} ranks run now. {remedy}")
     return False
 
 

@@ -81,10 +81,8 @@ def trainable_placements(root: nn.Module) -> list[Placement]:
     ]
     prefix = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
     return [
-        Placement(
-            WRAPPERS.sub("", prefix[id(module)] + attribute), module, attribute, shape, index[id(p)], view, handle
-        )
-        for module, attribute, p, shape, view, handle in (*plain, *flattened.values())
+        Placement(WRAPPERS.sub("", prefix[id(module)] + attribute), module, attribute, shape, index[id(p)], *flat_place)
+        for module, attribute, p, shape, *flat_place in (*plain, *flattened.values())
         if id(p) in index
     ]
 
@@ -122,17 +120,11 @@ def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     """Return the whole of a tensor that is sharded as `parameter` is. Collective if that is a DTensor."""
     if not isinstance(parameter, DTensor):
         return shard
-    whole: Tensor = DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        # Every rank made its shard by the same rule; checking it would be a collective for each parameter.
-        run_check=False,
-        # Given, because the last ranks' shards can be smaller or empty.
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    ).full_tensor()
-    return whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Given, because the last ranks' shards can be smaller or empty.
+    whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+    # Every rank made its shard by the same rule; checking it would be a collective for each parameter.
+    return DTensor.from_local(shard, mesh, placements, run_check=False, **whole).full_tensor()
 
 
 def gather_flat(
@@ -202,13 +194,12 @@ def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:
         unit.reshard()
         state = unit._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            for shard in group.fsdp_params if group is not None else ():
-                # Micro-batches before the last one accumulate here, out of sight of `.grad`, and reset_iter_state
-                # (torch 2.13) keeps it: without this the next training step would add the abandoned gradient.
-                shard.unsharded_accumulated_grad = None
-                if hasattr(shard, "_unsharded_param"):
-                    shard._unsharded_param.grad = None
+        for shard in (shard for group in groups if group is not None for shard in group.fsdp_params):
+            # Micro-batches before the last one accumulate here, out of sight of `.grad`, and reset_iter_state
+            # (torch 2.13) keeps it: without this the next training step would add the abandoned gradient.
+            shard.unsharded_accumulated_grad = None
+            if hasattr(shard, "_unsharded_param"):
+                shard._unsharded_param.grad = None
 
 
 def _abandon_pass_fsdp1(unit: FSDP, handle: Any) -> None:

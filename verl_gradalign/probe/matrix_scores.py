@@ -42,10 +42,6 @@ class Segment:
     def dtype(self) -> torch.dtype:
         return self.scale_R.dtype
 
-    @property
-    def num_problems(self) -> int:
-        return self.layout.num_problems
-
 
 Form = Callable[[Segment], tuple[Tensor, Tensor]]
 
@@ -80,28 +76,30 @@ def matrix_scores(
 def cheapest_form(segment: Segment) -> Form:
     """Return the form that is expected to take the least time."""
     num_outputs, num_inputs = segment.direction_OI.shape
-    num_positions, num_rows = (n / segment.num_problems for n in (len(segment.delta_NO), segment.layout.num_rows))
-    name = fastest_form(num_positions, num_rows, num_outputs, num_inputs, segment.delta_NO.device.type)
+    num_problems, device = segment.layout.num_problems, segment.delta_NO.device.type
+    num_positions, num_rows = (n / num_problems for n in (len(segment.delta_NO), segment.layout.num_rows))
+    name = fastest_form(num_positions, num_rows, num_outputs, num_inputs, device)
     return {"per_row": per_row, "per_problem": per_problem, "gram": gram}[name]
 
 
 def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
     """Return (derivative_R, squared_norm_P) by forming every row's gradient."""
-    layout, is_padded = segment.layout, segment.layout.is_padded
+    layout, num_rows, num_problems = segment.layout, segment.layout.num_rows, segment.layout.num_problems
     derivative_R = torch.zeros_like(segment.scale_R)
-    squared_norm_P = segment.scale_R.new_zeros(segment.num_problems)
-    for block in _blocks(segment, num_gradients=layout.num_rows if is_padded else 2):
+    squared_norm_P = segment.scale_R.new_zeros(num_problems)
+    for block in _blocks(segment, num_gradients=num_rows if layout.is_padded else 2):
         direction_F = segment.direction_OI[block].flatten()
-        if is_padded:
-            delta_RSB = segment.delta_NO.view(layout.num_rows, -1, segment.delta_NO.shape[1])[:, :, block]
-            input_RSI = segment.input_NI.view(layout.num_rows, -1, segment.input_NI.shape[1])
+        if layout.is_padded:
+            delta_RSB = _split(segment.delta_NO, num_rows)[:, :, block]
+            input_RSI = _split(segment.input_NI, num_rows)
             grad_RF = _multiply(delta_RSB.transpose(1, 2), input_RSI, segment.dtype).flatten(1)
             derivative_R += grad_RF @ direction_F
-            if layout.num_rows == segment.num_problems:
+            # Of one row each: no total is formed, which would be as large as the rows' gradients.
+            if num_rows == num_problems:
                 squared_norm_P += _squared_norms(grad_RF) * segment.scale_R.square()
                 continue
-            scale_P1R = segment.scale_R.view(segment.num_problems, 1, -1)
-            total_PF = (scale_P1R @ grad_RF.view(segment.num_problems, -1, len(direction_F))).squeeze(1)
+            scale_P1R = segment.scale_R.view(num_problems, 1, -1)
+            total_PF = (scale_P1R @ _split(grad_RF, num_problems)).squeeze(1)
         else:
             total_PF = torch.zeros_like(direction_F).unsqueeze(0)
             for index, row in enumerate(layout.rows()):
@@ -115,8 +113,8 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
 def per_problem(segment: Segment) -> tuple[Tensor, Tensor]:
     """Return (derivative_R, squared_norm_P) by forming problems' gradients, and products position by position."""
     delta_PTO, input_PTI = _scaled(segment)
-    squared_norm_P = segment.scale_R.new_zeros(segment.num_problems)
-    for block in _blocks(segment, num_gradients=segment.num_problems):
+    squared_norm_P = segment.scale_R.new_zeros(len(delta_PTO))
+    for block in _blocks(segment, num_gradients=len(delta_PTO)):
         total_PF = _multiply(delta_PTO[:, :, block].transpose(1, 2), input_PTI, segment.dtype).flatten(1)
         squared_norm_P += _squared_norms(total_PF)
     return _products(segment), squared_norm_P
@@ -147,8 +145,13 @@ def _scaled(segment: Segment) -> tuple[Tensor, Tensor]:
         delta_NO = delta_NO * scale_N1
     else:
         input_NI = input_NI * scale_N1
-    num_problems = segment.num_problems
-    return delta_NO.view(num_problems, -1, delta_NO.shape[1]), input_NI.view(num_problems, -1, input_NI.shape[1])
+    num_problems = segment.layout.num_problems
+    return _split(delta_NO, num_problems), _split(input_NI, num_problems)
+
+
+def _split(values_NF: Tensor, num_parts: int) -> Tensor:
+    """Return a view of equally long parts, (parts, positions or rows of each, features)."""
+    return values_NF.view(num_parts, -1, values_NF.shape[1])
 
 
 def _blocks(segment: Segment, num_gradients: int) -> Iterator[slice]:

@@ -100,23 +100,13 @@ def _micro_batch(problems: Sequence[ProblemRows], chosen: Sequence[int]) -> Micr
     )
 
 
-@dataclass(frozen=True)
-class RowWeights:
-    """How the rows of a micro-batch enter a pass and its sums."""
-
-    weight_RT: Tensor
-    """Weight of each token's log-probability in the summed objective."""
-    scale_R: Tensor
-    """Factor by which a row's gradient enters its problem's."""
-    gives_derivative_R: Tensor
-    """Whether the row's gradient is that of its plain log-probability."""
-
-
 def pass_weights(
     engine: GradientEngine, batch: MicroBatch, width: int, dtype: torch.dtype, per_response: bool
-) -> RowWeights:
-    """Return weights such that weight * scale is the coefficient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how rows enter a pass and its sums: (weight_RT, scale_R, gives_R) with weight * scale the coefficient.
 
+    The weight is of each token's log-probability in the summed objective, the scale of a row's gradient in its
+    problem's; `gives_R` marks rows whose gradient is that of their plain log-probability.
     With `per_response` the weight is 1 on every token where all of a row have one coefficient, as under group-relative
     advantages; then the row's gradient is that of log pi(y), whatever its advantage, zero included. Without, each
     problem's *parts* have scale 1. A padding batch has weight 0.
@@ -135,7 +125,7 @@ def pass_weights(
         if is_one:
             gives_R[index] = True
             scale_R[index] = chosen[0] if len(chosen) else 1.0
-    return RowWeights(weight_RT, scale_R, gives_R)
+    return weight_RT, scale_R, gives_R
 
 
 class ProblemSums:

@@ -80,9 +80,8 @@ class PlainEngine:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
         rows = [(row, problem.scale) for problem in problems for row in problem.rows]
         # Row by row: the sum over rows does not ask where a problem ends, so large problems fit too.
-        one_row_each = [
-            ProblemRows(f"row {row}", (row,), 1, self.row_length(row), self.row_length(row)) for row, _ in rows
-        ]
+        lengths = [(row, self.row_length(row)) for row, _ in rows]
+        one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
         batches = [[rows[i] for i in members] for members in pack(one_row_each, self.budget)]
         num_batches = largest_of_ranks(len(batches), self.data_group, self._device)
         # FSDP averages gradients over the group; this undoes it.

@@ -73,10 +73,8 @@ def score_problems(
         model.train()  # gradient checkpointing is active in train mode only
         direction = compute_direction(engine, shares[: len(trusted)])
         if direction.is_degenerate:
-            raise ValueError(
-                f"the trusted problems have a gradient of norm {direction.norm}: there is no direction. Give problems "
-                "whose responses differ in advantage."
-            )
+            trouble = f"the trusted problems have a gradient of norm {direction.norm}: there is no direction"
+            raise ValueError(f"{trouble}. Give problems whose responses differ in advantage.")
         return method.score(engine, shares[len(trusted) :], direction)
 
 
@@ -93,9 +91,8 @@ def _tabulate(problems: Sequence[Sequence[Response]], loss_agg_mode: str) -> tup
         for place, response in enumerate(responses):
             if not len(response.prompt_ids):
                 raise ValueError(f"problem {index}, response {place} has an empty prompt; give at least one token")
-            prompt, sampled = (
-                torch.as_tensor(ids, dtype=torch.int64) for ids in (response.prompt_ids, response.response_ids)
-            )
+            both = (response.prompt_ids, response.response_ids)
+            prompt, sampled = (torch.as_tensor(ids, dtype=torch.int64) for ids in both)
             rows.append(TokenRow(prompt, sampled, coefficient_RT[place, : len(sampled)]))
         tokens = [row.num_tokens for row in rows[first:]]
         numbers = tuple(range(first, len(rows)))

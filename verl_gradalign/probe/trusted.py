@@ -160,18 +160,16 @@ def with_adam_metric(direction: Direction, engine: GradientEngine, optimizer: to
     def divided(name: str, parameter: nn.Parameter, shard: Tensor) -> Tensor:
         state, group = optimizer.state.get(parameter, {}), groups.get(id(parameter), {})
         if "exp_avg_sq" not in state:
-            raise ValueError(
-                f"gradalign.direction.metric=adam: {type(optimizer).__name__} keeps no second moments of {name}. "
-                "Remedy: use an Adam optimizer, or set gradalign.direction.metric=none."
-            )
+            trouble = f"{type(optimizer).__name__} keeps no second moments of {name}"
+            remedy = "Remedy: use an Adam optimizer, or set gradalign.direction.metric=none."
+            raise ValueError(f"gradalign.direction.metric=adam: {trouble}. {remedy}")
         # The direction's shards or the moments may lie in CPU memory.
         moment = local_part(state["exp_avg_sq"]).to(shard.device)
         return shard / (moment / (1 - group["betas"][1] ** float(state["step"]))).sqrt().add_(group["eps"])
 
-    shards = zip(trainable_parameters(engine.module), direction.shards, strict=True)
-    return _normalised(
-        direction, engine, tuple(None if shard is None else divided(*named, shard) for named, shard in shards)
-    )
+    pairs = zip(trainable_parameters(engine.module), direction.shards, strict=True)
+    shards = tuple(None if shard is None else divided(*named, shard) for named, shard in pairs)
+    return _normalised(direction, engine, shards)
 
 
 def with_candidates_metric(direction: Direction, engine: GradientEngine, problems: Sequence[ProblemRows]) -> Direction:

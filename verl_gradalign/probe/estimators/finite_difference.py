@@ -115,7 +115,6 @@ def require_full_precision(module: nn.Module) -> None:
     """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
     for name, parameter in trainable_parameters(module):
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding. Remedy: store "
-                "parameters in float32 (actor.fsdp_config.model_dtype=fp32), or set gradalign.estimator=ghost"
-            )
+            remedy = "Remedy: store parameters in float32 (actor.fsdp_config.model_dtype=fp32)"
+            trouble = f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding"
+            raise ValueError(f"{trouble}. {remedy}, or set gradalign.estimator=ghost")

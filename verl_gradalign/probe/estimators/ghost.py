@@ -67,17 +67,17 @@ def tapped_scores(
     with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
-            weights = pass_weights(engine, batch, log_prob_RT.shape[1], log_prob_RT.dtype, per_response)
-            taps.begin(layout, weights.scale_R.to(device), None if per_response else batch.parts)
+            width, dtype = log_prob_RT.shape[1], log_prob_RT.dtype
+            weight_RT, scale_R, gives_R = pass_weights(engine, batch, width, dtype, per_response)
+            taps.begin(layout, scale_R.to(device), None if per_response else batch.parts)
             # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
-            (weights.weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
+            (weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             measured = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
             reshard(engine.module)
             derivative_R = measured.derivative_R.cpu()
             if per_response:
-                known_R = derivative_R.masked_fill(~weights.gives_derivative_R, torch.nan)
-                sums.add_rows(batch, derivative_R * weights.scale_R, known_R)
+                sums.add_rows(batch, derivative_R * scale_R, derivative_R.masked_fill(~gives_R, torch.nan))
             else:
                 sums.add_parts(batch, derivative_R)
             sums.add_norms(batch, measured.squared_norm_P)
