@@ -101,15 +101,12 @@ def require_same_shards(root: nn.Module, direction: Direction) -> None:
     parameters, num_shards = trainable_parameters(root), len(direction.shards)
     names = [name for name, _ in parameters]
     if len(names) != num_shards:
-        culprit = (
-            f"{names[num_shards]} is trainable now but has no shard in the direction"
-            if len(names) > num_shards
-            else f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
-        )
-        raise RuntimeError(
-            f"the direction has {num_shards} shards for {len(names)} trainable parameters: {culprit}; "
-            "recompute the direction (compute_direction) after changing what is trained"
-        )
+        culprit = f"the direction goes on after {names[-1] if names else 'nothing'}, the last trainable parameter"
+        if len(names) > num_shards:
+            culprit = f"{names[num_shards]} is trainable now but has no shard in the direction"
+        counts = f"the direction has {num_shards} shards for {len(names)} trainable parameters"
+        remedy = "recompute the direction (compute_direction) after changing what is trained"
+        raise RuntimeError(f"{counts}: {culprit}; {remedy}")
     for (name, parameter), shard in zip(parameters, direction.shards, strict=True):
         local = local_part(parameter)
         if shard is not None and shard.shape != local.shape:

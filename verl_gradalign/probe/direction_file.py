@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.files import replacing
-from verl_gradalign.probe.direction import Direction, require_same_shards
+from verl_gradalign.probe.direction import Direction, mapped, require_same_shards
 from verl_gradalign.probe.fsdp import local_part, shard_layout
 from verl_gradalign.probe.gradient import trainable_parameters
 
@@ -76,10 +76,8 @@ def save_direction(module: nn.Module, direction: Direction, path: Path) -> None:
     require_same_shards(module, direction)
     numbers = {field.name: getattr(direction, field.name) for field in fields(Direction) if field.name != "shards"}
     # Clones: a shard can be a view of a larger tensor, which torch.save would write in its stead.
-    shards = {
-        name: None if shard is None else shard.detach().cpu().clone()
-        for (name, _), shard in zip(trainable_parameters(module), direction.shards, strict=True)
-    }
+    clones = mapped(lambda shard: shard.detach().cpu().clone(), direction.shards)
+    shards = {name: clone for (name, _), clone in zip(trainable_parameters(module), clones, strict=True)}
     content = {"version": VERSION, "numbers": numbers, "layout": shard_layout(module), "shards": shards}
     with replacing(path, is_durable=True) as unfinished, unfinished.open("wb") as stream:
         torch.save(content, stream)

@@ -58,10 +58,9 @@ def token_coefficients(
     elif loss_scale_factor is not None and loss_scale_factor > 0:
         weight = 1.0 / (num_responses * loss_scale_factor)
     else:
-        raise ValueError(
-            f"loss_agg_mode 'seq-mean-token-sum-norm' has loss_scale_factor={loss_scale_factor}; set "
-            "actor.loss_scale_factor to a positive constant, e.g. the maximum response length"
-        )
+        trouble = f"loss_agg_mode 'seq-mean-token-sum-norm' has loss_scale_factor={loss_scale_factor}"
+        remedy = "set actor.loss_scale_factor to a positive constant, e.g. the maximum response length"
+        raise ValueError(f"{trouble}; {remedy}")
     # Masked by selection, not by multiplication: what lies under the padding may be nan.
     return torch.where(response_mask_RT.bool(), -advantage_RT * weight * mask_RT, torch.zeros_like(advantage_RT))
 

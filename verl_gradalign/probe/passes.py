@@ -170,22 +170,18 @@ class ProblemSums:
 
 
 def problem_scores(
-    problems: Sequence[ProblemRows],
-    half_dot_P2: Tensor,
-    norm_P: Tensor,
-    derivative_PR: Tensor | None,
-    direction_norm: float,
+    problems: Sequence[ProblemRows], dot_P2: Tensor, norm_P: Tensor, derivative_PR: Tensor | None, direction_norm: float
 ) -> ProblemScores:
-    """Return the scores of problems; a problem that is not split has all of its dot product in the first half's."""
+    """Return the scores of problems by the halves' dot products; one that is not split has all of it in the first."""
     is_split_P = torch.tensor([problem.is_split for problem in problems], dtype=torch.bool)
     return ProblemScores(
         uid=tuple(problem.uid for problem in problems),
-        dot_P=half_dot_P2.sum(dim=1),
+        dot_P=dot_P2.sum(dim=1),
         norm_P=norm_P,
         num_tokens_P=torch.tensor([problem.num_tokens for problem in problems], dtype=torch.int64),
         response_derivative_PR=derivative_PR,
         direction_norm=direction_norm,
-        half_dot_P2=half_dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
+        half_dot_P2=dot_P2.masked_fill(~is_split_P.unsqueeze(1), torch.nan),
     )
 
 

@@ -67,7 +67,7 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         else:
             points.append(TapPoint(placements[0].name.rpartition(".")[0] or kind, module, rule, tuple(placements)))
     if uncovered:
-        first = f"{', '.join(uncovered[:5])}{' and more' if len(uncovered) > 5 else ''}"
+        first = ", ".join(uncovered[:5]) + (" and more" if len(uncovered) > 5 else "")
         remedy = f"{REMEDY}, or register a rule (probe.layer_rules.register_layer_rule)."
         raise ValueError(f"no layer rule covers {first}: the scores would miss their gradient. {remedy}")
     return points
@@ -81,7 +81,7 @@ def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather, gives_no
     """
     parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad]
     taps = Taps(points, gather, gives_norm)
-    handles = [point.module.register_forward_hook(taps.hook(point), with_kwargs=True) for point in points]
+    handles = [point.module.register_forward_hook(partial(taps.tap, point), with_kwargs=True) for point in points]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -124,29 +124,23 @@ class Taps:
         """
         missing = [point.name for point in self._points if point.module not in self._seen]
         if missing:
-            raise RuntimeError(
-                f"{', '.join(missing[:5])}: trained but not called in the scoring pass (bypassed by a fused kernel, or "
-                "unused), so its gradient was not seen. Remedy: switch the kernel off, or set "
-                "gradalign.estimator=backward"
-            )
+            trouble = "trained but not called in the scoring pass (bypassed by a fused kernel, or unused)"
+            remedy = "Remedy: switch the kernel off, or set gradalign.estimator=backward"
+            raise RuntimeError(f"{', '.join(missing[:5])}: {trouble}, so its gradient was not seen. {remedy}")
         assert self._scores is not None
         return self._scores
 
-    def hook(self, point: TapPoint) -> Callable[..., Tensor]:
-        """Return the forward hook that puts a tap behind the layer."""
-
-        def tap_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
-            if not torch.is_grad_enabled():
-                return output
-            layer_input = args[0] if args else next(iter(kwargs.values()))
-            if self._tied is not None and point is self._tied.embedding:
-                self._tied.ids_N = layer_input.flatten()
-            # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
-            anchor = torch.empty(0, device=output.device, requires_grad=True)
-            return _Tap.apply(output, layer_input, anchor, partial(self._receive, point))  # type: ignore[no-untyped-call]
-
-        return tap_output
+    def tap(self, point: TapPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the layer's output with a tap behind it: a forward hook."""
+        # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
+        if not torch.is_grad_enabled():
+            return output
+        layer_input = args[0] if args else next(iter(kwargs.values()))
+        if self._tied is not None and point is self._tied.embedding:
+            self._tied.ids_N = layer_input.flatten()
+        # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
+        anchor = torch.empty(0, device=output.device, requires_grad=True)
+        return _Tap.apply(output, layer_input, anchor, partial(self._receive, point))  # type: ignore[no-untyped-call]
 
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""

@@ -13,6 +13,7 @@ how large gradients are there; every estimator works on the result unchanged, no
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -180,11 +181,9 @@ def with_candidates_metric(direction: Direction, engine: GradientEngine, problem
     """
     if direction.is_degenerate or not problems:
         return direction
-    total: Shards | None = None
-    for problem in problems:
-        square = mapped(torch.square, summed_gradient(engine, [problem]))
-        total = square if total is None else combined([(1.0, total), (1.0, square)])
-    assert total is not None
+    # One at a time: each is a gradient of the model's size.
+    squares = (mapped(torch.square, summed_gradient(engine, [problem])) for problem in problems)
+    total = reduce(lambda before, square: combined([(1.0, before), (1.0, square)]), squares)
     rms = mapped(lambda shard: (shard / len(problems)).sqrt(), total)
     # Of whole parameters, a tied one once: a rank's shards may be padded or missing.
     num_numbers = sum({use.identity: use.shape.numel() for use in trainable_placements(engine.module)}.values())

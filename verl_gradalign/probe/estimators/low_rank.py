@@ -81,10 +81,8 @@ def low_rank_points(root: nn.Module) -> list[TapPoint]:
     for point in tap_points(root):
         rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), None)
         if rule is None and point.has_matrix:
-            raise ValueError(
-                f"{point.name} ({type(point.module).__name__}) has a matrix but no low-rank rule. Remedy: set "
-                "gradalign.estimator=ghost (exact) or finite_difference."
-            )
+            trouble = f"{point.name} ({type(point.module).__name__}) has a matrix but no low-rank rule"
+            raise ValueError(f"{trouble}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")
         points.append(replace(point, rule=rule or point.rule))
     return points
 
