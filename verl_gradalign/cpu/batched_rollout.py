@@ -144,12 +144,7 @@ class BatchedRollout:
             num_turns=2,
             metrics=AgentLoopMetrics(),
             reward_score=result["score"],
-            extra_fields={
-                **_versions(version),
-                "turn_scores": [],
-                "tool_rewards": [],
-                "reward_extra_info": result,
-            },
+            extra_fields={**_versions(version), "turn_scores": [], "tool_rewards": [], "reward_extra_info": result},
         )
         fields = {**output.as_dict(), **row}
         fields.pop("multi_modal_data", None)

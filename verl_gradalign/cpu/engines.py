@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP engines on a CPU. FSDP2 runs as it is; FSDP1 needs one check of torch out of its way."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.fsdp import _init_utils
@@ -11,26 +11,16 @@ from transformers import AutoModelForTokenClassification
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def cpu_weights_may_be_synced() -> AbstractContextManager[None]:
+def cpu_weights_may_be_synced() -> AbstractContextManager[Any]:
     """Let FSDP1 broadcast weights that are on the CPU.
 
     verl builds FSDP1 with sync_module_states=True, which torch refuses for CPU weights because NCCL could not send
     them; gloo can. There is no argument for it. tests/unit/test_plugin.py fails when torch renames the check.
     """
-    return _replaced(_init_utils, "_check_module_states_for_sync_module_states", lambda states: None)
+    return patch.object(_init_utils, "_check_module_states_for_sync_module_states", lambda _: None)
 
 
-def critics_need_no_flash_attention() -> AbstractContextManager[None]:
+def critics_need_no_flash_attention() -> AbstractContextManager[Any]:
     """Let verl build a critic with torch's own attention.
 
     verl names flash attention, which no CPU has, as an argument where it loads a critic, whatever the configuration
@@ -41,7 +31,7 @@ def critics_need_no_flash_attention() -> AbstractContextManager[None]:
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **{**kwargs, "attn_implementation": "sdpa"})
 
-    return _replaced(AutoModelForTokenClassification, "from_pretrained", from_pretrained)
+    return patch.object(AutoModelForTokenClassification, "from_pretrained", from_pretrained)
 
 
 class CpuFSDPEngineWithLMHead(FSDPEngineWithLMHead):

@@ -45,9 +45,8 @@ def read_config(verl_config: DictConfig) -> GradAlignConfig:
     values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
     regime = OmegaConf.select(verl_config, "regime")
     if regime is not None and values.get("regime") != regime:
-        refuse(
-            "+regime", regime, "its gradalign keys were overwritten by those of +gradalign=...", "write +regime last"
-        )
+        why = "its gradalign keys were overwritten by those of +gradalign=..."
+        refuse("+regime", regime, why, "write +regime last")
     config = GradAlignConfig.from_mapping(values)
     check_score(config)
     return config
@@ -123,13 +122,9 @@ def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
 def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
     mode = verl_config.trainer.v1.trainer_mode
     if mode != "gradalign" and config.schedule != "step":
-        refuse(
-            "gradalign.schedule",
-            config.schedule,
-            f"under trainer.v1.trainer_mode={mode} prompts are in flight before a selection is made, so kept problems "
-            "could not be the next ones trained on",
-            "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign",
-        )
+        why = "prompts are in flight before a selection is made, so kept problems could not be the next ones trained on"
+        remedy = "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign"
+        refuse("gradalign.schedule", config.schedule, f"under trainer.v1.trainer_mode={mode} {why}", remedy)
     reward_model = verl_config.reward.reward_model
     if mode != "gradalign" and reward_model.enable and not reward_model.enable_resource_pool:
         why = f"has not been shown to work with trainer.v1.trainer_mode={mode}"
@@ -211,8 +206,7 @@ def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
 def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     """Raise ValueError if the data cannot be read, are too few for the schedule, or trusted problems are trained on."""
     score, data = score_of(config.score), verl_config.data
-    is_plain = score.rank is None and config.schedule == "step"
-    if is_plain:
+    if score.rank is None and config.schedule == "step":
         return
     prompt_key = data.get("prompt_key", "prompt")
     trusted_sets = config.validation.trusted_sets() if score.needs_direction else ()
@@ -255,9 +249,8 @@ def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
                 f"Remedy: write it again as {kind}, with at least one row."
             ) from error
         if prompt_key not in rows.column_names:
-            refuse(
-                key, name, f"has no column {prompt_key!r} (data.prompt_key)", "add the column or set data.prompt_key"
-            )
+            why = f"has no column {prompt_key!r} (data.prompt_key)"
+            refuse(key, name, why, "add the column or set data.prompt_key")
         texts.extend(_normalised(prompt) for prompt in rows[prompt_key])
     return texts
 

@@ -103,14 +103,7 @@ class VerlEngine:
         verl prepares the inputs. The log-probs are taken from the logits here: verl takes them of prompt tokens too,
         and one token at a time where there is no flash attention.
         """
-        config = self._engine.engine_config
-        data = self._select(("input_ids", "position_ids"), list(rows)).to(get_device_id())
-        tu.assign_non_tensor(
-            data,
-            temperature=self._temperature,
-            use_remove_padding=config.use_remove_padding,
-            use_fused_kernels=config.use_fused_kernels,
-        )
+        data = self._settings(self._select(("input_ids", "position_ids"), list(rows)).to(get_device_id()))
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
         with self._autocast():
             logits = self.module(**inputs, use_cache=False).logits
@@ -118,7 +111,7 @@ class VerlEngine:
         prompts = [len(self._rows["prompts"][row]) for row in rows]
         responses = [len(self._rows["responses"][row]) for row in rows]
         lines, width = logits.shape[:2]
-        if config.use_remove_padding:
+        if self._engine.engine_config.use_remove_padding:
             starts = list(accumulate(lengths[:-1], initial=0))
             layout = packed_layout(lengths, width, rows_per_problem)
         else:
@@ -135,18 +128,19 @@ class VerlEngine:
         # All ranks must run equally many rows, and at least one.
         num_rows = largest_of_ranks(max(1, len(rows)), self.data_group, get_device_id())
         num_rows, micro_batch_size = self._micro_batching(num_rows)
-        data = self._select(ROW_FIELDS, rows, scales + [0.0] * (num_rows - len(rows)))
-        config = self._engine.engine_config
-        tu.assign_non_tensor(
-            data,
-            temperature=self._temperature,
-            use_remove_padding=config.use_remove_padding,
-            use_fused_kernels=config.use_fused_kernels,
-            use_dynamic_bsz=config.use_dynamic_bsz,
-            max_token_len_per_gpu=config.max_token_len_per_gpu,
+        data = self._settings(
+            self._select(ROW_FIELDS, rows, scales + [0.0] * (num_rows - len(rows))),
+            ("use_dynamic_bsz", "max_token_len_per_gpu"),
             micro_batch_size_per_gpu=micro_batch_size,
         )
         self._engine.forward_backward_batch(data, coefficient_loss)
+
+    def _settings(self, data: TensorDict, names: tuple[str, ...] = (), **further: Any) -> TensorDict:
+        """Return the rows with what verl's engine reads beside them: the sampling temperature, keys of its own."""
+        names = ("use_remove_padding", "use_fused_kernels", *names)
+        settings = {name: getattr(self._engine.engine_config, name) for name in names}
+        tu.assign_non_tensor(data, temperature=self._temperature, **settings, **further)
+        return data
 
     def _autocast(self) -> Any:
         """Return the autocast context that verl's own forward pass runs in; float32 is its sign for none."""

@@ -68,7 +68,8 @@ def read_groups(
 
     def read(group: Group) -> Group:
         halves, ordered = zip(*halved(group.keys, content), strict=True)
-        rewards = _response_rewards(ordered, reward_of)
+        # One per session: that of its last output.
+        rewards = tuple({key.rsplit("_", 1)[0]: reward_of[key] for key in ordered}.values())
         return replace(
             group,
             keys=ordered,
@@ -129,9 +130,8 @@ def keep_rows(batch: KVBatchMeta, groups: Sequence[Group], num_sessions: int) ->
 
 def read_responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
     """Return the token ids of some trajectories' responses."""
-    return list(
-        tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["responses"])["responses"].unbind()
-    )
+    rows = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["responses"])
+    return list(rows["responses"].unbind())
 
 
 def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:
@@ -159,23 +159,17 @@ def _coefficients(
     `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero.
     """
     actor = verl_config.actor_rollout_ref.actor
-    coefficient_RT = torch.zeros_like(advantage_RT)
-    live: set[str] = set()
-    start = 0
+    mode = config.loss_agg_mode or actor.loss_agg_mode
+    scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
+    coefficient_RT, live, start = torch.zeros_like(advantage_RT), set[str](), 0
     for uid, members in usable.items():
-        rows = slice(start, start + len(members))
-        start += len(members)
+        rows, start = slice(start, start + len(members)), start + len(members)
         mask_RT = padded["response_mask"][rows]
         if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
-            coefficients_of_group_RT = token_coefficients(
-                advantage_RT[rows],
-                mask_RT,
-                config.loss_agg_mode or actor.loss_agg_mode,
-                actor.get("loss_scale_factor") or verl_config.data.max_response_length,
-            )
-            if not cancels(padded["input_ids"][rows], coefficients_of_group_RT):
+            of_group_RT = token_coefficients(advantage_RT[rows], mask_RT, mode, scale)
+            if not cancels(padded["input_ids"][rows], of_group_RT):
                 live.add(uid)
-                coefficient_RT[rows] = coefficients_of_group_RT
+                coefficient_RT[rows] = of_group_RT
     return coefficient_RT, live
 
 
@@ -188,11 +182,6 @@ def cancels(ids_RS: torch.Tensor, coefficient_RT: torch.Tensor) -> bool:
     _, place_R = torch.unique(ids_RS, dim=0, return_inverse=True)
     total_RT = torch.zeros_like(coefficient_RT).index_add_(0, place_R, coefficient_RT)
     return bool(total_RT.abs().max() <= ZERO_ADVANTAGE * coefficient_RT.abs().sum(dim=0).max())
-
-
-def _response_rewards(keys: Sequence[str], row_rewards: dict[str, float]) -> tuple[float, ...]:
-    """Return one reward per session: that of its last output."""
-    return tuple({key.rsplit("_", 1)[0]: row_rewards[key] for key in keys}.values())
 
 
 def _advantages(
@@ -237,9 +226,7 @@ def add_values(batch: KVBatchMeta, compute_values: Callable[..., Any], workers: 
     """
     keys = set(batch.keys)
     num_ranks = max(workers._query_dispatch_info("actor")) + 1
-    whole = KVBatchMeta(
-        keys=list(batch.keys), tags=list(batch.tags), partition_id=batch.partition_id, fields=batch.fields
-    )
+    whole = replace(batch, keys=list(batch.keys), tags=list(batch.tags))
     whole = upsample_batch_to_divisible_size(whole, num_ranks, eos_token_id)
     compute_values(whole, metrics={})
     padding = [key for key in whole.keys if key not in keys]

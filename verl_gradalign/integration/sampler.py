@@ -21,7 +21,6 @@ SEPARATE_ASYNC_REFUSED = (
     "trainer.v1.trainer_mode=gradalign (synchronous) or gradalign_colocate_async."
 )
 
-
 Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
 """Of a batch of finished groups, their uids, which of them failed, and the step: the rows to train on, and metrics.
 All other rows of the batch are cleared from TransferQueue."""

@@ -25,19 +25,12 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from verl_gradalign.integration import run_identity
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.requests import build_requests
 from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
-from verl_gradalign.integration.run_identity import (
-    about_run,
-    check_resume,
-    direction_folder,
-    identity,
-    resume_folder,
-    state_file,
-)
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.worker import use_own_workers
@@ -75,8 +68,8 @@ class SelectionTrainer(_Trainer):
         self.gradalign = read_config(config)
         check_verl_config(self.gradalign, config)
         check_data(self.gradalign, config)
-        self._identity = identity(self.gradalign, config)
-        check_resume(self._identity, config)
+        self._identity = run_identity.identity(self.gradalign, config)
+        run_identity.check_resume(self._identity, config)
         self._use_own_sampler(config)
         super().__init__(config)
         if not isinstance(self.replay_buffer, self.sampler_class):
@@ -118,7 +111,9 @@ class SelectionTrainer(_Trainer):
             self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
         folder = Path(self.config.trainer.default_local_dir) / "gradalign"
         has_wandb = "wandb" in self.config.trainer.logger
-        self._notes = RunNotes(self.gradalign, folder, about_run(self.config), self._pool, self._decode, has_wandb)
+        self._notes = RunNotes(
+            self.gradalign, folder, run_identity.about_run(self.config), self._pool, self._decode, has_wandb
+        )
         self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
         self.replay_buffer.attach(self._in_flight, self._choose)
 
@@ -278,12 +273,12 @@ class SelectionTrainer(_Trainer):
         if self._score.needs_direction:
             # Also where none is to be kept: what an earlier run has left there must go.
             self.actor_rollout_wg.gradalign_save_direction(
-                str(direction_folder(folder)), self._needs_stored_direction()
+                str(run_identity.direction_folder(folder)), self._needs_stored_direction()
             )
         curriculum = None if self._curriculum is None else self._curriculum.state()
         in_flight = [asdict(problem) for problem in self._in_flight]
         state = {**self._selector.state(), "curriculum": curriculum, "in_flight": in_flight}
-        save_state(state_file(folder), self._identity, state)
+        save_state(run_identity.state_file(folder), self._identity, state)
         super()._save_checkpoint()
 
     def _needs_stored_direction(self) -> bool:
@@ -293,11 +288,11 @@ class SelectionTrainer(_Trainer):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self._notes.begin(self.global_steps)
-        folder = resume_folder(self.config)
-        if folder is None or not self.global_steps or not state_file(folder).exists():
+        folder = run_identity.resume_folder(self.config)
+        if folder is None or not self.global_steps or not run_identity.state_file(folder).exists():
             return
         has_direction = self._score.needs_direction and self._needs_stored_direction() and self._load_direction(folder)
-        state = load_state(state_file(folder))
+        state = load_state(run_identity.state_file(folder))
         self._selector.restore(state, has_direction)
         if self._curriculum is not None:
             self._curriculum.restore(state["curriculum"])
@@ -305,14 +300,14 @@ class SelectionTrainer(_Trainer):
         # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
         self._in_flight.retain(restored)
-        logger.info("resumed the selection of step %d from %s", self.global_steps, state_file(folder))
+        logger.info("resumed the selection of step %d from %s", self.global_steps, run_identity.state_file(folder))
 
     def _load_direction(self, folder: Path) -> bool:
         """Have every rank load its part of the direction; return whether there is one.
 
         Raises: ValueError if some ranks have a part and others have none.
         """
-        where = direction_folder(folder)
+        where = run_identity.direction_folder(folder)
         # The workers' answer, not the driver's: their disks may be other disks.
         loaded = self.actor_rollout_wg.gradalign_load_direction(str(where), self.gradalign.direction.offload)
         if any(loaded) and not all(loaded):

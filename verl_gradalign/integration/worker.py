@@ -11,15 +11,9 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.probe import direction_file
 from verl_gradalign.probe.call import ScoringReply, ScoringRequest, measure
 from verl_gradalign.probe.direction import Direction, on_cpu
-from verl_gradalign.probe.direction_file import (
-    has_direction,
-    load_direction,
-    rank_file,
-    remove_directions,
-    save_direction,
-)
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
 
@@ -58,20 +52,21 @@ class GradAlignWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_save_direction(self, folder: str, is_kept: bool) -> None:
         """Write this rank's shards of the stored direction into a folder; if it is not kept, only remove old ones."""
-        remove_directions(Path(folder), self.rank, self.world_size)
+        place = Path(folder), self.rank, self.world_size
+        direction_file.remove_directions(*place)
         if is_kept and self._direction is not None:
             with scoring_mode(self.actor.engine):
-                path = rank_file(Path(folder), self.rank, self.world_size)
-                save_direction(self.actor.engine.module, self._direction, path)
+                module, path = self.actor.engine.module, direction_file.rank_file(*place)
+                direction_file.save_direction(module, self._direction, path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_load_direction(self, folder: str, offload: bool) -> bool:
         """Take this rank's shards from a folder; return whether they are there. Raises ValueError if they misfit."""
-        if not has_direction(Path(folder), self.rank, self.world_size):
+        place = Path(folder), self.rank, self.world_size
+        if not direction_file.has_direction(*place):
             return False
         with scoring_mode(self.actor.engine):
-            path = rank_file(Path(folder), self.rank, self.world_size)
-            direction = load_direction(self.actor.engine.module, path)
+            direction = direction_file.load_direction(self.actor.engine.module, direction_file.rank_file(*place))
         self._direction = on_cpu(direction) if offload else direction
         return True
 

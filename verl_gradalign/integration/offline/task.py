@@ -185,10 +185,7 @@ def _by_option(task: ScoringTask, model: Path) -> dict[str, dict[str, Any]]:
         "--pool": {"data.train_files": _listed(task.pool)},
         "--model": {"actor_rollout_ref.model.path": _quoted(model)},
         "--responses": {"actor_rollout_ref.rollout.n": task.responses},
-        "--output": {
-            "trainer.default_local_dir": _quoted(output),
-            "gradalign.log.dir": _quoted(output / "gradalign"),
-        },
+        "--output": {"trainer.default_local_dir": _quoted(output), "gradalign.log.dir": _quoted(output / "gradalign")},
     }
 
 
