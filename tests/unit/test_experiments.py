@@ -192,6 +192,17 @@ def test_a_run_that_fails_is_told_with_its_output_and_nothing_done_is_lost(publi
     assert not (comparison.output / "runs" / "accuracy_greedy" / "seed-0" / DONE).exists()
 
 
+def test_a_miniature_that_is_finished_starts_nothing_and_is_summed_up_again(tmp_path):
+    output = tmp_path / "out"
+    (output / "policy").mkdir(parents=True)
+    (output / "policy" / "config.json").touch()
+    (run,) = plan_runs("unreliable_mini", ["cosine"], [0], output)
+    write_run(run.folder, [(0, accuracies(0.5, 0.3)), (1, {**step(100, 0.25), **accuracies(0.5, 0.7)})])
+    choice = {"methods": ("cosine",), "seeds": (0,), "python": "/no/such/python"}
+    summary = compare(Comparison("unreliable_mini", output, **choice), Console(file=io.StringIO()))
+    assert "cosine" in summary.read_text() and not list(output.glob("series-*"))
+
+
 def test_a_published_regime_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="verl-gradalign prepare --regime imbalance"):
         compare(Comparison("imbalance", tmp_path / "out", data=tmp_path), Console(file=io.StringIO()))
