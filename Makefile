@@ -10,6 +10,8 @@
 PYTHON ?= python3.11
 # Threads that wait must not burn what other processes compute on.
 export OMP_WAIT_POLICY := PASSIVE
+# Byte code is kept, whatever the environment says: every launch imports torch and verl in eight processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Tests of one process each, which run side by side.
 QUICK := tests/unit tests/numerics tests/docs
