@@ -145,7 +145,7 @@ class ReliabilityConfig(Block, name="reliability"):
 
 @dataclass(frozen=True)
 class TrustedSetConfig(Block):
-    """One of several trusted sets, each with a direction of its own."""
+    """One of several trusted sets, each with a separate direction."""
 
     name: str = ""
     """Names its metrics: gradalign/direction/<name>/..."""
@@ -175,16 +175,14 @@ class ValidationConfig(Block, name="validation"):
     """Responses per trusted problem (k_v), at least 1. None: actor_rollout_ref.rollout.n. More responses give a less
     noisy direction; the noise of |v| falls with the square root of problems x n."""
     sets: tuple[TrustedSetConfig, ...] = ()
-    """Instead of `files`: several trusted sets. Each gives a unit direction of its own, so sets with rewards of another
+    """Instead of `files`: several trusted sets. Each gives a separate unit direction, so sets with rewards of another
     size count alike; the weighted sum of them is the direction."""
 
     def _check(self) -> None:
         names = [trusted.name for trusted in self.sets]
         are_distinct = not (self.files and self.sets) and len(set(names)) == len(names)
         rule = "stands beside validation.files, or names a set twice"
-        require(
-            are_distinct, "validation.sets", names, rule, "give every set a name of its own, and no validation.files"
-        )
+        require(are_distinct, "validation.sets", names, rule, "give every set a separate name, and no validation.files")
 
     def trusted_sets(self) -> tuple[TrustedSetConfig, ...]:
         """Return the trusted sets; `files` alone are one set named `trusted`."""

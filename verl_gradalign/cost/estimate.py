@@ -273,7 +273,7 @@ def pass_bytes(setting: Setting, micro_batch_tokens: int) -> tuple[float, float]
     layer at a time, and each layer's input. Beside the logits lie their gradient and the chunk in float32.
     """
     shape, bytes_each = setting.shape, setting.compute_bytes
-    # A longest row, where that is more than a micro-batch, is one of its own.
+    # A longest row, where that is more than a micro-batch, is a separate one.
     tokens = max(micro_batch_tokens, setting.longest_row)
     layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * bytes_each
     inputs = shape.num_layers * tokens * shape.hidden * bytes_each

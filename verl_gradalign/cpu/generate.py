@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batched, repeatable sampling from a transformers model, with the log-probability of every sampled token.
 
-Each sequence draws from a generator of its own, so what is sampled depends on its prompt, its seed and the weights,
+Each sequence draws from a separate generator, so what is sampled depends on its prompt, its seed and the weights,
 and not on the sequences that happen to share its batch.
 
     generator = SequenceGenerator(model, tokenizer)

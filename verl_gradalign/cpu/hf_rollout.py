@@ -39,7 +39,7 @@ def server_name(replica_rank: int, suffix: str = "") -> str:
     return f"hf_server_{replica_rank}{suffix}"
 
 
-async def _nothing(*_: Any, **__: Any) -> None:
+async def _no_op(*_: Any, **__: Any) -> None:
     """Return at once: there is no device memory to give back here, and nothing to profile."""
 
 
@@ -199,7 +199,7 @@ class HFServer:
         self._start_work()
 
     # verl calls these around weight pushes and scoring.
-    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _no_op
 
 
 class HFReplica(RolloutReplica):
@@ -229,7 +229,7 @@ class HFReplica(RolloutReplica):
 class HFRollout(BaseRollout):
     """The training worker's end of the weight push to its replica's server."""
 
-    resume = release = _nothing
+    resume = release = _no_op
 
     async def update_weights(
         self,

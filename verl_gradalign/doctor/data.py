@@ -133,7 +133,7 @@ def _lengths(
         return lengths
     num_over = sum(length > most for length in lengths)
     text = f"prompts take {statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most"
-    too_long = f"{text}: {num_over} of {len(lengths)} looked at are longer than data.max_prompt_length={most}"
+    too_long = f"{text}: {num_over} of {len(lengths)} read are longer than data.max_prompt_length={most}"
     remedy = f"set data.max_prompt_length={max(lengths)}"
     if not num_over:
         findings.add(area, "ok", f"{text}, of data.max_prompt_length={most}")

@@ -222,7 +222,7 @@ def _advantages(
 def add_values(batch: KVBatchMeta, compute_values: Callable[..., Any], workers: Any, eos_token_id: int) -> None:
     """Have the critic value all rows of the batch, by verl's own function, and store the values beside them.
 
-    Rows are dealt to ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
+    Rows are split over ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
     """
     keys = set(batch.keys)
     num_ranks = max(workers._query_dispatch_info("actor")) + 1

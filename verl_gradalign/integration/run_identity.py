@@ -55,7 +55,7 @@ def direction_folder(folder: Path) -> Path:
 def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]:
     """Return what must be the same for a resumed run to select what the unbroken one does.
 
-    The number of ranks, micro-batches, paths and how often things are looked at are not among it.
+    The number of ranks, micro-batches, paths and how often something is polled are not among it.
     """
     own = {**decisive(config), "validation": {"n": config.validation.n, **trusted_identity(config)}}
     train = verl_config.data.train_files

@@ -2,7 +2,7 @@
 """The samplers that verl asks for a training batch: wait for the candidates, then let the trainer choose.
 
 Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes of this package set it by themselves.
-`sampler_kwargs`: `poll_interval_s`, how often running rollouts are looked at; `filter_groups_metric`, DAPO's.
+`sampler_kwargs`: `poll_interval_s`, how often running rollouts are polled; `filter_groups_metric`, DAPO's.
 """
 
 from collections import Counter

@@ -5,7 +5,7 @@
     table.write(step, columns)
     table.merge()
 
-A part is complete or absent: it is written beside its place and renamed. A step is a part of its own until
+A part is complete or absent: it is written beside its place and renamed. A step is a separate part until
 `steps_per_part` of them are merged into one; a merged part hides its members, should they still be there.
 """
 
@@ -104,7 +104,7 @@ class PartedTable:
         return self._write(step, step, pa.Table.from_arrays(arrays, schema=self.schema))
 
     def merge(self) -> None:
-        """Merge the steps that have parts of their own, if there are enough of them."""
+        """Merge the steps that have separate parts, if there are enough of them."""
         singles = [part for part in parts_of(self.folder, self.name) if not part.is_merged]
         if len(singles) < max(2, self._steps_per_part):
             return

@@ -103,7 +103,7 @@ def write_report(
     path = Path(path)
     tell("drawing")
     text = render(runs, top)
-    # A name of its own: two reports may be written to one place at a time.
+    # A unique name: two reports may be written to one place at a time.
     with replacing(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="replace")
     return path

@@ -306,7 +306,7 @@ def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Return a text column as positions in a list of its values; null is a value of its own."""
+    """Return a text column as positions in a list of its values; null is a separate value."""
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if not pa.types.is_dictionary(array.type):
         array = pc.dictionary_encode(array.cast(pa.string()))

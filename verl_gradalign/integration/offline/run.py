@@ -3,7 +3,7 @@
 
     summary = run_scoring(task, command=sys.argv, watch=lambda progress: ...)
 
-verl is started as a process of its own, with its own entry point; its output goes to state/run.log. The same call
+verl is started as a separate process, by its own entry point; its output goes to state/run.log. The same call
 resumes a scoring that was interrupted, and writes the results at once where everything is scored.
 """
 
