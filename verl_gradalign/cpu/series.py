@@ -125,7 +125,8 @@ class SeriesRunner:
         self._shared_manager: Any = None
         try:
             for run in config.series:
-                print(f"{BEGINS}{run.folder}", flush=True)
+                # Where warnings go: Ray forwards the two streams separately, in no common order.
+                print(f"{BEGINS}{run.folder}", file=sys.stderr, flush=True)
                 try:
                     self._run_one(run.config, run.folder, run.seed)
                 except Exception:
