@@ -89,10 +89,12 @@ class GradAlignSampler(_Selecting):
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
-        """Take all trusted groups, and candidates up to the number asked for."""
+        """Take all trusted groups, and candidates up to the number asked for, those first that were sent first."""
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
         if partition_id == "train" and (in_flight := self._in_flight) is not None:
-            uids.sort(key=lambda uid: not in_flight.is_trusted(uid))
+            # verl's order is that of a set of random names: of more candidates than needed it would leave out any.
+            place_of = {problem.uid: place for place, problem in enumerate(in_flight)}
+            uids.sort(key=lambda uid: (not in_flight.is_trusted(uid), place_of.get(uid, len(place_of))))
             self._taken = uids = uids[:batch_size]
         return uids[:batch_size], snapshot, steps
 
