@@ -169,7 +169,7 @@ def train(output: Path, runs: dict[str, list[str]], num_steps: int, seed: int, v
             stdout=None if verbose else log,
             stderr=None if verbose else subprocess.STDOUT,
             cwd=output,
-            env={**os.environ, **cpu_environment(1)},
+            env={**os.environ, **cpu_environment()},
         )
         tasks = {name: bar.add_task(f"verl, {name}", total=num_steps, note="waiting") for name in runs}
         bar.update(tasks[next(iter(runs))], note="starting Ray and the workers")

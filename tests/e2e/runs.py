@@ -165,7 +165,7 @@ def cpu_environment() -> dict[str, str]:
     """Return the environment of a launch that shares the cores with another."""
     return {
         **os.environ,
-        **shared_environment(num_series=NUM_PLACES),
+        **shared_environment(),
         # Ray's workers import agent loops and rewards of these tests by name.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         "WANDB_MODE": "offline",

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny model and its tokenizer, and that the warm-up trains it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,19 +100,13 @@ def test_warm_up_without_steps_is_rejected(tmp_path):
         warm_up(tmp_path, tmp_path / "warm", num_steps=0)
 
 
-def test_where_every_core_is_taken_the_warm_up_has_one_thread_and_gives_the_others_back(tmp_path):
-    """More threads than idle cores wait for each other at every operation."""
+def test_the_warm_up_computes_on_one_thread_and_gives_the_others_back(tmp_path):
     build_tiny_model(tmp_path / "random", **SMALL)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
     try:
-        num_threads = []
-        warm_up(
-            tmp_path / "random", tmp_path / "warm", 1, progress=lambda _: num_threads.append(torch.get_num_threads())
-        )
-        assert num_threads == [1] and torch.get_num_threads() == 2
+        seen = []
+        warm_up(tmp_path / "random", tmp_path / "warm", 1, progress=lambda _: seen.append(torch.get_num_threads()))
+        assert seen == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-        for process in busy:
-            process.kill()

@@ -25,7 +25,6 @@ from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.files import atomic_folder
-from verl_gradalign.toy.idle_cores import idle_cores
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
 POLL_S = 1.0
@@ -108,8 +107,7 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
                 write_miniature(comparison.regime, unfinished, seed)
     todo = [run for run in runs if not run.is_done]
     num_series = min(comparison.num_jobs, len(todo))
-    # Asked once: the first series takes cores that were idle.
-    launches, environment = [], cpu_environment(num_series) if todo else {}
+    launches = []
     for number in range(num_series):
         specifications = []
         for run in todo[number::num_series]:
@@ -119,16 +117,18 @@ def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path
         path, log = output / f"series-{number}.json", output / f"series-{number}.log"
         path.write_text(json.dumps(specifications), encoding="utf-8")
         command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
-        launches.append(_start(command, log, output, environment))
+        launches.append(_start(command, log, output, cpu_environment()))
     _watch(launches, runs, progress)
 
 
-def cpu_environment(num_series: int) -> dict[str, str]:
-    """Return what the environment of verl on the CPU must hold, where so many launches share the idle cores."""
-    num_threads = max(1, idle_cores() // num_series)
+def cpu_environment() -> dict[str, str]:
+    """Return what the environment of verl on the CPU must hold.
+
+    One thread per process: more gain little with tiny models, lose much on a busy machine, and round differently.
+    """
     return {
         "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from verl_gradalign.data.rewards import is_right_task_answer
 from verl_gradalign.data.tasks import GUESS, SHARING_FAMILIES, STYLES_OF, Problem, draw_problems, draw_wrong_answer
-from verl_gradalign.toy.idle_cores import idle_cores
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
@@ -101,17 +100,18 @@ def _train_step(
 
 
 @contextmanager
-def _a_thread_per_idle_core() -> Iterator[None]:
-    """Compute on as many threads as cores are idle now: where others compute too, two threads are slower than one."""
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: a second gains a fifth with so small a model, loses more on a busy machine, and rounds
+    differently."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(min(num_threads, idle_cores()))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(num_threads)
 
 
-@_a_thread_per_idle_core()
+@_one_thread()
 def warm_up(
     model_dir: str | Path,
     output_dir: str | Path,
