@@ -71,6 +71,17 @@ class _Selecting(ReplayBuffer):
         """Return how many groups a selection is among: all of the step's, trusted ones included."""
         return len(in_flight)
 
+    def _select_prompt_uids(
+        self, partition_id: str, sampleable_keys: set[str], batch_size: int
+    ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
+        """Take the oldest groups, those of one step in the order in which they were sent.
+
+        verl sorts a set of random names by step, so of more groups than needed it leaves out any.
+        """
+        place_of = {problem.uid: place for place, problem in enumerate(self._in_flight or ())}
+        in_order = sorted(sampleable_keys, key=lambda uid: place_of.get(uid, len(place_of)))
+        return super()._select_prompt_uids(partition_id, in_order, batch_size)
+
     def _without_trusted(self, uids: Iterable[str]) -> set[str]:
         return {uid for uid in uids if self._in_flight is None or not self._in_flight.is_trusted(uid)}
 
@@ -89,12 +100,10 @@ class GradAlignSampler(_Selecting):
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
-        """Take all trusted groups, and candidates up to the number asked for, those first that were sent first."""
+        """Take all trusted groups, and candidates up to the number asked for."""
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, sampleable_keys, len(sampleable_keys))
         if partition_id == "train" and (in_flight := self._in_flight) is not None:
-            # verl's order is that of a set of random names: of more candidates than needed it would leave out any.
-            place_of = {problem.uid: place for place, problem in enumerate(in_flight)}
-            uids.sort(key=lambda uid: (not in_flight.is_trusted(uid), place_of.get(uid, len(place_of))))
+            uids.sort(key=lambda uid: not in_flight.is_trusted(uid))
             self._taken = uids = uids[:batch_size]
         return uids[:batch_size], snapshot, steps
 

@@ -189,8 +189,9 @@ def sketch_gradients(
 ) -> tuple[list[BatchSketch], ProblemScores]:
     """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
     # Products with a direction are not wanted; a zero that takes no memory stands for it.
-    zero, points = torch.zeros((), device=next(engine.module.parameters()).device), sketcher.points
-    scores = tapped_scores(engine, problems, 0.0, points, lambda p: zero.expand(p.shape), False, True, sketcher.keep)
+    zero = torch.zeros((), device=next(engine.module.parameters()).device)
+    points, gather = sketcher.points, lambda p: zero.expand(p.shape)
+    scores = tapped_scores(engine, problems, 0.0, points, gather, per_response=False, after_pass=sketcher.keep)
     return sketcher.batches, scores
 
 

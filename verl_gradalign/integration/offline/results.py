@@ -68,8 +68,9 @@ def write_results(
     replace_table(pool.filter(scores["kept"]), output / "selected.parquet")
     counts = [("kept", "count"), ("kept", "sum"), ("success_rate", "mean")]
     by_source = scores.group_by("data_source", use_threads=False).aggregate(counts)
-    by_source = by_source.select(["data_source", "kept_count", "kept_sum", "success_rate_mean"])
-    named_so = by_source.rename_columns(["source", "problems", "kept", "success_rate"]).to_pylist()
+    sources = by_source["data_source"].to_pylist()
+    by_source = by_source.select(["kept_count", "kept_sum", "success_rate_mean"])
+    counts_of_each = by_source.rename_columns(["problems", "kept", "success_rate"]).to_pylist()
     seconds = {name: sum(m.metrics.get(f"seconds/{name}", 0.0) for m in measured) for name in ("direction", "scores")}
     summary = {
         "score": task.score,
@@ -78,7 +79,7 @@ def write_results(
         "scored": len(scores) - scores["score"].null_count,
         "kept": pc.sum(scores["kept"]).as_py(),
         "by_reason": dict(Counter(scores["reason"].to_pylist())),
-        "by_source": {of.pop("source"): of for of in named_so},
+        "by_source": dict(zip(sources, counts_of_each, strict=True)),
         "metrics": metrics,
         "seconds": {"rollouts": store.rollout_seconds(), **seconds},
         "versions": installed_versions(),

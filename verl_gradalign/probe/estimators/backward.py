@@ -57,9 +57,8 @@ class BackwardEstimator(ScoreEstimator):
         # Once for all problems: a reduction for each would make all ranks wait for each other as often.
         if engine.shard_group is not None:
             torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
-        half_dot_P2, norm_P = sum_P3.cpu()[:, :2], sum_P3.cpu()[:, 2].sqrt()
-        scale = engine.gradient_scale
-        return problem_scores(problems, half_dot_P2 * scale, norm_P * scale, None, direction.norm)
+        sum_P3, scale = sum_P3.cpu(), engine.gradient_scale
+        return problem_scores(problems, sum_P3[:, :2] * scale, sum_P3[:, 2].sqrt() * scale, None, direction.norm)
 
 
 def _added(total: Shards, other: Shards) -> Shards:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every estimator has: flags that say what it gives, a check of the model, and the scores."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,7 +12,7 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
-class ScoreEstimator:
+class ScoreEstimator(ABC):
     """Base of the estimators. The configuration's defaults are taken where none is given."""
 
     is_exact = False
@@ -26,9 +27,9 @@ class ScoreEstimator:
     def __init__(self, config: ProbeConfig | None = None) -> None:
         self._config = config or ProbeConfig()
 
-    def check(self, module: nn.Module) -> None:
+    def check(self, module: nn.Module) -> None:  # noqa: B027  (most models need no check)
         """Raise ValueError, naming the layers and the remedy, if it cannot work on this model."""
 
+    @abstractmethod
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective: every rank calls it, problems in one order."""
-        raise NotImplementedError
