@@ -30,7 +30,11 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("kept", "problems", "candidates that the selection kept"),
         ("kept_by/<reason>", "problems", "the same by reason: top, filler, random, scheduled"),
         ("rejected", "problems", "candidates - kept"),
-        ("rejected_by/<reason>", "problems", "the same by reason: low_score, dead, failed, non_finite, not_drawn"),
+        (
+            "rejected_by/<reason>",
+            "problems",
+            "by reason: low_score, dead, failed, reward_not_finite, non_finite, not_drawn",
+        ),
     ),
     "Scores": (
         ("score/mean", "score", "mean of the candidates with a finite score"),
@@ -56,7 +60,7 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("direction/<set>/cosine", "cosine", "of its direction with the combined one"),
         ("validation/groups", "problems", "trusted groups rolled out in this step"),
         ("validation/live", "problems", "of them, those with a non-zero advantage"),
-        ("validation/failed", "problems", "of them, those whose responses could not be generated"),
+        ("validation/failed", "problems", "of them, those without responses, or without finite rewards and advantages"),
     ),
     "Reliability": (
         ("reliability/scores_spearman", "correlation", "r of the candidates' ranks by two halves of their groups"),

@@ -112,17 +112,34 @@ def trusted_sets(workplace: Workplace) -> str:
     return f"gradalign.validation.sets=[{', '.join(sets)}]"
 
 
-def failing_reward(workplace: Workplace) -> Path:
-    """Return a reward function that raises for every third problem of the pool."""
-    text = (
-        "import os\n"
-        "from verl_gradalign.data.rewards import compute_score as score\n"
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
-        "    if extra_info['split'] == 'pool' and extra_info['index'] % 3 == 0:\n"
-        "        raise RuntimeError(f'this reward always fails, at niceness {os.nice(0)}')\n"
-        "    return score(data_source, solution_str, ground_truth, extra_info, **kwargs)\n"
-    )
-    return made(workplace.root / "failing_reward.py", lambda path: path.write_text(text))
+REWARD = """
+import os
+from verl_gradalign.data.rewards import compute_score as score
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    {odd}
+    return score(data_source, solution_str, ground_truth, extra_info, **kwargs)
+"""
+ODD_REWARDS = {
+    # Every third problem of the pool raises; of the others some rewards are not finite.
+    "failing": """if extra_info['split'] == 'pool':
+        if extra_info['index'] % 3 == 0:
+            raise RuntimeError(f'this reward always fails, at niceness {os.nice(0)}')
+        if extra_info['index'] % 4 == 1:
+            return {1: float('nan'), 2: float('inf')}.get(len(solution_str) % 3, 1.0)""",
+    "missing": """if not solution_str:
+        raise ValueError('there is no answer to grade')
+    if extra_info['split'] == 'pool' and extra_info['index'] % 7 < 2:
+        return (float('nan'), None)[extra_info['index'] % 7]""",
+    "broken": "raise ValueError('the grader is broken')",
+}
+
+
+def odd_reward(workplace: Workplace, name: str) -> str:
+    """Return the override that names one of the reward functions above."""
+    text = REWARD.replace("{odd}", ODD_REWARDS[name])
+    path = made(workplace.root / f"{name}_reward.py", lambda path: path.write_text(text))
+    return f"reward.custom_reward_function.path={path}"
 
 
 def anonymous_pool(workplace: Workplace) -> Path:
@@ -192,9 +209,10 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
         "stop": [*gradalign("cosine", lost, oversample=1, direction__on_degenerate="stop"), TWO_STEPS],
         "failing": [
             *gradalign("dot", files, oversample=2, validation__n=4),
-            f"reward.custom_reward_function.path={failing_reward(workplace)}",
+            odd_reward(workplace, "failing"),
             TWO_STEPS,
         ],
+        "broken": [*gradalign("cosine", files), odd_reward(workplace, "broken"), TWO_STEPS],
     }
     for schedule, pauses in PAUSES.items():
         runs[f"whole_{schedule}"] = scheduled(workplace, schedule)
@@ -207,7 +225,7 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
     return {name: [FLOAT64, f"trainer.experiment_name={name}", *overrides] for name, overrides in runs.items()}
 
 
-MAY_FAIL = ("stop", "paused_step@other")
+MAY_FAIL = ("stop", "broken", "paused_step@other")
 
 
 @launch
@@ -273,9 +291,13 @@ def two_ranks(workplace: Workplace) -> Run:
 
 @launch
 def asynchronous(workplace: Workplace) -> Run:
-    """Return a run of the asynchronous trainer, on verl's own agent loop: its rollouts overlap with training."""
+    """Return a run of the asynchronous trainer, on verl's own agent loop: its rollouts overlap with training.
+
+    Its reward function gives some problems nan, and others none.
+    """
     return workplace.run(
         "async",
+        odd_reward(workplace, "missing"),
         *gradalign("cosine", workplace.files, oversample=2),
         "trainer.v1.trainer_mode=gradalign_colocate_async",
         "trainer.v1.colocate_async.num_warmup_batches=2",

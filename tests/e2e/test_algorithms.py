@@ -113,8 +113,17 @@ def test_learnalign_once_after_a_warm_up_with_more_responses_than_training_takes
 
 
 def test_the_asynchronous_trainer_selects_among_finished_groups(asynchronous: Run) -> None:
-    run = asynchronous
-    check_async(run)
+    check_async(asynchronous)
+
+
+def test_rewards_that_are_nan_or_missing_cost_their_groups_alone(asynchronous: Run) -> None:
+    """On verl's own agent loop, whose rows have no reward at all where the reward function returns None."""
+    odd = [row for row in asynchronous.log if row["problem_id"] % 7 < 2]
+    assert {row["problem_id"] % 7 for row in odd} == {0, 1}
+    assert all(row["reason"] == "reward_not_finite" and not row["kept"] for row in odd)
+    assert all(row["reason"] != "reward_not_finite" for row in asynchronous.log if row not in odd)
+    # A reward worker was asked, and what it raised is told.
+    assert "For an empty answer the reward function raises ValueError: there is no answer" in asynchronous.output
 
 
 def check_async(run: Run) -> None:

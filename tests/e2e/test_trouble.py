@@ -3,6 +3,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from tests.e2e.launches import GSM8K
@@ -35,6 +36,23 @@ def test_failed_groups_are_left_out_and_counted(series: dict[str, Run]) -> None:
     failing = [row for row in run.log if row["problem_id"] % 3 == 0]
     assert failing and all(row["reason"] == "failed" and not row["kept"] for row in failing)
     assert sum(m["gradalign/rejected_by/failed"] for m in run.steps) == len(failing)
+
+
+def test_groups_whose_rewards_are_not_finite_are_left_out_and_counted_as_that(series: dict[str, Run]) -> None:
+    run = series["failing"]
+    odd = [row for row in run.log if row["reason"] == "reward_not_finite"]
+    assert odd and all(row["problem_id"] % 4 == 1 and not row["kept"] for row in odd)
+    assert all(row["success_rate"] is None and row["score"] is None for row in odd)
+    assert sum(m["gradalign/rejected_by/reward_not_finite"] for m in run.steps) == len(odd)
+    assert np.isfinite([m["actor/grad_norm"] for m in run.steps]).all()
+
+
+def test_where_every_answer_fails_the_run_stops_with_a_remedy_that_works(series: dict[str, Run]) -> None:
+    """verl's own remedy is a key that this package refuses."""
+    run = series["broken"]
+    assert run.returncode != 0 and not run.steps
+    assert "step 1: no group has an answer with a reward" in run.output
+    assert "the grader is broken" in run.output and "Remedy: have reward.custom_reward_function give" in run.output
 
 
 def test_workers_get_their_share_of_a_busy_machine(series: dict[str, Run]) -> None:

@@ -4,6 +4,7 @@
 import numpy as np
 
 from verl_gradalign.selection.candidates import Candidates
+from verl_gradalign.selection.groups import FAILED
 
 
 def candidates_of(problem_id_P, is_failed_P, is_live_P, score_P) -> Candidates:
@@ -12,6 +13,7 @@ def candidates_of(problem_id_P, is_failed_P, is_live_P, score_P) -> Candidates:
         problem_id_P=np.asarray(problem_id_P, dtype=np.int64),
         data_source_P=["tasks"] * len(unknown_P),
         is_failed_P=np.asarray(is_failed_P, dtype=bool),
+        failure_P=[FAILED] * len(unknown_P),
         is_live_P=np.asarray(is_live_P, dtype=bool),
         success_rate_P=np.full(len(unknown_P), 0.5),
         num_responses_P=np.full(len(unknown_P), 2),

@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -26,16 +28,36 @@ def nested(rows):
 
 @pytest.fixture
 def stored(monkeypatch):
-    """Group a has rewards 1 and 0, group b 1 and 1; returns what is put back."""
+    return shelved(monkeypatch)
+
+
+def shelved(monkeypatch):
+    """Group a has rewards 1 and 0, group b 1 and 1; returns the rows, and what is put back."""
     table = {
         "rm_scores": nested([[0.0, 1.0], [0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]),
         "response_mask": nested([[1, 1], [1, 1, 1], [1], [1, 1]]),
         "input_ids": nested([[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7]]),
     }
-    put = []
-    monkeypatch.setattr(groups.tq, "kv_batch_get", lambda **_: TensorDict(table, batch_size=4))
-    monkeypatch.setattr(groups.tq, "kv_batch_put", lambda **call: put.append(call))
-    return put
+    shelf = Shelf({name: dict(zip(KEYS, column.unbind(), strict=True)) for name, column in table.items()})
+    monkeypatch.setattr(groups.tq, "kv_batch_get", shelf.get)
+    monkeypatch.setattr(groups.tq, "kv_batch_put", shelf.put)
+    return shelf
+
+
+class Shelf:
+    """Rows by column and key. Like TransferQueue it leaves a column out that one of the rows lacks."""
+
+    def __init__(self, columns):
+        self.columns, self.stored = columns, []
+
+    def get(self, keys, partition_id, select_fields):
+        found = {name: self.columns[name] for name in select_fields if set(keys) <= set(self.columns.get(name, ()))}
+        parts = {name: [column[key] for key in keys] for name, column in found.items()}
+        table = {name: torch.nested.as_nested_tensor(part, layout=torch.jagged) for name, part in parts.items()}
+        return TensorDict(table, batch_size=len(keys))
+
+    def put(self, **call):
+        self.stored.append(call)
 
 
 def verl_config(adv_estimator):
@@ -54,7 +76,7 @@ def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
     assert a.is_live and not b.is_live
     assert a.rewards == (1.0, 0.0) and b.rewards == (1.0, 1.0)
     assert (a.num_tokens, a.success_rate(0.0), b.success_rate(0.0)) == (10, 0.5, 1.0)
-    rows = list(stored[0]["fields"][groups.COEFFICIENTS].unbind())
+    rows = list(stored.stored[0]["fields"][groups.COEFFICIENTS].unbind())
     assert [len(row) for row in rows] == [2, 3, 1, 2]
     assert (rows[0] < 0).all() and (rows[1] > 0).all()
     assert not rows[2].any() and not rows[3].any()
@@ -94,8 +116,98 @@ def test_a_failed_group_is_neither_live_nor_read(stored):
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     table = BATCH.select_keys(KEYS)
     a, b = read_groups([*PROBLEMS], table, {"a", "b"}, config, verl_config("grpo"))
-    assert a.is_failed and b.is_failed and not a.rewards and not stored
+    assert a.is_failed and b.is_failed and not a.rewards and not stored.stored
     assert a.keys == ("a_0_0", "a_1_0")
+
+
+SCORES = {
+    "measured": {"validation": {"files": ["trusted"]}},
+    "rewards alone": {"score": "accuracy_band"},
+    "random": {"score": "random"},
+}
+SCORED_BY = pytest.mark.parametrize("values", SCORES.values(), ids=SCORES)
+
+
+def with_rewards(stored, **rewards):
+    """Give the rows other rewards; None: none at all."""
+    for key, reward in rewards.items():
+        if reward is None:
+            del stored.columns["rm_scores"][key]
+        else:
+            stored.columns["rm_scores"][key][-1] = reward
+
+
+@SCORED_BY
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo"])
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None])
+def test_a_group_without_a_number_for_a_reward_fails_and_leaves_the_others_untouched(stored, values, estimator, reward):
+    """Also under REINFORCE++, which normalises over the batch."""
+    config = GradAlignConfig.from_mapping(values)
+    (alone,) = read_groups(PROBLEMS[:1], BATCH, set(), config, verl_config(estimator))
+    with_rewards(stored, b_1_0=reward)
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config(estimator))
+    assert (b.is_failed, b.failure, b.is_live, b.rewards) == (True, "reward_not_finite", False, ())
+    assert math.isnan(b.success_rate(0.0)) and b.num_response_tokens == 4  # they were generated, and are billed
+    assert a == alone and a.is_live and a.rewards == (1.0, 0.0)
+
+
+@SCORED_BY
+def test_where_no_group_has_a_number_for_a_reward_nothing_is_computed(stored, values):
+    with_rewards(stored, a_0_0=None, b_0_0=math.nan)
+    a, b = read_groups(PROBLEMS, BATCH, set(), GradAlignConfig.from_mapping(values), verl_config("grpo"))
+    assert a.failure == b.failure == "reward_not_finite" and a.is_failed and b.is_failed and not stored.stored
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.none() | st.floats(width=32), min_size=4, max_size=4))
+def test_whatever_the_rewards_what_is_stored_is_finite_and_only_groups_of_numbers_do_not_fail(rewards):
+    with pytest.MonkeyPatch.context() as patch:
+        shelf = shelved(patch)
+        with_rewards(shelf, **dict(zip(KEYS, rewards, strict=True)))
+        found = read_groups(
+            PROBLEMS, BATCH, set(), GradAlignConfig.from_mapping(SCORES["measured"]), verl_config("reinforce_plus_plus")
+        )
+    for group, mine in zip(found, (rewards[:2], rewards[2:]), strict=True):
+        is_number = all(reward is not None and math.isfinite(reward) for reward in mine)
+        assert group.is_failed or is_number
+        assert not (group.is_failed and group.is_live)
+    for call in shelf.stored:
+        assert all(row.isfinite().all() for row in call["fields"][groups.COEFFICIENTS].unbind())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_critics_value_that_is_not_finite_fails_its_group_alone(stored, bad):
+    config = GradAlignConfig.from_mapping(SCORES["measured"])
+    rows = stored.columns["response_mask"].items()
+    stored.columns["values"] = {key: torch.full_like(mask, 0.25, dtype=torch.float32) for key, mask in rows}
+    (alone,) = read_groups(PROBLEMS[:1], BATCH, set(), config, verl_config("gae"))
+    stored.columns["values"]["b_0_0"][0] = bad
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"))
+    assert b.is_failed and b.failure == "non_finite" and not b.is_live
+    assert not a.is_failed and a.is_live and not alone.is_failed  # GAE whitens over the rows that are left
+    assert a.coefficients == pytest.approx(alone.coefficients, nan_ok=True)
+
+
+def test_an_advantage_that_is_not_finite_fails_its_group(stored, monkeypatch):
+    values = torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, -1.0], [math.nan, 0.0, 0.0], [0.3, 0.3, 0.0]])
+    monkeypatch.setattr(groups, "_advantages", lambda *_: values)
+    config = GradAlignConfig.from_mapping(SCORES["measured"])
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    assert b.is_failed and b.failure == "non_finite" and not b.is_live and a.is_live
+    rows = list(stored.stored[0]["fields"][groups.COEFFICIENTS].unbind())
+    assert not rows[2].any() and not rows[3].any() and rows[0].any()
+
+
+def test_log_probs_of_the_rollout_fail_a_group_where_the_loss_reads_them(stored):
+    config = GradAlignConfig.from_mapping({"score": "random"})
+    rows = stored.columns["response_mask"].items()
+    stored.columns["rollout_log_probs"] = {key: torch.full_like(mask, -0.5, dtype=torch.float32) for key, mask in rows}
+    stored.columns["rollout_log_probs"]["b_0_0"][0] = -math.inf
+    verl = verl_config("grpo")
+    assert [g.is_failed for g in read_groups(PROBLEMS, BATCH, set(), config, verl)] == [False, False]
+    verl.algorithm.rollout_correction = {"rollout_is": "token"}
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl)
+    assert not a.is_failed and b.is_failed and b.failure == "non_finite"
 
 
 def test_random_stores_nothing_and_needs_no_advantages(stored):
@@ -103,13 +215,13 @@ def test_random_stores_nothing_and_needs_no_advantages(stored):
     config = GradAlignConfig.from_mapping({"score": "random"})
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"))
     assert (a.is_live, b.is_live) == (True, False)
-    assert a.rewards == (1.0, 0.0) and not stored
+    assert a.rewards == (1.0, 0.0) and not stored.stored
 
 
 def test_a_step_that_scores_nothing_stores_nothing(stored):
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"), is_scored=False)
-    assert (a.is_live, b.is_live, a.advantages) == (True, False, ()) and not stored
+    assert (a.is_live, b.is_live, a.advantages) == (True, False, ()) and not stored.stored
 
 
 def test_equal_responses_with_unequal_rewards_have_no_gradient():

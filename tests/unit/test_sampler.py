@@ -21,7 +21,7 @@ class Chooser:
         trusted_set = {"c": None, "t": "trusted"}
         self.in_flight.add(Problem(uid, int(uid[1:]), "tasks", trusted_set[uid[0]]) for uid in uids)
         self.in_flight.num_candidates, self.in_flight.waits_for_trusted = num_candidates, not has_direction
-        buffer.attach(self.in_flight, self.choose)
+        buffer.attach(self.in_flight, self.choose, lambda: "the reward function raises ValueError")
 
     def choose(self, batch, uids, failed, step):
         self.asked.append((sorted(uids), sorted(failed), step))
@@ -39,14 +39,15 @@ def make(sampler, mode, **own):
     )
 
 
-def finish(buffer, uids, steps=None, failed=()):
+def finish(buffer, uids, steps=None, failed=(), has_rows=True):
     """Let the groups be finished; older ones have smaller steps."""
 
     def sync():
         for uid in uids:
             (buffer.failure_keys if uid in failed else buffer.finished_keys)["train"].add(uid)
             buffer.prompt_global_steps["train"][uid] = (steps or {}).get(uid, 1)
-            buffer.partitions["train"][f"{uid}_0_0"] = {"status": "success"}
+            if has_rows:
+                buffer.partitions["train"][f"{uid}_0_0"] = {"status": "success"}
 
     buffer._sync_metadata_from_transfer_queue = sync
 
@@ -121,6 +122,24 @@ def test_stale_candidates_are_evicted_and_replaced_but_trusted_groups_stay():
     assert stale == {"c1"} and failed == set()
     buffer._clear_groups("train", stale)
     assert {problem.uid for problem in chooser.in_flight} == {"c2", "t1"}
+
+
+@pytest.mark.parametrize(("sampler", "mode"), [(GradAlignSampler, "sync"), (GradAlignAsyncSampler, "colocate_async")])
+def test_a_step_without_any_answer_stops_with_what_the_trainer_knows(sampler, mode):
+    """Of its own verl names a key that this sampler refuses, or replaces failed groups for ever."""
+    buffer = make(sampler, mode)
+    Chooser(buffer, ["c1", "c2", "t1"], 2)
+    finish(buffer, ["c1", "c2", "t1"], failed=["c1", "c2", "t1"], has_rows=False)
+    with pytest.raises(RuntimeError, match="^the reward function raises ValueError$"):
+        buffer.sample(3, "train", 1)
+
+
+def test_an_asynchronous_step_goes_on_while_some_candidates_are_answered():
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    Chooser(buffer, ["c1", "c2", "c3"], 2)
+    finish(buffer, ["c1", "c2", "c3"], failed=["c1", "c2"], steps={"c3": 3})
+    buffer._sync_metadata_from_transfer_queue()
+    assert buffer._terminal_eviction_reasons(3, "train")[2] == {"c1", "c2"}
 
 
 @pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])

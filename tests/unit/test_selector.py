@@ -104,6 +104,9 @@ class Step(SelectionTrainer):
         self.actor_rollout_wg = SimpleNamespace(gradalign_score=self.score, _query_dispatch_info=lambda _: [0])
         self.monkeypatch = monkeypatch
 
+    def _ask_reward(self):
+        return "The reward function gives 1.0."
+
     def free_rollout(self):
         self.slept += 1
 
@@ -165,6 +168,33 @@ def test_a_score_that_is_not_finite_is_counted_and_never_kept(tmp_path, monkeypa
     assert reasons[1] == reasons[4] == "non_finite"
 
 
+@pytest.mark.parametrize("fallback", ["random", "accuracy_greedy"])
+def test_a_gradient_that_is_not_finite_is_not_kept_by_a_fallback_either(tmp_path, monkeypatch, fallback):
+    values = {"reliability": {"min_reliability": 0.8, "of": "direction", "fallback": fallback}}
+    step = Step(tmp_path, monkeypatch, dots=[math.nan, 0.9, math.nan, math.inf, 0.8, math.nan], values=values)
+    step.half_cosine = 0.0
+    kept, metrics = step.run(1)
+    assert kept == {"c1", "c4"} and metrics["gradalign/reliability/fallback"] == 1
+    assert metrics["gradalign/rejected_by/non_finite"] == 4
+
+
+@pytest.mark.parametrize("dead_groups", ["drop", "rank"])
+@pytest.mark.parametrize("score", ["cosine", "accuracy_greedy", "random"])
+def test_a_group_without_a_finite_reward_is_counted_as_that_and_never_fills_up(
+    tmp_path, monkeypatch, caplog, score, dead_groups
+):
+    step = Step(tmp_path, monkeypatch, dots=[0.1] * NUM_CANDIDATES, values={"score": score, "dead_groups": dead_groups})
+    bad = {"is_failed": True, "is_live": False, "rewards": (), "failure": "reward_not_finite"}
+    groups = [make_group(f"c{i}", i) for i in range(NUM_CANDIDATES)]
+    groups = [dataclasses.replace(g, **bad) if i != 2 else g for i, g in enumerate(groups)]
+    kept, metrics = step.run(1, groups)
+    assert kept == {"c2"}
+    assert metrics["gradalign/rejected_by/reward_not_finite"] == 5 and metrics["gradalign/rejected_by/dead"] == 0
+    assert "5 reward_not_finite" in caplog.text and "The reward function gives 1.0" in caplog.text
+    step.run(2, groups)
+    assert caplog.text.count("The reward function gives 1.0") == 1
+
+
 def test_previous_scores_along_the_last_good_direction(tmp_path, monkeypatch):
     step = Step(tmp_path, monkeypatch, dots=[0.1, 0.9, -0.5, 0.3, 0.8, 0.0], on_degenerate="previous")
     step.run(1)
@@ -206,7 +236,7 @@ def test_dead_groups_cost_nothing_and_fill_empty_places_only(tmp_path, monkeypat
 def test_nothing_to_train_on_is_an_error_that_counts_the_reasons(tmp_path, monkeypatch):
     step = Step(tmp_path, monkeypatch, dots=[0.0] * NUM_CANDIDATES)
     groups = [make_group(f"c{i}", i, is_failed=True) for i in range(NUM_CANDIDATES)]
-    with pytest.raises(RuntimeError, match="failed.*6"):
+    with pytest.raises(RuntimeError, match=r"\(6 failed\)\. The reward function gives"):
         step.run(1, candidates=groups)
 
 

@@ -135,6 +135,8 @@ class BatchedRollout:
             extra_info={**row.get("extra_info", {}), "session_id": row["session_id"], "num_turns": 2},
         )
         result = result if isinstance(result, dict) else {"score": result, "acc": result}
+        if result["score"] is None:
+            raise ValueError("the reward function returned None")
         output = AgentLoopOutput(
             prompt_ids=prompt,
             response_ids=completion.token_ids,

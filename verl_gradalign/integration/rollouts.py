@@ -19,7 +19,16 @@ from verl.workers.utils.padding import response_to_nested
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.probe.objective import token_coefficients
-from verl_gradalign.selection.groups import Group, Problem, halved, keys_by_uid, natural_order, session_of
+from verl_gradalign.selection.groups import (
+    NON_FINITE,
+    REWARD_NOT_FINITE,
+    Group,
+    Problem,
+    halved,
+    keys_by_uid,
+    natural_order,
+    session_of,
+)
 from verl_gradalign.selection.scores import score_of
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
@@ -38,19 +47,20 @@ def read_groups(
 
     Rewards are read from TransferQueue, advantages computed as training will compute them (`advantage: trainer`) or
     centred, and the coefficients written back under `gradalign_coefficients`; a step that scores nothing, and a score
-    that looks at rewards alone, need neither.
+    that looks at rewards alone, need neither. A group with a reward, or anything that training computes its loss from,
+    that is not finite has failed, and is left out before advantages are computed: they may be normalised over all rows.
     """
     is_measured = is_scored and score_of(config.score).needs_gradients
     by_uid = keys_by_uid(batch.keys)
     tags = dict(zip(batch.keys, batch.tags, strict=True))
     groups = [_unread(p, by_uid.get(p.uid, []), tags, p.uid not in by_uid or p.uid in failed) for p in problems]
     usable = {g.problem.uid: list(g.keys) for g in groups if not g.is_failed}
-    if not usable:
+    fields = ["rm_scores", "response_mask", "input_ids", *_read_by_the_loss(config, verl_config, is_measured)]
+    usable, data, failures = _finite_rows(batch.partition_id, usable, fields)
+    groups = [_failing(g, failures.get(g.problem.uid)) for g in groups]
+    if data is None:
         return groups
     keys = [key for members in usable.values() for key in members]
-    fields = ["rm_scores", "response_mask", "input_ids"]
-    fields += ["values"] if is_measured and needs_values(config, verl_config) else []
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
     padded = data.to_padded_tensor()
     reward_of = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
     ids = zip(keys, data["input_ids"].unbind(), strict=True)
@@ -60,7 +70,8 @@ def read_groups(
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
         advantage_RT = _advantages(padded, keys, config, verl_config)
-        coefficient_RT, live = _coefficients(padded, advantage_RT, usable, config, verl_config)
+        coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, config, verl_config)
+        groups = [_failing(g, NON_FINITE if g.problem.uid in odd else None) for g in groups]
         columns = [_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT)]
         uniform = dict(zip(keys, zip(*columns, strict=True), strict=True))
         column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
@@ -81,6 +92,66 @@ def read_groups(
         )
 
     return [group if group.is_failed else read(group) for group in groups]
+
+
+def _read_by_the_loss(config: GradAlignConfig, verl_config: DictConfig, is_measured: bool) -> list[str]:
+    """Return the columns, beside rewards, that advantages or the loss are computed from."""
+    values = ["values"] if is_measured and needs_values(config, verl_config) else []
+    correction = verl_config.algorithm.get("rollout_correction") or {}
+    is_used = correction.get("rollout_is") or correction.get("rollout_rs") or correction.get("bypass_mode")
+    return [*values, *(["rollout_log_probs"] if is_used else [])]
+
+
+def _finite_rows(
+    partition_id: str, members: dict[str, list[str]], fields: list[str]
+) -> tuple[dict[str, list[str]], TensorDict | None, dict[str, str]]:
+    """Return the groups (keys by uid) whose columns are all there and finite, their rows, and why the others fail.
+
+    The rows stand in the order of the keys that are returned; None where no group is left.
+    """
+
+    failures: dict[str, str] = {}
+    while members:
+        keys = [key for of_group in members.values() for key in of_group]
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
+        if "rm_scores" in data.keys():
+            odd = _odd_groups(data, members, fields)
+        else:
+            odd = dict.fromkeys(without_reward(partition_id, members), REWARD_NOT_FINITE)
+        if not odd:
+            return members, data, failures
+        failures |= odd
+        members = {uid: keys for uid, keys in members.items() if uid not in odd}
+    return {}, None, failures
+
+
+def without_reward(partition_id: str, members: Mapping[str, list[str]]) -> set[str]:
+    """Return the groups (keys by uid) with a row that has no reward: verl stores none where a function returns None."""
+
+    def have_rewards(keys: list[str]) -> bool:
+        # TransferQueue leaves a column out that one of the rows asked for lacks.
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["rm_scores", "response_mask"])
+        return "rm_scores" in data.keys()
+
+    if not members or have_rewards([key for keys in members.values() for key in keys]):
+        return set()
+    return {uid for uid, keys in members.items() if not have_rewards(keys)}
+
+
+def _odd_groups(data: TensorDict, members: Mapping[str, list[str]], fields: Sequence[str]) -> dict[str, str]:
+    """Return the groups with a row in which a column is not finite, and what they fail by."""
+    owners = [uid for uid, keys in members.items() for _ in keys]
+    odd: dict[str, str] = {}
+    for name in fields:
+        if name in data.keys() and data[name].is_floating_point():
+            is_finite_R = data[name].to_padded_tensor(0.0).isfinite().flatten(1).all(dim=1).tolist()
+            failure = REWARD_NOT_FINITE if name == "rm_scores" else NON_FINITE
+            odd = {uid: failure for uid, is_finite in zip(owners, is_finite_R, strict=True) if not is_finite} | odd
+    return odd
+
+
+def _failing(group: Group, failure: str | None) -> Group:
+    return group if failure is None else replace(group, is_failed=True, failure=failure)
 
 
 def _unread(problem: Problem, keys: Sequence[str], tags: Mapping[str, Any], is_failed: bool) -> Group:
@@ -153,24 +224,28 @@ def _coefficients(
     usable: dict[str, list[str]],
     config: GradAlignConfig,
     verl_config: DictConfig,
-) -> tuple[torch.Tensor, set[str]]:
-    """Return the token coefficients of all rows (rows, tokens), and the uids of the live groups.
+) -> tuple[torch.Tensor, set[str], set[str]]:
+    """Return the token coefficients of all rows (rows, tokens), the uids of the live groups, and those of failed ones.
 
-    `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero.
+    `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero, and so
+    have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
     mode = config.loss_agg_mode or actor.loss_agg_mode
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
-    coefficient_RT, live, start = torch.zeros_like(advantage_RT), set[str](), 0
+    coefficient_RT, live, odd, start = torch.zeros_like(advantage_RT), set[str](), set[str](), 0
     for uid, members in usable.items():
         rows, start = slice(start, start + len(members)), start + len(members)
         mask_RT = padded["response_mask"][rows]
-        if (advantage_RT[rows] * mask_RT).abs().max() > ZERO_ADVANTAGE:
+        largest = advantage_RT[rows].masked_fill(mask_RT == 0, 0.0).abs().max()
+        if not largest.isfinite():
+            odd.add(uid)
+        elif largest > ZERO_ADVANTAGE:
             of_group_RT = token_coefficients(advantage_RT[rows], mask_RT, mode, scale)
             if not cancels(padded["input_ids"][rows], of_group_RT):
                 live.add(uid)
                 coefficient_RT[rows] = of_group_RT
-    return coefficient_RT, live
+    return coefficient_RT, live, odd
 
 
 def cancels(ids_RS: torch.Tensor, coefficient_RT: torch.Tensor) -> bool:

@@ -24,6 +24,8 @@ SEPARATE_ASYNC_REFUSED = (
 Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
 """Of a batch of finished groups, their uids, which of them failed, and the step: the rows to train on, and metrics.
 All other rows of the batch are cleared from TransferQueue."""
+Explain = Callable[[], str]
+"""What to tell the user of a step in which nothing was answered."""
 
 
 def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
@@ -44,25 +46,32 @@ class _Selecting(ReplayBuffer):
 
     _in_flight: InFlight | None = None
     _choose: Choose | None = None
+    _explain: Explain | None = None
     _taken: Sequence[str] = ()
 
-    def attach(self, in_flight: InFlight, choose: Choose) -> None:
+    def attach(self, in_flight: InFlight, choose: Choose, explain: Explain) -> None:
         """Connect the sampler to its trainer, which does this once."""
-        self._in_flight, self._choose = in_flight, choose
+        self._in_flight, self._choose, self._explain = in_flight, choose, explain
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own.
 
-        Raises: RuntimeError if no trainer is attached, or nothing was generated at all.
+        Raises: RuntimeError if no trainer is attached, or no group was answered at all.
         """
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
-        if self._in_flight is None or self._choose is None:
+        if self._in_flight is None or self._choose is None or self._explain is None:
             raise RuntimeError(
                 "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with "
                 "its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
             )
-        batch, metrics = super().sample(global_steps, partition_id, self._num_groups(self._in_flight))
+        try:
+            batch, metrics = super().sample(global_steps, partition_id, self._num_groups(self._in_flight))
+        except RuntimeError as error:
+            if any(key.split("_")[0] in self._taken for key in self.partitions[partition_id]):
+                raise
+            # verl's own message names a key that this sampler has no use for, and not what went wrong.
+            raise RuntimeError(self._explain()) from error
         failed = set(self.failure_keys[partition_id])
         kept, own_metrics = self._choose(batch, list(self._taken), failed, global_steps)
         return kept, {**metrics, **own_metrics}
@@ -117,6 +126,13 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**_options(kwargs, train_batch_size=False))
+        self._failed: set[str] = set()
+        """Candidates that failed since the last batch."""
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+        """Return a batch of `batch_size` groups; see `_Selecting.sample`."""
+        self._failed.clear()
+        return super().sample(global_steps, partition_id, batch_size)
 
     def _num_groups(self, in_flight: InFlight) -> int:
         return in_flight.num_candidates
@@ -124,9 +140,16 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
     def _terminal_eviction_reasons(
         self, global_steps: int, partition_id: str
     ) -> tuple[set[str], set[str], set[str], Counter[float]]:
-        """Evict candidates only: a trusted group that failed or is old is still an answer."""
+        """Evict candidates only: a trusted group that failed or is old is still an answer.
+
+        verl replaces failed groups for ever. Raises: RuntimeError if as many failed as a step needs, and none did not.
+        """
         stale, filtered, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
         stale, filtered, failed = (self._without_trusted(uids) for uids in (stale, filtered, failed))
+        if partition_id == "train" and self._in_flight is not None and self._explain is not None:
+            self._failed |= failed
+            if len(self._failed) >= self._num_groups(self._in_flight) > 0 and not self.finished_keys[partition_id]:
+                raise RuntimeError(self._explain())
         return stale, filtered, failed, counts
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:

@@ -30,6 +30,7 @@ from verl_gradalign.integration.checks import check_data, check_verl_config, rea
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.requests import build_requests
+from verl_gradalign.integration.reward_check import reward_of_empty_answer
 from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
 from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
@@ -63,6 +64,7 @@ class SelectionTrainer(_Trainer):
 
     verl_mode: str
     sampler_class: type[GradAlignSampler] | type[GradAlignAsyncSampler]
+    _has_warned_of_failures = False
 
     def __init__(self, config: DictConfig) -> None:
         self.gradalign = read_config(config)
@@ -115,7 +117,7 @@ class SelectionTrainer(_Trainer):
             self.gradalign, folder, run_identity.about_run(self.config), self._pool, self._decode, has_wandb
         )
         self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
-        self.replay_buffer.attach(self._in_flight, self._choose)
+        self.replay_buffer.attach(self._in_flight, self._choose, self._nothing_answered)
 
     def _decode(self, token_ids: Any) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -209,15 +211,47 @@ class SelectionTrainer(_Trainer):
         metrics = self._notes.record(step, read, groups, choice, reply, trusted)
         kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
         if not kept.keys:
-            reasons = Counter(REASONS[code] for code in choice.selection.reason_P)
-            raise RuntimeError(
-                f"none of {len(groups)} candidate groups can be trained on: {dict(reasons)}. Remedy: look for errors "
-                "of the rollout or of the reward function above this message."
-            )
+            counts = Counter(REASONS[code] for code in choice.selection.reason_P)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            what = f"step {step}: none of {len(groups)} candidate groups can be trained on ({reasons})"
+            raise RuntimeError(f"{what}. {self._ask_reward()}")
+        self._warn_of_failures(groups)
         metrics |= self._selector.direction_age(step, is_scored)
         metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
         metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
         return kept, named(metrics)
+
+    def _nothing_answered(self) -> str:
+        """Return the message for a step of which no group was answered."""
+        return f"step {self.global_steps}: no group has an answer with a reward. {self._ask_reward()}"
+
+    def _ask_reward(self) -> str:
+        """Return what the reward function says of an empty answer to a problem of the step, and what to do."""
+        problem_ids = self._draw.problem_ids or self._pool.problem_ids.tolist()
+        prompt = self._pool.batch(problem_ids[:1], self.global_steps, 1)
+        workers = self.reward_loop_manager.reward_loop_worker_handles
+        return (
+            f"{reward_of_empty_answer(workers, prompt, self.tokenizer.eos_token_id)} Remedy: have "
+            "reward.custom_reward_function give a finite number, or a dict with one under 'score', for every answer; "
+            "if it does, look above for errors of the rollout engine or the agent loop ('Error in _run_prompt'). "
+            "`verl-gradalign doctor` tries the reward function on your data."
+        )
+
+    def _warn_of_failures(self, groups: Sequence[Group]) -> None:
+        """Say once what the reward function does to a problem where groups fail."""
+        failures = Counter(group.failure for group in groups if group.is_failed)
+        if not failures or self._has_warned_of_failures:
+            return
+        self._has_warned_of_failures = True
+        reasons = ", ".join(f"{count} {reason}" for reason, count in failures.items())
+        logger.warning(
+            "%d of %d candidate groups are not trained on (%s); further ones are only counted "
+            "(gradalign/rejected_by/...). %s",
+            failures.total(),
+            len(groups),
+            reasons,
+            self._ask_reward(),
+        )
 
     def _measure_groups(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

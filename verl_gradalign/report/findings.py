@@ -173,17 +173,22 @@ def _reasons(run: RunData) -> Iterator[Finding]:
     counts = {reason: int(count.sum()) for reason, count in run.reasons.counts(False).items()}
     total = max(1, sum(counts.values()))
     dead = (counts.get("dead", 0) + counts.get("filler", 0)) / total
-    failed, odd = counts.get("failed", 0) / total, counts.get("non_finite", 0)
+    failed, no_reward = (counts.get(name, 0) / total for name in ("failed", "reward_not_finite"))
+    odd = counts.get("non_finite", 0)
     if dead > 0:
         text = f"Dead groups, all of whose responses have the same reward: {dead:.0%} of the candidates."
         remedy = "Their rollouts are lost: leave out problems that are far too easy or hard, or raise rollout.n."
         yield _note_or_watch("dead groups", dead <= 0.6, text, remedy)
     if failed > 0:
-        text = f"Responses could not be generated for {failed:.1%} of the candidates."
+        text = f"Responses could not be generated, or their grading raised, for {failed:.1%} of the candidates."
         remedy = "Look for errors of the rollout or the reward function in the run's output."
         yield Finding("failed groups", PROBLEM if failed > 0.05 else WATCH, text, remedy)
+    if no_reward > 0:
+        text = f"{no_reward:.1%} of the candidates have a reward that is nan, infinite or missing; they are never kept."
+        remedy = "Mend the reward function: `verl-gradalign doctor` shows what it gives for your data."
+        yield Finding("rewards that are not numbers", PROBLEM if no_reward > 0.01 else WATCH, text, remedy)
     if odd > 0:
-        text = f"{odd:,} scores were not finite; such problems are never kept."
+        text = f"{odd:,} scores, advantages or log-probs were not finite; such problems are never kept."
         remedy = "Look for a loss or gradient that is not finite (learning rate, precision)."
         yield Finding("scores that are not finite", PROBLEM if odd > 0.01 * total else WATCH, text, remedy)
 

@@ -26,7 +26,9 @@ class Candidates:
     """Row in the train files, int64: ties are broken by it, never by the order of arrival."""
     data_source_P: Sequence[str]
     is_failed_P: np.ndarray
-    """At least one of its responses could not be generated."""
+    """At least one of its responses could not be generated, or has no reward to learn from."""
+    failure_P: Sequence[str]
+    """Why it failed, if it did (`selection.groups`)."""
     is_live_P: np.ndarray
     """At least one of its responses has a non-zero advantage."""
     success_rate_P: np.ndarray
@@ -59,6 +61,11 @@ class Candidates:
         """Return the table with what was measured of the live candidates."""
         return self.of_live(**{name: getattr(m, name) for name in MEASURED})
 
+    def failing(self, which_P: np.ndarray, failure: str) -> Candidates:
+        """Return the table in which these candidates, too, have failed, for this reason."""
+        failures = [failure if fails else known for fails, known in zip(which_P, self.failure_P, strict=True)]
+        return replace(self, is_failed_P=self.is_failed_P | which_P, failure_P=failures)
+
 
 def tabulate(groups: Sequence[Group], success_threshold: float) -> Candidates:
     """Return the candidates' table, in the groups' order, without anything measured yet."""
@@ -69,6 +76,7 @@ def tabulate(groups: Sequence[Group], success_threshold: float) -> Candidates:
         problem_id_P=np.array([g.problem.problem_id for g in groups], dtype=np.int64),
         data_source_P=[g.problem.data_source for g in groups],
         is_failed_P=np.array([g.is_failed for g in groups], dtype=bool),
+        failure_P=[g.failure for g in groups],
         is_live_P=np.array([g.is_live for g in groups], dtype=bool),
         success_rate_P=np.array([g.success_rate(success_threshold) for g in groups], dtype=np.float64),
         num_responses_P=num_P,

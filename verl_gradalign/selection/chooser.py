@@ -18,7 +18,7 @@ import numpy as np
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates, tabulate
-from verl_gradalign.selection.groups import Group, measurements
+from verl_gradalign.selection.groups import NON_FINITE, Group, measurements
 from verl_gradalign.selection.history import ProblemRecord
 from verl_gradalign.selection.reliability import Reliability, score_reliability
 from verl_gradalign.selection.scores import score_of
@@ -108,9 +108,16 @@ class Chooser:
         """Return the choice by the score configured for steps whose reliability is too low."""
         fallback = score_of(self._config.reliability.fallback)
         if fallback.rank is None:
-            return select_random(candidates, num_kept, seed)
+            return select_random(self._usable(candidates), num_kept, seed)
         by_fallback = candidates.of_live(score_P=fallback.rank(m, self._config.score_options))
-        return select_top(by_fallback, num_kept, self._config.dead_groups, seed)
+        return select_top(self._usable(by_fallback), num_kept, self._config.dead_groups, seed)
+
+    def _usable(self, candidates: Candidates) -> Candidates:
+        """Return the table in which candidates have failed whose gradient is not finite: none must be trained on."""
+        is_finite_P = np.isfinite(candidates.dot_P) if self._score.direction else np.full(len(candidates), True)
+        if self._score.needs_norm:
+            is_finite_P &= np.isfinite(candidates.norm_P)
+        return candidates.failing(candidates.is_live_P & ~is_finite_P, NON_FINITE)
 
     def _without_direction(self, candidates: Candidates, num_kept: int, step: int) -> Selection:
         """Select at random, or stop, as configured for a step without a direction."""

@@ -17,6 +17,14 @@ from torch import Tensor
 
 from verl_gradalign.types import Measurements, ProblemScores
 
+# Why a group failed.
+FAILED = "failed"
+"""A response could not be generated, or its grading raised: verl does not tell these apart."""
+REWARD_NOT_FINITE = "reward_not_finite"
+"""A response has a reward that is nan or infinite, or none at all."""
+NON_FINITE = "non_finite"
+"""An advantage, or what one is made of, is nan or infinite though the rewards are numbers."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,8 +48,9 @@ class Group:
     num_tokens: int
     """Of all trajectories, prompts included."""
     rewards: tuple[float, ...]
-    """One per response, in the keys' order."""
+    """One per response, in the keys' order; none of a failed group."""
     is_failed: bool
+    """Nothing can be learnt from it, whatever the score: it is never live and never kept."""
     is_live: bool
     advantages: tuple[float, ...] = ()
     """One per key; nan where its tokens have different ones."""
@@ -51,6 +60,8 @@ class Group:
     """0 or 1: the half of the group that each key counts to when reliability is measured. Empty: not split."""
     num_response_tokens: int = 0
     """Of all trajectories, prompts excluded."""
+    failure: str = FAILED
+    """Why it failed, if it did."""
 
     def success_rate(self, threshold: float) -> float:
         """Return the share of responses with a reward above `threshold`; NaN without responses."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from verl_gradalign.selection.candidates import Candidates
+from verl_gradalign.selection.groups import FAILED, NON_FINITE, REWARD_NOT_FINITE
 from verl_gradalign.types import Selection
 
 # Why a candidate was kept ...
@@ -21,12 +22,11 @@ SCHEDULED = "scheduled"
 # ... or rejected.
 LOW_SCORE = "low_score"
 DEAD = "dead"
-FAILED = "failed"
-NON_FINITE = "non_finite"
 NOT_DRAWN = "not_drawn"
+# ... or, with FAILED and REWARD_NOT_FINITE, failed. NON_FINITE: a score, or what the score is made of.
 
 KEPT_REASONS = (TOP, FILLER, RANDOM, SCHEDULED)
-REJECTED_REASONS = (LOW_SCORE, DEAD, FAILED, NON_FINITE, NOT_DRAWN)
+REJECTED_REASONS = (LOW_SCORE, DEAD, FAILED, REWARD_NOT_FINITE, NON_FINITE, NOT_DRAWN)
 REASONS = KEPT_REASONS + REJECTED_REASONS
 
 
@@ -45,16 +45,16 @@ def select_top(candidates: Candidates, num_kept: int, dead_groups: str, seed: Se
     ranked = ranked[np.argsort(-score_P[ranked], kind="stable")]  # the shuffle decides between equal scores
     top = ranked[:num_kept]
     filler = order[is_dropped_P[order]][: max(0, num_kept - len(top))]
-    reason_P = np.full(len(candidates), REASONS.index(LOW_SCORE), dtype=np.int8)
-    of_reason = {FAILED: is_failed_P, NON_FINITE: is_unknown_P, DEAD: is_dropped_P, TOP: top, FILLER: filler}
+    reason_P = _failures(candidates, LOW_SCORE)
+    of_reason = {NON_FINITE: is_unknown_P, DEAD: is_dropped_P, TOP: top, FILLER: filler}
     for reason, which in of_reason.items():
         reason_P[which] = REASONS.index(reason)
     return Selection(np.concatenate([top, filler]), reason_P)
 
 
 def select_random(candidates: Candidates, num_kept: int, seed: Sequence[int]) -> Selection:
-    """Return `num_kept` candidates drawn uniformly, seeded, from those whose responses could be generated."""
-    reason_P = np.where(candidates.is_failed_P, REASONS.index(FAILED), REASONS.index(NOT_DRAWN)).astype(np.int8)
+    """Return `num_kept` candidates drawn uniformly, seeded, from those that did not fail."""
+    reason_P = _failures(candidates, NOT_DRAWN)
     order = _shuffled(candidates, seed)
     kept = order[~candidates.is_failed_P[order]][:num_kept]
     reason_P[kept] = REASONS.index(RANDOM)
@@ -62,9 +62,14 @@ def select_random(candidates: Candidates, num_kept: int, seed: Sequence[int]) ->
 
 
 def select_all(candidates: Candidates, reason: str) -> Selection:
-    """Return every candidate whose responses could be generated, in the order given, kept for `reason`."""
-    reason_P = np.where(candidates.is_failed_P, REASONS.index(FAILED), REASONS.index(reason)).astype(np.int8)
-    return Selection(np.flatnonzero(~candidates.is_failed_P), reason_P)
+    """Return every candidate that did not fail, in the order given, kept for `reason`."""
+    return Selection(np.flatnonzero(~candidates.is_failed_P), _failures(candidates, reason))
+
+
+def _failures(candidates: Candidates, otherwise: str) -> np.ndarray:
+    """Return the reason of each candidate that failed, and `otherwise` of all others."""
+    failed = zip(candidates.failure_P, candidates.is_failed_P, strict=True)
+    return np.array([REASONS.index(failure if is_failed else otherwise) for failure, is_failed in failed], np.int8)
 
 
 def _shuffled(candidates: Candidates, seed: Sequence[int]) -> np.ndarray:

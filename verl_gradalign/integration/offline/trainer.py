@@ -35,7 +35,7 @@ from verl_gradalign.integration.offline.store import (
     uid_of,
 )
 from verl_gradalign.integration.prompts import PromptTable, problems_of
-from verl_gradalign.integration.rollouts import read_step
+from verl_gradalign.integration.rollouts import read_step, without_reward
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
@@ -124,6 +124,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
                 least, lambda n, before=before: self._report(rolled_out=before + n)
             )
             taken = self._in_flight.take(uids)
+            failures |= without_reward(PARTITION, keys_by_uid(finished.keys))
             failed += [problem for problem in taken if problem.uid in failures]
             rows = read_rows(finished, [problem for problem in taken if problem.uid not in failures])
             if len(rows):
@@ -134,8 +135,7 @@ class GradAlignScoringTrainer(SelectionTrainer, PPOTrainerSync):
             started = time.perf_counter()
         if not any(name is None for name, _ in self._store.members()):
             raise RuntimeError(
-                f"none of {len(self._pool)} problems could be rolled out. Remedy: look for errors of the rollout or of "
-                "the reward function above this message."
+                f"none of {len(self._pool)} problems could be rolled out, or none has a reward. {self._ask_reward()}"
             )
         self._store.write_failed(failed)
 
