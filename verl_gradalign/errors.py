@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a bad value is refused: with the key, the value, the rule and the remedy."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 
@@ -21,3 +22,21 @@ def refuse(key: str, value: Any, why: str, remedy: str) -> NoReturn:
     """Raise ValueError for a key of the whole configuration, or a command's option ("--name"; None: it is missing)."""
     shown = f"{key}={value}" if not key.startswith("--") else key if value is None else f"{key} {value}"
     raise ValueError(f"{shown}: {why}. Remedy: {remedy}.")
+
+
+def require_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check, and raise ValueError with the messages of all that raised one, their number first.
+
+    One launch shows all that is wrong with a configuration: each costs its user a wait.
+    """
+    messages: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            messages.append(str(error))
+    if len(messages) == 1:
+        raise ValueError(messages[0])
+    if messages:
+        lines = "".join(f"\n  {number}. {message}" for number, message in enumerate(messages, start=1))
+        raise ValueError(f"{len(messages)} things must be changed before this can run:{lines}")

@@ -76,6 +76,22 @@ def _register_trainer() -> None:
     import verl_gradalign.integration.offline.trainer  # noqa: F401  (the trainers register themselves)
 
 
+def _refuse_old_trainer(_module: ModuleType) -> None:
+    """Raise ValueError in a run that asks for selection and for verl's old trainer, which would train without it.
+
+    verl imports that trainer only to run it, in the process in which Hydra has composed the configuration.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return
+    groups, overrides = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
+    if {"gradalign", "regime"} & set(groups) or any(key.lstrip("+").startswith("gradalign.") for key in overrides):
+        from verl_gradalign.integration.trainer_modes import OLD_TRAINER
+
+        raise ValueError(f"trainer.use_v1=False: {OLD_TRAINER}. Remedy: set it to True.")
+
+
 def register_import_hooks() -> None:
     """Register the post-import hooks. Raises whatever goes wrong; the caller reports it."""
     import wrapt
@@ -84,6 +100,7 @@ def register_import_hooks() -> None:
     hooks = {
         "hydra.core.plugins": _reporting_failure("Hydra search path", _register_search_path),
         "verl.trainer.ppo.v1.trainer_sync": _reporting_failure("trainer", _register_trainer),
+        "verl.trainer.main_ppo_v0": _refuse_old_trainer,
     }
     for module, hook in hooks.items():
         wrapt.register_post_import_hook(hook, module)

@@ -18,6 +18,7 @@ GOOD = (
     "gradalign.validation.files=trusted.parquet",
     "algorithm.adv_estimator=grpo",
     "actor_rollout_ref.rollout.n=8",
+    "actor_rollout_ref.actor.use_dynamic_bsz=true",
     "data.train_batch_size=16",
     "data.train_files=pool.parquet",
 )
@@ -76,7 +77,18 @@ def test_a_good_configuration_passes(verl_config):
         ("actor_rollout_ref.actor.strategy", "megatron", {}),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 2, {}),
         ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 2, {}),
-        ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {}),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "clip_cov", {}),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "sapo", {"gradalign.loss_agg_mode": "token-mean"}),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {"gradalign.loss_agg_mode": "seq-mean-token-mean"}),
+        ("algorithm.rollout_correction.rollout_is", "token", {}),
+        ("algorithm.rollout_correction.rollout_rs", "seq_max_k2", {}),
+        ("algorithm.rollout_correction.bypass_mode", True, {}),
+        ("distillation.distillation_loss.use_task_rewards", False, {"distillation.enabled": True}),
+        ("trainer.use_v1", False, {}),
+        ("trainer.use_v1", False, {"gradalign.score": "random"}),
+        ("trainer.v1.trainer_mode", "sync", {}),
+        ("trainer.v1.trainer_mode", "colocate_async", {}),
+        ("trainer.v1.trainer_mode", "separate_async", {"gradalign.score": "accuracy_band"}),
         (
             "actor_rollout_ref.actor.fsdp_config.fsdp_size",
             1,
@@ -104,13 +116,65 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
         {"algorithm.use_kl_in_reward": True, "gradalign.advantage": "centred"},
         {"algorithm.adv_estimator": "reinforce_plus_plus", "actor_rollout_ref.rollout.n": 1},
         {"reward.reward_model.enable": True, "reward.reward_model.enable_resource_pool": True},
-        {"actor_rollout_ref.actor.policy_loss.loss_mode": "gspo", "gradalign.loss_agg_mode": "seq-mean-token-mean"},
+        {"actor_rollout_ref.actor.policy_loss.loss_mode": "gspo"},
+        {"actor_rollout_ref.actor.policy_loss.loss_mode": "sapo", "gradalign.loss_agg_mode": "seq-mean-token-mean"},
+        {"actor_rollout_ref.actor.policy_loss.loss_mode": "sapo"},
+        {"actor_rollout_ref.actor.policy_loss.loss_mode": "clip_cov", "gradalign.loss_agg_mode": "token-mean"},
+        {"algorithm.rollout_correction.rollout_is": "token", "gradalign.score": "accuracy_greedy"},
+        {"distillation.enabled": True, "distillation.distillation_loss.use_task_rewards": True},
+        {
+            "distillation.enabled": True,
+            "distillation.distillation_loss.use_task_rewards": False,
+            "gradalign.score": "random",
+        },
         {"actor_rollout_ref.actor.strategy": "fsdp2"},
     ],
 )
 def test_the_remedies_pass(verl_config, changes):
     change(verl_config, changes)
     check(verl_config)
+
+
+ENGINES = {"megatron": "megatron", "veomni": "veomni", "torchtitan": "torchtitan"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_engine_is_refused_with_the_scores_that_work_on_it(engine):
+    overrides = [*GOOD, f"model_engine={engine}"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        verl_config = compose("ppo_trainer", overrides=overrides)
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    assert_refused(refusal, "actor_rollout_ref.actor.strategy", engine)
+    assert "model_engine=dp" in str(refusal.value)
+    # Naming FSDP's strategy on the other engine's block is no way out, and does not crash.
+    change(verl_config, {"actor_rollout_ref.actor.strategy": "fsdp2", "gradalign.score": "dot"})
+    for key, value in {"gradalign.estimator": "finite_difference", "gradalign.direction.metric": "adam"}.items():
+        change(verl_config, {key: value})
+        with pytest.raises(
+            ValueError, match=f"actor_rollout_ref.actor.strategy=fsdp2: is that of another engine.*{engine}"
+        ):
+            check(verl_config)
+    for score in ("accuracy_greedy", "accuracy_band", "random"):
+        change(verl_config, {"gradalign.score": score, "actor_rollout_ref.actor.strategy": engine})
+        check(verl_config)
+
+
+def test_all_that_is_wrong_is_said_at_once_and_counted(verl_config):
+    change(
+        verl_config,
+        {
+            "trainer.v1.trainer_mode": "colocate_async",
+            "actor_rollout_ref.model.use_fused_kernels": True,
+            "algorithm.use_kl_in_reward": True,
+        },
+    )
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "3 things must be changed before this can run:" and len(lines) == 4
+    assert all(line.strip()[:2] == f"{number}." and "Remedy: " in line for number, line in enumerate(lines[1:], 1))
+    assert "trainer_mode=gradalign_colocate_async" in lines[1]
 
 
 def test_random_needs_no_trusted_set_and_no_estimator(verl_config):

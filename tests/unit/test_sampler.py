@@ -8,7 +8,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_gradalign.integration.in_flight import InFlight
-from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler
+from verl_gradalign.integration.sampler import TRAINER, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.selection.groups import Problem
 
 
@@ -34,7 +34,7 @@ def make(sampler, mode, **own):
         trainer_config={},
         max_off_policy_threshold=2,
         max_off_policy_strategy="drop",
-        sampler_kwargs={"poll_interval_s": 0.01, **own},
+        sampler_kwargs={"poll_interval_s": 0.01, TRAINER: "GradAlignTrainer", **own},
         refill_fn=lambda num: num,
     )
 
@@ -142,16 +142,17 @@ def test_an_asynchronous_step_goes_on_while_some_candidates_are_answered():
     assert buffer._terminal_eviction_reasons(3, "train")[2] == {"c1", "c2"}
 
 
-@pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])
-def test_a_sampler_without_its_trainer_says_what_to_do(sampler):
-    with pytest.raises(RuntimeError, match=r"Remedy: set trainer\.v1\.trainer_mode=gradalign"):
-        make(sampler, "sync").sample(1, "train", 1)
+MODES = {"sync": "gradalign", "colocate_async": "gradalign_colocate_async", "separate_async": "gradalign"}
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sampler", [GradAlignSampler, GradAlignAsyncSampler])
-def test_the_separate_mode_is_refused_with_the_reason(sampler):
-    with pytest.raises(ValueError, match=r"separate_async: selection is not supported.*Remedy"):
-        make(sampler, "separate_async")
+def test_a_trainer_of_verls_own_is_refused_before_any_worker_starts_with_the_mode_to_set(sampler, mode):
+    """verl builds the sampler first of all, from the configuration that +gradalign=... has changed."""
+    with pytest.raises(
+        ValueError, match=rf"trainer_mode={mode}: .*Remedy: set trainer\.v1\.trainer_mode={MODES[mode]}\b"
+    ):
+        sampler(trainer_mode=mode, sampler_kwargs=None)
 
 
 def test_the_separate_trainer_is_refused_with_the_reason():

@@ -7,6 +7,7 @@ Every message names the key, its value and the remedy.
 import logging
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.errors import refuse, require
+from verl_gradalign.errors import refuse, require, require_all
+from verl_gradalign.integration.policy_loss import loss_mode_of, loss_weights, matching_modes
 from verl_gradalign.integration.requests import token_budget
+from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
@@ -33,6 +36,9 @@ REWARD_ONLY_ADVANTAGES = (
     "reinforce_plus_plus_baseline",
 )
 ENGINES = ("fsdp", "fsdp2")
+GRADIENT_FREE = ("accuracy_greedy", "accuracy_band", "random")
+"""Scores that ask nothing of the actor."""
+CENTRED = "set gradalign.advantage=centred to score with reward minus group mean"
 
 
 def read_config(verl_config: DictConfig) -> GradAlignConfig:
@@ -53,27 +59,40 @@ def read_config(verl_config: DictConfig) -> GradAlignConfig:
 
 
 def check_score(config: GradAlignConfig) -> None:
-    """Refuse a score that the other keys do not allow to be measured."""
-    score, estimator = score_of(config.score), ESTIMATORS[config.estimator]
+    """Raise ValueError with all that keeps the score from being measured under the other keys."""
+    require_all(partial(check, config) for check in SCORE_CHECKS)
+
+
+def _check_trusted_set(config: GradAlignConfig) -> None:
     require(
-        not score.needs_direction or bool(config.validation.trusted_sets()),
+        not score_of(config.score).needs_direction or bool(config.validation.trusted_sets()),
         "validation.files",
         list(config.validation.files),
         f"score {config.score} needs a trusted set",
         "set gradalign.validation.files=<trusted.parquet>, or gradalign.score=random to train without one",
     )
+
+
+def _check_norms(config: GradAlignConfig) -> None:
+    gives_norm = ESTIMATORS[config.estimator].gives_norm
     rule = f"score {config.score} needs gradient norms, which it does not give"
     remedy = "set gradalign.estimator=ghost or gradalign.score=dot"
-    require(not score.needs_norm or estimator.gives_norm, "estimator", config.estimator, rule, remedy)
+    require(not score_of(config.score).needs_norm or gives_norm, "estimator", config.estimator, rule, remedy)
+
+
+def _check_response_derivatives(config: GradAlignConfig) -> None:
+    gives_them = ESTIMATORS[config.estimator].gives_response_derivative and config.probe.response_derivatives
     require(
-        not score.needs_response_derivatives
-        or (estimator.gives_response_derivative and config.probe.response_derivatives),
+        not score_of(config.score).needs_response_derivatives or gives_them,
         "estimator",
         config.estimator,
         f"score {config.score} needs each response's derivative, which is not given by it, or switched off",
         "set gradalign.estimator=ghost and gradalign.probe.response_derivatives=true, or gradalign.score=cosine",
     )
-    is_of_pool = score.direction in ("pool", "learnability")
+
+
+def _check_pool_dots(config: GradAlignConfig) -> None:
+    is_of_pool = score_of(config.score).direction in ("pool", "learnability")
     require(
         not is_of_pool or config.probe.pool_dots == "exact" or config.estimator == "ghost",
         "probe.pool_dots",
@@ -81,7 +100,10 @@ def check_score(config: GradAlignConfig) -> None:
         f"a sketch is taken by ghost's taps, not by {config.estimator}",
         "set gradalign.estimator=ghost, or gradalign.probe.pool_dots=exact",
     )
-    least = config.reliability.min_reliability
+
+
+def _check_reliability(config: GradAlignConfig) -> None:
+    score, least = score_of(config.score), config.reliability.min_reliability
     is_measured = score.is_split and score.rank is not None
     is_measured = is_measured if config.reliability.of == "scores" else score.needs_direction
     rule = f"the reliability of {config.reliability.of} is not known for score {config.score}"
@@ -89,29 +111,70 @@ def check_score(config: GradAlignConfig) -> None:
     require(least is None or is_measured, "reliability.min_reliability", least, rule, remedy)
 
 
+SCORE_CHECKS = (_check_trusted_set, _check_norms, _check_response_derivatives, _check_pool_dots, _check_reliability)
+
+
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Raise ValueError if selection cannot work, or cannot be exact, under this verl configuration."""
-    for check in verl_checks(config):
-        check(config, verl_config)
+    """Raise ValueError with all that keeps selection from working, or from being exact, under this configuration."""
+    require_all(partial(check, config, verl_config) for check in verl_checks(config))
 
 
 def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, DictConfig], None], ...]:
-    """Return the checks of a verl configuration, each of which raises ValueError, in their order."""
-    if score_of(config.score).needs_gradients:
-        return _check_batch, _check_mode, _check_algorithm, _check_actor, _check_estimator
-    return _check_batch, _check_mode
+    """Return the checks of a verl configuration, in their order. Each raises ValueError for one thing."""
+    checks = (
+        _check_version,
+        _check_num_responses,
+        _check_failed_groups,
+        _check_cached_rollouts,
+        _check_filter,
+        _check_mode,
+        _check_reward_model,
+    )
+    if not score_of(config.score).needs_gradients:
+        return checks
+    return (
+        *checks,
+        _check_advantages,
+        _check_advantages_of_tokens,
+        _check_kl_in_reward,
+        _check_group_size,
+        _check_loss,
+        _check_rollout_correction,
+        _check_distillation,
+        _check_engine,
+        _check_replicas,
+        _check_fused_kernels,
+        _check_sequence_parallel,
+        _check_optimizer,
+        _check_model_dtype,
+        _check_budget,
+    )
 
 
-def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
+def _check_version(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    if not verl_config.trainer.get("use_v1", True):
+        refuse("trainer.use_v1", False, OLD_TRAINER, "set it to True")
+
+
+def _check_num_responses(config: GradAlignConfig, verl_config: DictConfig) -> None:
     rollout_n = verl_config.actor_rollout_ref.rollout.n
     if (config.curriculum.n or rollout_n) < rollout_n:
         why = f"is less than the {rollout_n} responses that training takes (actor_rollout_ref.rollout.n)"
         refuse("gradalign.curriculum.n", config.curriculum.n, why, "leave it out, or set it to that or more")
+
+
+def _check_failed_groups(_: GradAlignConfig, verl_config: DictConfig) -> None:
     if verl_config.trainer.v1.sampler.get("sync_refill_failed_groups"):
         why = "belongs to verl's own sampler; with this one failed groups are left out and counted"
         refuse("trainer.v1.sampler.sync_refill_failed_groups", True, why, "set it to False")
+
+
+def _check_cached_rollouts(_: GradAlignConfig, verl_config: DictConfig) -> None:
     if OmegaConf.select(verl_config, "skip.rollout_tq.enable"):
         refuse("skip.rollout_tq.enable", True, "cached rollouts have no trusted groups", "set it to False")
+
+
+def _check_filter(config: GradAlignConfig, verl_config: DictConfig) -> None:
     filters = (verl_config.algorithm.get("filter_groups") or {}).get("enable")
     if filters and config.schedule not in ("step", "round"):
         why = f"gradalign.schedule={config.schedule} scores all problems it may; none is left to replace a filtered one"
@@ -121,75 +184,139 @@ def _check_batch(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
     mode = verl_config.trainer.v1.trainer_mode
-    if mode != "gradalign" and config.schedule != "step":
+    if mode not in OWN_MODES:
+        refuse("trainer.v1.trainer_mode", mode, *foreign_mode(mode))
+    if mode == "gradalign_colocate_async" and config.schedule != "step":
         why = "prompts are in flight before a selection is made, so kept problems could not be the next ones trained on"
         remedy = "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign"
         refuse("gradalign.schedule", config.schedule, f"under trainer.v1.trainer_mode={mode} {why}", remedy)
-    reward_model = verl_config.reward.reward_model
-    if mode != "gradalign" and reward_model.enable and not reward_model.enable_resource_pool:
+
+
+def _check_reward_model(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    mode, reward_model = verl_config.trainer.v1.trainer_mode, verl_config.reward.reward_model
+    if mode == "gradalign_colocate_async" and reward_model.enable and not reward_model.enable_resource_pool:
         why = f"has not been shown to work with trainer.v1.trainer_mode={mode}"
         remedy = "set it to True, or trainer.v1.trainer_mode=gradalign"
         refuse("reward.reward_model.enable_resource_pool", False, why, remedy)
 
 
-def _check_algorithm(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    algorithm, rollout = verl_config.algorithm, verl_config.actor_rollout_ref.rollout
-    centred = "set gradalign.advantage=centred to score with reward minus group mean"
-    if config.advantage == "trainer":
-        is_gae = algorithm.adv_estimator == "gae"
-        if not is_gae and algorithm.adv_estimator not in REWARD_ONLY_ADVANTAGES:
-            why = "its advantages are not known when groups are selected"
-            refuse("algorithm.adv_estimator", algorithm.adv_estimator, why, centred)
-        if is_gae and score_of(config.score).needs_response_derivatives:
-            why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
-            refuse("algorithm.adv_estimator", "gae", why, centred)
-        if algorithm.use_kl_in_reward:
-            why = "advantages with the KL penalty are not known when groups are selected"
-            refuse("algorithm.use_kl_in_reward", True, why, centred)
-    groupwise = config.advantage == "centred" or algorithm.adv_estimator not in ("gae", "reinforce_plus_plus")
-    n_trusted = min((s.n or rollout.n for s in config.validation.trusted_sets()), default=rollout.n)
-    for key, n in (("actor_rollout_ref.rollout.n", rollout.n), ("gradalign.validation.n", n_trusted)):
-        if groupwise and n < 2:
+def _check_advantages(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    estimator = verl_config.algorithm.adv_estimator
+    if config.advantage == "trainer" and estimator not in ("gae", *REWARD_ONLY_ADVANTAGES):
+        why = "its advantages are not known when groups are selected"
+        refuse("algorithm.adv_estimator", estimator, why, CENTRED)
+
+
+def _check_advantages_of_tokens(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    is_gae = config.advantage == "trainer" and verl_config.algorithm.adv_estimator == "gae"
+    if is_gae and score_of(config.score).needs_response_derivatives:
+        why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
+        refuse("algorithm.adv_estimator", "gae", why, CENTRED)
+
+
+def _check_kl_in_reward(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    if config.advantage == "trainer" and verl_config.algorithm.use_kl_in_reward:
+        why = "advantages with the KL penalty are not known when groups are selected"
+        refuse("algorithm.use_kl_in_reward", True, why, CENTRED)
+
+
+def _check_group_size(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    rollout_n = verl_config.actor_rollout_ref.rollout.n
+    is_groupwise = verl_config.algorithm.adv_estimator not in ("gae", "reinforce_plus_plus")
+    n_trusted = min((s.n or rollout_n for s in config.validation.trusted_sets()), default=rollout_n)
+    for key, n in (("actor_rollout_ref.rollout.n", rollout_n), ("gradalign.validation.n", n_trusted)):
+        if (is_groupwise or config.advantage == "centred") and n < 2:
             refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
-    loss_mode = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="vanilla")
-    if loss_mode != "vanilla" and config.loss_agg_mode is None:
-        why = "its token weights are not those of loss_agg_mode"
-        remedy = "name the weights to score with in gradalign.loss_agg_mode"
-        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, why, remedy)
 
 
-def _check_actor(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    actor, model = verl_config.actor_rollout_ref.actor, verl_config.actor_rollout_ref.model
-    if actor.strategy not in ENGINES:
-        why = f"the estimators read gradients of {' and '.join(ENGINES)} only"
-        refuse("actor_rollout_ref.actor.strategy", actor.strategy, why, "set it to fsdp2")
+def _check_loss(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    actor = verl_config.actor_rollout_ref.actor
+    mode, modes = loss_mode_of(actor), matching_modes(actor)
+    wanted = loss_weights(config, actor)
+    if wanted in modes:
+        return
+    key = "actor_rollout_ref.actor.policy_loss.loss_mode"
+    if modes:
+        why = f"weighs tokens as loss_agg_mode={modes[0]} does, and scores would weigh them as {wanted}"
+        refuse(key, mode, why, f"set gradalign.loss_agg_mode={modes[0]}")
+    if config.loss_agg_mode is None:
+        why = "its token weights are those of no loss_agg_mode (measured at the sampling policy)"
+        refuse(key, mode, why, "name the weights to score with in gradalign.loss_agg_mode")
+    logger.warning("%s=%s: scores weigh tokens by gradalign.loss_agg_mode=%s, training does not", key, mode, wanted)
+
+
+def _check_rollout_correction(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    correction = verl_config.algorithm.get("rollout_correction") or {}
+    for name, off in (("rollout_is", "null"), ("rollout_rs", "null"), ("bypass_mode", "False")):
+        if correction.get(name):
+            why = "training weighs or masks tokens by how far rollout and actor differ, and scores do not"
+            remedy = f"set it to {off}, or use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}"
+            refuse(f"algorithm.rollout_correction.{name}", correction[name], why, remedy)
+
+
+def _check_distillation(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    key = "distillation.distillation_loss.use_task_rewards"
+    if OmegaConf.select(verl_config, "distillation.enabled") and not OmegaConf.select(verl_config, key):
+        why = "training follows a teacher and no reward, while scores are of the reward's gradient"
+        refuse(key, False, why, "set it to True, or gradalign.score=random to train without selection")
+
+
+def _check_engine(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    actor = verl_config.actor_rollout_ref.actor
+    # Each engine has an actor block of its own; the strategy alone does not make FSDP's of it.
+    engine = actor.strategy if "fsdp_config" in actor or actor.strategy not in ENGINES else verl_config.model_engine
+    if engine in ENGINES:
+        return
+    why = f"gradients are read from {' and '.join(ENGINES)} only"
+    if actor.strategy in ENGINES:
+        why = f"is that of another engine than the actor block's ({engine}), and {why}"
+    remedy = (
+        f"use a score that works on every engine (gradalign.score={' or '.join(GRADIENT_FREE)}), or train on FSDP: "
+        f"model_engine=dp with actor_rollout_ref.actor.strategy=fsdp2, without the overrides of {engine}'s own keys"
+    )
+    refuse("actor_rollout_ref.actor.strategy", actor.strategy, why, remedy)
+
+
+def _check_replicas(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    actor = verl_config.actor_rollout_ref.actor
     num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
-    if actor.strategy == "fsdp" and actor.fsdp_config.get("fsdp_size", -1) == 1 and num_ranks > 1:
+    if actor.strategy == "fsdp" and OmegaConf.select(actor, "fsdp_config.fsdp_size") == 1 and num_ranks > 1:
         why = f"torch's FSDP1 never reduces gradients over the {num_ranks} replicas then, so ranks train apart"
         remedy = "set actor_rollout_ref.actor.strategy=fsdp2, or fsdp_size=-1"
         refuse("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, why, remedy)
-    if model.get("use_fused_kernels"):
+
+
+def _check_fused_kernels(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    if verl_config.actor_rollout_ref.model.get("use_fused_kernels"):
         why = "the estimators have not been shown to be exact with fused kernels"
         refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False")
+
+
+def _check_sequence_parallel(_: GradAlignConfig, verl_config: DictConfig) -> None:
     for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
-        ranks_per_sequence = OmegaConf.select(actor, key) or 1
+        ranks_per_sequence = OmegaConf.select(verl_config.actor_rollout_ref.actor, key) or 1
         if ranks_per_sequence > 1:
             why = "the estimators have not been shown to be exact with sequence parallelism"
             refuse(f"actor_rollout_ref.actor.{key}", ranks_per_sequence, why, "set it to 1")
 
 
-def _check_estimator(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """What the model itself allows is checked by the worker (`gradalign_check`), once it is built."""
-    actor = verl_config.actor_rollout_ref.actor
-    optimizer = str(actor.optim.get("optimizer", "AdamW"))
+def _check_optimizer(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    optimizer = str(verl_config.actor_rollout_ref.actor.optim.get("optimizer", "AdamW"))
     if config.direction.metric == "adam" and "adam" not in optimizer.lower():
         why = f"actor.optim.optimizer={optimizer} keeps no second moments"
         refuse("gradalign.direction.metric", "adam", why, "set it to none, or train with AdamW")
-    model_dtype = actor.fsdp_config.get("model_dtype", "fp32")
+
+
+def _check_model_dtype(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    model_dtype = OmegaConf.select(verl_config.actor_rollout_ref.actor, "fsdp_config.model_dtype") or "fp32"
     if config.estimator == "finite_difference" and model_dtype not in ("fp32", "float32"):
         why = "a small step is lost to rounding in parameters stored in half precision"
         remedy = "set it to fp32, or set gradalign.estimator=ghost"
         refuse("actor_rollout_ref.actor.fsdp_config.model_dtype", model_dtype, why, remedy)
+
+
+def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Warn of problems that do not fit a micro-batch."""
     budget = token_budget(config.probe, verl_config)
     data, num_rows = verl_config.data, config.curriculum.n or verl_config.actor_rollout_ref.rollout.n
     longest = num_rows * (data.max_prompt_length + data.max_response_length)

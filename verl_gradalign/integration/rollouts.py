@@ -18,6 +18,7 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import COEFFICIENTS
+from verl_gradalign.integration.policy_loss import loss_weights
 from verl_gradalign.probe.objective import token_coefficients
 from verl_gradalign.selection.groups import (
     NON_FINITE,
@@ -231,7 +232,7 @@ def _coefficients(
     have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
-    mode = config.loss_agg_mode or actor.loss_agg_mode
+    mode = loss_weights(config, actor)
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
     coefficient_RT, live, odd, start = torch.zeros_like(advantage_RT), set[str](), set[str](), 0
     for uid, members in usable.items():

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from verl_gradalign.config import GradAlignConfig, decisive
+from verl_gradalign.errors import refuse
 from verl_gradalign.files import file_fingerprint
 from verl_gradalign.selection.state_file import read_identity, require_same
 from verl_gradalign.versions import installed_versions
@@ -78,6 +79,11 @@ def resume_folder(verl_config: DictConfig) -> Path | None:
     return None if latest is None else Path(latest)
 
 
+def check_identity(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Refuse to resume a selection that belongs to something else than this run; see `check_resume`."""
+    check_resume(identity(config, verl_config), verl_config)
+
+
 def check_resume(current: dict[str, Any], verl_config: DictConfig) -> None:
     """Refuse, before any worker starts, to resume a selection that belongs to something else.
 
@@ -86,6 +92,8 @@ def check_resume(current: dict[str, Any], verl_config: DictConfig) -> None:
     folder = resume_folder(verl_config)
     if folder is None:
         return
+    if not folder.is_dir():
+        refuse("trainer.resume_from_path", folder, "no such folder", "give the global_step_<n> folder of a checkpoint")
     path = state_file(folder)
     if path.exists():
         require_same(path, read_identity(path), current)

@@ -13,14 +13,10 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from verl_gradalign.integration.in_flight import InFlight
+from verl_gradalign.integration.trainer_modes import refused_mode
 
-SEPARATE_ASYNC_REFUSED = (
-    "trainer.v1.trainer_mode=separate_async: selection is not supported there. Its rollout devices are never idle and "
-    "receive weights over a device-to-device engine (nccl, nixl), which this package has not been shown to work with, "
-    "and its steps are cut into mini-batches that would each have to be selected apart. Remedy: set "
-    "trainer.v1.trainer_mode=gradalign (synchronous) or gradalign_colocate_async."
-)
-
+TRAINER = "gradalign_trainer"
+"""The key of sampler_kwargs by which a trainer of this package makes itself known."""
 Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
 """Of a batch of finished groups, their uids, which of them failed, and the step: the rows to train on, and metrics.
 All other rows of the batch are cleared from TransferQueue."""
@@ -29,10 +25,13 @@ Explain = Callable[[], str]
 
 
 def _options(kwargs: dict[str, Any], train_batch_size: bool) -> dict[str, Any]:
-    """Return verl's constructor arguments, with those that come through sampler_kwargs."""
-    if kwargs["trainer_mode"] == "separate_async":
-        raise ValueError(SEPARATE_ASYNC_REFUSED)
+    """Return verl's constructor arguments, with those that come through sampler_kwargs.
+
+    Raises: ValueError, before any worker starts, if it is not a trainer of this package that builds the sampler.
+    """
     own = kwargs["sampler_kwargs"] or {}
+    if TRAINER not in own:
+        raise ValueError(refused_mode(kwargs["trainer_mode"]))
     options = {**kwargs, "poll_interval": own.get("poll_interval_s", 0.5)}
     options["filter_groups_metric"] = own.get("filter_groups_metric")
     if train_batch_size and options["filter_groups_metric"] is not None:
@@ -61,10 +60,7 @@ class _Selecting(ReplayBuffer):
         if partition_id != "train":
             return super().sample(global_steps, partition_id, batch_size)
         if self._in_flight is None or self._choose is None or self._explain is None:
-            raise RuntimeError(
-                "the sampler has no selector: trainer.v1.sampler.custom_sampler.name=GradAlignSampler works only with "
-                "its trainer. Remedy: set trainer.v1.trainer_mode=gradalign."
-            )
+            raise RuntimeError(refused_mode(self.trainer_mode))
         try:
             batch, metrics = super().sample(global_steps, partition_id, self._num_groups(self._in_flight))
         except RuntimeError as error:

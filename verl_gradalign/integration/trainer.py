@@ -25,15 +25,17 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from verl_gradalign.errors import require_all
 from verl_gradalign.integration import run_identity
-from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.requests import build_requests
 from verl_gradalign.integration.reward_check import reward_of_empty_answer
 from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
-from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED, GradAlignAsyncSampler, GradAlignSampler
+from verl_gradalign.integration.sampler import TRAINER, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
+from verl_gradalign.integration.trainer_modes import refused_mode
 from verl_gradalign.integration.worker import use_own_workers
 from verl_gradalign.log.columns import StepSeconds
 from verl_gradalign.log.run_log import RunNotes
@@ -68,10 +70,9 @@ class SelectionTrainer(_Trainer):
 
     def __init__(self, config: DictConfig) -> None:
         self.gradalign = read_config(config)
-        check_verl_config(self.gradalign, config)
-        check_data(self.gradalign, config)
+        checks = *verl_checks(self.gradalign), check_data, run_identity.check_identity
+        require_all(partial(check, self.gradalign, config) for check in checks)
         self._identity = run_identity.identity(self.gradalign, config)
-        run_identity.check_resume(self._identity, config)
         self._use_own_sampler(config)
         super().__init__(config)
         if not isinstance(self.replay_buffer, self.sampler_class):
@@ -375,7 +376,7 @@ class SelectionTrainer(_Trainer):
         """Fill in the sampler keys, so that trainer_mode alone is enough."""
         sampler = verl_config.trainer.v1.sampler
         filter_groups: Any = verl_config.algorithm.get("filter_groups") or {}
-        own: dict[str, Any] = {"poll_interval_s": self.gradalign.poll_interval_s}
+        own: dict[str, Any] = {"poll_interval_s": self.gradalign.poll_interval_s, TRAINER: type(self).__name__}
         if filter_groups.get("enable"):
             own |= {
                 "filter_groups_metric": str(filter_groups.metric),
@@ -410,4 +411,4 @@ class GradAlignSeparateAsyncTrainer(PPOTrainerSeparateAsync):
     """Refused: says why, instead of verl's "unknown trainer"."""
 
     def __init__(self, config: DictConfig) -> None:
-        raise ValueError(SEPARATE_ASYNC_REFUSED)
+        raise ValueError(refused_mode("separate_async"))
