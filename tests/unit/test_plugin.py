@@ -312,3 +312,19 @@ def test_verl_still_asks_for_flash_attention_where_the_shim_expects_it(monkeypat
         load_valuehead_model("folder", None, None, False)
     assert [call["attn_implementation"] for call in asked] == ["flash_attention_2", "sdpa"]
     assert AutoModelForTokenClassification.from_pretrained is original
+
+
+def test_verls_old_trainer_is_refused_where_selection_is_asked_for(tmp_path):
+    """It would train without selection, and say nothing. Refused before Ray starts."""
+    words = ["+platform=cpu", "+regime=quickstart", "+gradalign=random", "trainer.use_v1=False"]
+    files = ["data.train_files=train", "data.val_files=test", "actor_rollout_ref.model.path=model"]
+    process = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *words, *files, f"hydra.run.dir={tmp_path}"],
+        env=os.environ | {"VERL_PLATFORM": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode != 0 and "Started a local Ray instance" not in process.stderr
+    assert "trainer.use_v1=False: verl's old trainer knows no samplers" in process.stderr

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from verl.utils import tensordict_utils as tu
@@ -31,8 +31,9 @@ from verl_gradalign.probe.passes import largest_of_ranks
 from verl_gradalign.types import ProblemRows
 
 COEFFICIENTS = "gradalign_coefficients"
-ROW_FIELDS = ("input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", COEFFICIENTS)
-"""Fields of the row table, all nested (rows, ragged). Coefficients have the responses' lengths."""
+MULTI_MODAL = "multi_modal_inputs"
+MODEL_INPUTS = ("input_ids", "position_ids", MULTI_MODAL)
+"""What verl makes a model's inputs of."""
 
 
 def coefficient_loss(
@@ -52,8 +53,9 @@ class VerlEngine:
 
     Args:
         engine: verl's FSDP engine (`actor.engine` of a worker).
-        rows: the rank's rows; the last one is the spare row, run with zero coefficients where a rank has fewer rows
-            than others, because every rank must run the same number of micro-batches.
+        rows: the rank's rows with all that verl's update is given of them, and COEFFICIENTS, which have the responses'
+            lengths. The last one is the spare row, run with zero coefficients where a rank has fewer rows than
+            others, because every rank must run the same number of micro-batches.
         temperature: the sampling temperature, at which log-probs are taken.
         budget: what a micro-batch of a forward pass may hold.
     """
@@ -62,8 +64,15 @@ class VerlEngine:
         self.budget = budget
         self._engine = engine
         self._temperature = temperature
-        # Taken apart once: selecting rows of a nested tensor takes all of it apart.
-        self._rows: dict[str, list[Tensor]] = {name: list(rows[name].unbind()) for name in ROW_FIELDS}
+        # As verl's workers: rows of images have positions of several axes, which the transport leaves damaged.
+        tu.maybe_fix_3d_position_ids(rows)
+        # Taken apart once: selecting rows of a nested tensor takes all of it apart. Whole columns, not a choice of
+        # them: what verl's pass reads of a row, the pass over it here must read too.
+        self._rows: dict[str, list[Any]] = {
+            name: list(rows[name].unbind()) for name in rows.keys() if isinstance(rows.get(name), Tensor)
+        }
+        if (images := rows.get(MULTI_MODAL, None)) is not None and any(images.tolist()):
+            self._rows[MULTI_MODAL] = images.tolist()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -103,7 +112,8 @@ class VerlEngine:
         verl prepares the inputs. The log-probs are taken from the logits here: verl takes them of prompt tokens too,
         and one token at a time where there is no flash attention.
         """
-        data = self._settings(self._select(("input_ids", "position_ids"), list(rows)).to(get_device_id()))
+        names = [name for name in MODEL_INPUTS if name in self._rows]
+        data = self._settings(self._select(names, list(rows)).to(get_device_id()))
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
         with self._autocast():
             logits = self.module(**inputs, use_cache=False).logits
@@ -129,7 +139,7 @@ class VerlEngine:
         num_rows = largest_of_ranks(max(1, len(rows)), self.data_group, get_device_id())
         num_rows, micro_batch_size = self._micro_batching(num_rows)
         data = self._settings(
-            self._select(ROW_FIELDS, rows, scales + [0.0] * (num_rows - len(rows))),
+            self._select(list(self._rows), rows, scales + [0.0] * (num_rows - len(rows))),
             ("use_dynamic_bsz", "max_token_len_per_gpu"),
             micro_batch_size_per_gpu=micro_batch_size,
         )
@@ -164,7 +174,10 @@ class VerlEngine:
             parts = [self._rows[name][row] for row in padded_rows]
             if name == COEFFICIENTS:
                 parts = [part * scale for part, scale in zip(parts, scales, strict=True)]
-            columns[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+            is_tensor = isinstance(parts[0], Tensor)
+            columns[name] = (
+                torch.nested.as_nested_tensor(parts, layout=torch.jagged) if is_tensor else NonTensorStack(*parts)
+            )
         return TensorDict(columns, batch_size=len(padded_rows))
 
 

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
-from verl_gradalign.integration.engine import ROW_FIELDS
 from verl_gradalign.probe.call import ScoringRequest
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -143,9 +142,8 @@ def build_requests(
     for dp_rank in dp_rank_of:
         keys = [key for table in assigned for keys in table[dp_rank] for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
-        metas.append(
-            KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id, fields=list(ROW_FIELDS))
-        )
+        # Every column, as in verl's update: a choice of them would be another pass than training's.
+        metas.append(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id))
         shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, assigned, strict=True)]
         requests.append(replace(request, trusted=dict(zip(names, shares[:-1], strict=True)), candidates=shares[-1]))
     return metas, requests
