@@ -6,6 +6,7 @@
 Shape legend: R rows of a pass, S tokens of prompt and response (padded), T response tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -17,7 +18,7 @@ from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.fsdp import data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
-from verl_gradalign.probe.passes import largest_of_ranks, pack
+from verl_gradalign.probe.passes import largest_of_ranks, pack, power_of_two
 from verl_gradalign.types import ProblemRows, TokenRow
 
 
@@ -30,9 +31,9 @@ class PlainEngine:
         temperature: the sampling temperature, at which log-probs are taken.
         max_tokens: positions of a micro-batch, padding included.
         autocast_dtype: what to compute in under autocast. None: the model's own dtype.
-    """
 
-    gradient_scale = 1.0
+    Made on all ranks alike: under FSDP float16 asks them for the largest coefficient of all.
+    """
 
     def __init__(
         self,
@@ -49,6 +50,15 @@ class PlainEngine:
         self._temperature = temperature
         self._autocast_dtype = autocast_dtype
         self._device = next(module.parameters()).device
+        # In float16 gradients vanish below 6e-8, which a long problem's coefficients come close to.
+        is_float16 = torch.float16 in (autocast_dtype, next(module.parameters()).dtype)
+        self.gradient_scale = self._largest_coefficient() if is_float16 else 1.0
+
+    def _largest_coefficient(self) -> float:
+        """Return the power of two next below the largest |coefficient| of all ranks' rows. Collective."""
+        sizes = [float(row.coefficient.abs().max()) for row in self._rows if row.coefficient.numel()]
+        exponent = round(math.log2(power_of_two(max(sizes, default=0.0))))
+        return 2.0 ** largest_of_ranks(exponent, self.data_group, self._device)
 
     @property
     def spare_row(self) -> int:
@@ -77,7 +87,10 @@ class PlainEngine:
         return log_prob_RT, padded_layout(len(chosen), width, rows_per_problem)
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
-        """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
+        """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.
+
+        See `GradientEngine.backward`.
+        """
         rows = [(row, problem.scale) for problem in problems for row in problem.rows]
         # Row by row: the sum over rows does not ask where a problem ends, so large problems fit too.
         lengths = [(row, self.row_length(row)) for row, _ in rows]
@@ -93,4 +106,5 @@ class PlainEngine:
             for index, (row, scale) in enumerate(batch):
                 coefficient_T = self._rows[row].coefficient
                 coefficient_RT[index, : len(coefficient_T)] = coefficient_T * scale
-            ((coefficient_RT * log_prob_RT).sum() * num_ranks).backward()  # type: ignore[no-untyped-call]
+            loss = (coefficient_RT / self.gradient_scale * log_prob_RT).sum() * num_ranks
+            loss.backward()  # type: ignore[no-untyped-call]

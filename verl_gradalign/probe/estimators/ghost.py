@@ -75,11 +75,12 @@ def tapped_scores(
             measured = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
             reshard(engine.module)
-            derivative_R = measured.derivative_R.cpu()
+            # In float64: a small scale times a small derivative would be rounded, or lost.
+            derivative_R = measured.derivative_R.double().cpu()
             if per_response:
                 sums.add_rows(batch, derivative_R * scale_R, derivative_R.masked_fill(~gives_R, torch.nan))
             else:
-                sums.add_parts(batch, derivative_R)
+                sums.add_parts(batch, derivative_R * scale_R)
             sums.add_norms(batch, measured.squared_norm_P)
             after_pass(batch)
     scores = sums.reduce(engine, direction_norm)
