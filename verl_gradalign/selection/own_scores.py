@@ -91,9 +91,8 @@ def held_to_form(name: str, rank: Rank) -> Callable[[Measurements, ScoreOptions]
         num_problems = len(m.problem_id_P)
         if not num_problems:
             return torch.zeros(0, dtype=torch.float64)
-        copies = {f.name: v.clone() for f in fields(m) if isinstance(v := getattr(m, f.name), Tensor)}
         try:
-            result = rank(replace(m, **copies), options)
+            result = rank(_with_tensors(m, Tensor.clone), options)
         except Exception as error:
             raised = f"raised {type(error).__name__}: {error}, on the measurements of {num_problems} problems"
             raise ValueError(f"gradalign.score={name!r}: {raised}. {FORM}.") from error
@@ -199,8 +198,13 @@ def made_up(has_direction: bool, has_norm: bool, has_derivatives: bool) -> Measu
 
 def first_of(m: Measurements) -> Measurements:
     """Return the measurements of the first problem alone."""
-    alone = {f.name: v[:1] for f in fields(m) if isinstance(v := getattr(m, f.name), Tensor)}
-    return replace(m, **alone)
+    return _with_tensors(m, lambda values_P: values_P[:1])
+
+
+def _with_tensors(m: Measurements, function: Callable[[Tensor], Tensor]) -> Measurements:
+    """Return the measurements with a function of each of their tensors."""
+    made: Any = {f.name: function(v) for f in fields(m) if isinstance(v := getattr(m, f.name), Tensor)}
+    return replace(m, **made)
 
 
 def _shown(result: Any) -> str:

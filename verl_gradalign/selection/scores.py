@@ -161,7 +161,8 @@ def score_of(name: str) -> Score:
     if not isinstance(found, Score):
         require(callable(found), "score", name, f"is a {type(found).__name__}", "name a function or a Score")
         require_arguments(name, found, "m")
-        found = Score(lambda m, _, rank=found: rank(m), "trusted", needs_norm=True)
+        function = found
+        found = Score(lambda m, _: function(m), "trusted", needs_norm=True)
     elif found.rank is not None:
         require(callable(found.rank), "score", name, "is a Score of no function", "give its function first, or None")
         require_arguments(name, found.rank, "m", "options")
