@@ -85,7 +85,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     batches = [_micro_batch(problems, [mine[member] for member in members]) for members in packed]
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
-    num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
+    num_batches = largest_of_ranks(len(batches), engine.data_group, engine.device)
     return batches + [padding] * (num_batches - len(batches))
 
 
@@ -211,8 +211,8 @@ def summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
     """Return the sum, on the CPU, over the ranks that hold different rows. Collective."""
     if engine.data_group is None:
         return values
-    # On the model's device: NCCL reduces nothing that lies in CPU memory.
-    on_device = values.to(next(engine.module.parameters()).device)
+    # On the engine's device: NCCL reduces nothing that lies in CPU memory.
+    on_device = values.to(engine.device)
     torch.distributed.all_reduce(on_device, group=engine.data_group)
     return on_device.cpu()
 

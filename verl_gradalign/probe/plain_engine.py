@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from verl_gradalign.probe.engine import TokenBudget
-from verl_gradalign.probe.fsdp import data_parallel_group
+from verl_gradalign.probe.fsdp import compute_device, data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
 from verl_gradalign.probe.passes import largest_of_ranks, pack, power_of_two
@@ -49,7 +49,7 @@ class PlainEngine:
         self._rows = rows
         self._temperature = temperature
         self._autocast_dtype = autocast_dtype
-        self._device = next(module.parameters()).device
+        self.device = compute_device(module)
         # In float16 gradients vanish below 6e-8, which a long problem's coefficients come close to.
         is_float16 = torch.float16 in (autocast_dtype, next(module.parameters()).dtype)
         self.gradient_scale = self._largest_coefficient() if is_float16 else 1.0
@@ -58,7 +58,7 @@ class PlainEngine:
         """Return the power of two next below the largest |coefficient| of all ranks' rows. Collective."""
         sizes = [float(row.coefficient.abs().max()) for row in self._rows if row.coefficient.numel()]
         exponent = round(math.log2(power_of_two(max(sizes, default=0.0))))
-        return 2.0 ** largest_of_ranks(exponent, self.data_group, self._device)
+        return 2.0 ** largest_of_ranks(exponent, self.data_group, self.device)
 
     @property
     def spare_row(self) -> int:
@@ -77,9 +77,9 @@ class PlainEngine:
         chosen = [self._rows[row] for row in rows]
         ids_RS = pad_sequence([torch.cat([row.prompt, row.response]) for row in chosen], batch_first=True)
         mask_RS = pad_sequence([torch.ones(row.num_tokens, dtype=torch.int64) for row in chosen], batch_first=True)
-        ids_RS, mask_RS = ids_RS.to(self._device), mask_RS.to(self._device)
+        ids_RS, mask_RS = ids_RS.to(self.device), mask_RS.to(self.device)
         dtype = self._autocast_dtype
-        with nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype):
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             logits_RSV = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
         width = ids_RS.shape[1]
         spans = [(index * width + len(row.prompt), len(row.response)) for index, row in enumerate(chosen)]
@@ -96,7 +96,7 @@ class PlainEngine:
         lengths = [(row, self.row_length(row)) for row, _ in rows]
         one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
         batches = [[rows[i] for i in members] for members in pack(one_row_each, self.budget)]
-        num_batches = largest_of_ranks(len(batches), self.data_group, self._device)
+        num_batches = largest_of_ranks(len(batches), self.data_group, self.device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for batch in batches + [[]] * (num_batches - len(batches)):

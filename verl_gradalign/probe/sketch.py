@@ -190,7 +190,7 @@ def sketch_gradients(
 ) -> tuple[list[BatchSketch], ProblemScores]:
     """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
     # Products with a direction are not wanted; a zero that takes no memory stands for it.
-    zero = torch.zeros((), device=next(engine.module.parameters()).device)
+    zero = torch.zeros((), device=engine.device)
     points, gather = sketcher.points, lambda p: zero.expand(p.shape)
     scores = tapped_scores(engine, problems, 0.0, points, gather, per_response=False, after_pass=sketcher.keep)
     return sketcher.batches, scores

@@ -38,7 +38,7 @@ class GhostEstimator(ScoreEstimator):
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
-        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction)
+        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction, engine.device)
         return tapped_scores(engine, problems, direction.norm, points, gather, self._config.response_derivatives)
 
 
@@ -62,7 +62,7 @@ def tapped_scores(
         if a problem exceeds the budget.
     """
     require_no_gradients(engine.module)
-    device = next(engine.module.parameters()).device
+    device = engine.device
     sums = ProblemSums(problems)
     with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):

@@ -33,7 +33,7 @@ class OutputLayerEstimator(ScoreEstimator):
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
-        point, gather = output_layer(engine.module), DirectionGather(engine.module, direction)
+        point, gather = output_layer(engine.module), DirectionGather(engine.module, direction, engine.device)
         per_response = self._config.response_derivatives
         # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
         cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
