@@ -92,6 +92,7 @@ class OddEngine:
     """What `compute_direction` asks of an engine."""
 
     gradient_scale = 1.0
+    device = torch.device("cpu")
 
     def __init__(self, module: nn.Module, shard_group: dist.ProcessGroup | None) -> None:
         self.module = module
@@ -222,7 +223,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 def gather_all(module: nn.Module, direction: Direction) -> dict[str, Tensor]:
     """Return the direction of every use of a trainable parameter. Collective."""
     require_same_shards(module, direction)
-    gather = DirectionGather(module, direction)
+    gather = DirectionGather(module, direction, torch.device("cpu"))
     placements = trainable_placements(module)
     return {placement.name.replace("_fsdp_wrapped_module.", ""): gather(placement).clone() for placement in placements}
 

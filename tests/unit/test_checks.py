@@ -244,6 +244,17 @@ def test_a_plan_that_the_data_do_not_last_for_is_refused_before_any_worker_start
     assert "gradalign.curriculum" in str(refusal_of_data(data_config).value)
 
 
+def test_a_storage_too_small_for_the_pool_and_the_trusted_answers_is_refused(data_config):
+    key = "transfer_queue.backend.SimpleStorage.total_storage_size"
+    sizes = {"gradalign.schedule": "once", "gradalign.curriculum.keep": 2, "gradalign.validation.n": 30}
+    change(data_config, {**sizes, key: 45})
+    refusal = refusal_of_data(data_config)
+    assert_refused(refusal, key, 45)
+    assert "46 rows at once (2 candidates x 8 responses and 30 trusted ones)" in str(refusal.value)
+    change(data_config, {key: 46})
+    check_data(read_config(data_config), data_config)
+
+
 def test_every_trusted_set_is_checked_and_named(data_config, tmp_path):
     good = data_config.gradalign.validation.files[0]
     bad = write_parquet(tmp_path / "bad.parquet", ["2 + 2 = ?"])

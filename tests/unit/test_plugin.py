@@ -106,7 +106,7 @@ def test_without_the_word_the_composed_configuration_is_verls_own(with_plugin, w
     assert with_plugin["stock"] == without_plugin["stock"]
 
 
-def test_the_word_sets_the_trainer_the_sampler_and_the_block_and_nothing_else(with_plugin):
+def test_the_word_sets_the_trainer_the_sampler_the_storage_and_the_block_and_nothing_else(with_plugin):
     config, stock = copy.deepcopy(with_plugin["cosine"]), with_plugin["stock"]
     assert config["gradalign"]["score"] == "cosine"
     assert config["gradalign"]["validation"] == {"files": "x.parquet", "n": None, "sets": []}
@@ -116,7 +116,10 @@ def test_the_word_sets_the_trainer_the_sampler_and_the_block_and_nothing_else(wi
         "path": "pkg://verl_gradalign.integration.sampler",
         "name": "GradAlignSampler",
     }
+    storage, stock_storage = (each["transfer_queue"]["backend"]["SimpleStorage"] for each in (config, stock))
+    assert storage["total_storage_size"] is None and stock_storage["total_storage_size"] is not None
     del config["gradalign"]
+    storage["total_storage_size"] = stock_storage["total_storage_size"]
     v1["trainer_mode"] = stock["trainer"]["v1"]["trainer_mode"]
     v1["sampler"]["custom_sampler"] = stock["trainer"]["v1"]["sampler"]["custom_sampler"]
     assert config == stock

@@ -14,10 +14,11 @@ from typing import Any
 import datasets
 from omegaconf import DictConfig, OmegaConf
 
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
 from verl_gradalign.integration.policy_loss import loss_mode_of, loss_weights, matching_modes
 from verl_gradalign.integration.requests import token_budget
+from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
@@ -339,14 +340,16 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     trusted_sets = config.validation.trusted_sets() if score.needs_direction else ()
     trusted = {}
     for trusted_set in trusted_sets:
-        name = "files" if config.validation.files else f"sets[{trusted_set.name}].files"
-        key = f"gradalign.validation.{name}"
+        key = _files_key(trusted_set, config)
         trusted[key] = (trusted_set.files, _prompts(key, trusted_set.files, prompt_key))
     files = data.train_files
     train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
     limit = data.get("train_max_samples", -1)
     num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
     check_schedule(config, num_problems, data.train_batch_size, chooses=score.rank is not None)
+    rollout_n = verl_config.actor_rollout_ref.rollout.n
+    num_trusted = sum(len(trusted[_files_key(s, config)][1]) * (s.n or rollout_n) for s in trusted_sets)
+    check_storage(config, verl_config, num_problems, num_trusted)
     for key, (names, prompts) in trusted.items():
         shared = set(prompts) & set(train)
         if shared:
@@ -355,6 +358,11 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
                 f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on"
             )
             refuse(key, list(names), why, "remove them from one of the two")
+
+
+def _files_key(trusted_set: TrustedSetConfig, config: GradAlignConfig) -> str:
+    """Return the key that names the set's files."""
+    return f"gradalign.validation.{'files' if config.validation.files else f'sets[{trusted_set.name}].files'}"
 
 
 def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:

@@ -79,6 +79,12 @@ class VerlEngine:
         return self._engine.module
 
     @property
+    def device(self) -> torch.device:
+        # verl's id is a number, or a whole name on a CPU.
+        index = get_device_id()
+        return torch.device(get_device_name(), index) if isinstance(index, int) else torch.device(index)
+
+    @property
     def shard_group(self) -> ProcessGroup | None:
         return self._engine.device_mesh["fsdp"].get_group()
 

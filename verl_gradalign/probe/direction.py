@@ -5,7 +5,7 @@ It does not decide which problems are trusted, nor when the direction is refresh
 
     with leave_no_trace(engine.module):
         direction = compute_direction(engine, trusted)
-        gather = DirectionGather(engine.module, direction)
+        gather = DirectionGather(engine.module, direction, engine.device)
         direction_OI = gather(trainable_placements(engine.module)[0])        # collective
 """
 
@@ -144,7 +144,7 @@ def local_products(first: Shards, second: Shards) -> list[Tensor]:
 def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
     """Return the inner product over all shards of all ranks, summed in float64. Collective."""
     # A rank may hold no shard at all; it still takes part in the reduction.
-    total = torch.zeros((), dtype=torch.float64, device=next(engine.module.parameters()).device)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for product in local_products(first, second):
         total += product.to(total.device)
     if engine.shard_group is not None:
@@ -159,7 +159,7 @@ class DirectionGather:
     are asked for one after another.
     """
 
-    def __init__(self, root: nn.Module, direction: Direction) -> None:
+    def __init__(self, root: nn.Module, direction: Direction, device: torch.device) -> None:
         require_same_shards(root, direction)
         self._parameters = [parameter for _, parameter in trainable_parameters(root)]
         self._shards = direction.shards
@@ -168,7 +168,7 @@ class DirectionGather:
         self._flat_shapes = {id(handle): handle.flat_param.shape for handle in flat_handles(root)}
         # A rank without any shard of a flat parameter still gathers it, in the dtype of the others.
         dtype = next((shard.dtype for shard in self._shards if shard is not None), torch.float32)
-        self._like = torch.zeros(0, dtype=dtype, device=next(root.parameters()).device)
+        self._like = torch.zeros(0, dtype=dtype, device=device)
         self._last: tuple[Any, tuple[Tensor, ...]] = (None, ())
 
     def __call__(self, placement: Placement) -> Tensor:

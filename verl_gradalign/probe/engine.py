@@ -53,6 +53,11 @@ class GradientEngine(Protocol):
         """The (possibly FSDP-wrapped) model whose trainable parameters carry the gradient."""
 
     @property
+    def device(self) -> torch.device:
+        """Where passes compute, and collectives take their tensors. The parameters may lie elsewhere: FSDP2's offload
+        policy keeps them, and their gradients, in CPU memory."""
+
+    @property
     def shard_group(self) -> ProcessGroup | None:
         """Ranks over which the parameters are sharded, where sums over shards are reduced. None: unsharded."""
 

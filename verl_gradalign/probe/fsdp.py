@@ -225,6 +225,18 @@ def _abandon_pass_fsdp1(unit: FSDP, handle: Any) -> None:
         unit._exec_order_data.next_iter()
 
 
+def compute_device(module: nn.Module) -> torch.device:
+    """Return where the module's passes compute: where its parameters lie, unless FSDP keeps them in CPU memory."""
+    if isinstance(module, FSDP) and module.compute_device is not None:
+        return module.compute_device
+    if isinstance(module, FSDPModule):
+        kind = next(p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor))
+        return (
+            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+        )
+    return next(module.parameters()).device
+
+
 def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
     """Return the group that FSDP shards the module over, None if it is not sharded.
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from verl_gradalign.probe.layout import Layout, row_sums
 from verl_gradalign.probe.matrix_scores import matrix_scores
@@ -49,9 +50,9 @@ class LayerScores:
     """A layer's part of the scores, in the accumulation dtype."""
 
     derivative_R: Tensor
-    """Each row's (unscaled) gradient times the direction."""
+    """Each row's (unscaled) gradient times the direction, (rows,)."""
     squared_norm_P: Tensor
-    """Squared norm of each problem's (scaled, summed) gradient."""
+    """Squared norm of each problem's (scaled, summed) gradient, (problems,)."""
 
 
 LayerRule = Callable[[LayerCall], LayerScores]
@@ -60,8 +61,19 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
 """Rules by module type, subclasses that inherit `forward` included. RMSNorm classes are found by name (`rule_of`)."""
 
 
+SHOWN_POSITIONS = 64
+"""At which `output_error` compares."""
+
+
 def register_layer_rule(*types: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
-    """Return a decorator that makes a function the rule of module types (and of subclasses with their `forward`)."""
+    """Return a decorator that makes a function the rule of module types (and of subclasses with their `forward`).
+
+    The rule gets a `LayerCall` and returns `LayerScores` of its shapes, of all trainable parameters of the layer; what
+    it is given it must not change. Raises: TypeError if something else than types of modules is given.
+    """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_layer_rule({kind!r}): give the class of the layers, such as MyLayer")
 
     def register(rule: LayerRule) -> LayerRule:
         LAYER_RULES.update(dict.fromkeys(types, rule))
@@ -74,15 +86,62 @@ def rule_of(module: nn.Module) -> LayerRule | None:
     """Return the rule of the registered class whose `forward` the module runs, else RMSNorm's by name, else None.
 
     A subclass with a `forward` of its own (Gemma's scaled embedding) computes something else than its base's rule is
-    for. Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon.
+    for. Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon. Where more than
+    the class decides what is computed, `output_error` says whether it is what the rule is for.
     """
-    # A forward bound to the instance (a patched kernel) computes what no rule of its class is for.
-    if "forward" in vars(module):
+    is_norm = type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
+    base = _base_of(module)
+    # A forward bound to the instance: a kernel (Liger's norms), or a wrapper that says what it wraps (verl's offload).
+    own = vars(module).get("forward")
+    if own is not None and not (is_norm or isinstance(module, nn.RMSNorm) or _is_wrapped(own, module)):
         return None
-    for base in type(module).__mro__:
-        if base in LAYER_RULES and type(module).forward is base.forward:
-            return LAYER_RULES[base]
-    return rms_norm if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None else None
+    if base is not None:
+        return LAYER_RULES[base]
+    return rms_norm if is_norm else None
+
+
+def _base_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the registered class whose `forward` the module's class has."""
+    classes = (base for base in type(module).__mro__ if base in LAYER_RULES)
+    return next((base for base in classes if type(module).forward is base.forward), None)
+
+
+def _is_wrapped(forward: Any, module: nn.Module) -> bool:
+    """Return whether a forward says (functools.wraps) that it wraps the one of the module's class."""
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        forward = inner
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> float:
+    """Return by how much a layer's output differs from what its rule is for, as a share of it, at the first positions.
+
+    0 where the class alone decides that: no forward of the instance, no rule by name, no hooks of all modules. Call it
+    where the parameters are whole. nan where either is not finite.
+
+    Shapes: output (lines, positions, ...), layer_input (lines, positions[, ..., features]).
+    """
+    base = _base_of(module)
+    if base is not None and "forward" not in vars(module) and not _global_forward_hooks:
+        return 0.0
+    # Of the first line, where there are lines; what else a layer is called with, its tap refuses.
+    has_lines = layer_input.dim() >= (3 if layer_input.is_floating_point() else 2)
+    some = (slice(0, 1), slice(0, SHOWN_POSITIONS)) if has_lines else slice(0, SHOWN_POSITIONS)
+    actual, value = output[some].detach(), layer_input[some].detach()
+    with torch.no_grad():
+        # Some RMSNorms have a weight, others its offset from one.
+        known = [base.forward(module, value)] if base is not None else _normalised(module, value)
+        errors = [(actual.double() - each.double()).norm() / each.double().norm() for each in known]
+    return torch.stack(errors).min().item()
+
+
+def _normalised(module: nn.Module, value: Tensor) -> list[Tensor]:
+    """Return what an RMSNorm may put out, its weight as it is or as an offset from one."""
+    value_D = value.to(torch.promote_types(value.dtype, torch.float32))
+    epsilon: Any = _epsilon(module)
+    factor = torch.rsqrt(value_D.square().mean(dim=-1, keepdim=True) + epsilon)
+    weight_D: Any = module.weight
+    return [value_D * factor * weight_D, value_D * factor * (1 + weight_D)]
 
 
 def add(first: LayerScores, *others: LayerScores) -> LayerScores:
@@ -146,6 +205,15 @@ def layer_norm(call: LayerCall) -> LayerScores:
         return vector_scores(call.delta * normalised_ND, direction_D, call)
 
     return weight_and_bias(call, of_weight)
+
+
+COVERED: dict[LayerRule, tuple[str, ...]] = {
+    linear: ("weight", "bias"),
+    embedding: ("weight",),
+    rms_norm: ("weight",),
+    layer_norm: ("weight", "bias"),
+}
+"""Parameters that the rules of this module know. A rule of the user's must know all that its layer trains."""
 
 
 def weight_and_bias(call: LayerCall, of_weight: Callable[[Tensor], LayerScores]) -> LayerScores:

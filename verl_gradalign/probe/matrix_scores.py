@@ -112,20 +112,21 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
 
 def per_problem(segment: Segment) -> tuple[Tensor, Tensor]:
     """Return (derivative_R, squared_norm_P) by forming problems' gradients, and products position by position."""
-    delta_PTO, input_PTI = _scaled(segment)
+    delta_PTO, input_PTI, size_P = scaled_rows(segment)
     squared_norm_P = segment.scale_R.new_zeros(len(delta_PTO))
     for block in _blocks(segment, num_gradients=len(delta_PTO)):
         total_PF = _multiply(delta_PTO[:, :, block].transpose(1, 2), input_PTI, segment.dtype).flatten(1)
         squared_norm_P += _squared_norms(total_PF)
-    return _products(segment), squared_norm_P
+    return _products(segment), squared_norm_P * size_P.square()
 
 
 def gram(segment: Segment) -> tuple[Tensor, Tensor]:
     """Return (derivative_R, squared_norm_P) without forming anything of the size of the weight."""
-    delta_PTO, input_PTI = _scaled(segment)
+    delta_PTO, input_PTI, size_P = scaled_rows(segment)
     delta_PTT = _multiply(delta_PTO, delta_PTO.transpose(1, 2), segment.dtype)
     input_PTT = _multiply(input_PTI, input_PTI.transpose(1, 2), segment.dtype)
-    return _products(segment), torch.linalg.vecdot(delta_PTT.flatten(1), input_PTT.flatten(1))
+    squared_norm_P = torch.linalg.vecdot(delta_PTT.flatten(1), input_PTT.flatten(1))
+    return _products(segment), squared_norm_P * size_P.square()
 
 
 def _products(segment: Segment) -> Tensor:
@@ -136,17 +137,23 @@ def _products(segment: Segment) -> Tensor:
     return row_sums(product_N, segment.layout, segment.dtype)
 
 
-def _scaled(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return (delta_PTO, input_PTI), the narrower of them multiplied by each row's scale."""
+def scaled_rows(segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (delta_PTO, input_PTI, size_P), the narrower multiplied by each row's scale over the problem's largest."""
+    num_problems = segment.layout.num_problems
+    # All problems of a segment have equally many rows.
+    scale_PR = segment.scale_R.view(num_problems, -1)
+    size_P = scale_PR.abs().amax(dim=1)
+    size_P = torch.where(size_P > 0, size_P, torch.ones_like(size_P))
     row_N = segment.layout.row_of_position(segment.scale_R.device)
-    scale_N1 = segment.scale_R[row_N].unsqueeze(-1).to(segment.delta_NO.dtype)
+    # Multiplied in the accumulation dtype: a scale rounded to half precision would be wrong for the whole row alike,
+    # and a small one would be lost.
+    factor_N1 = (scale_PR / size_P.unsqueeze(1)).flatten()[row_N].unsqueeze(-1)
     delta_NO, input_NI = segment.delta_NO, segment.input_NI
     if delta_NO.shape[1] < input_NI.shape[1]:
-        delta_NO = delta_NO * scale_N1
+        delta_NO = (delta_NO * factor_N1).to(delta_NO.dtype)
     else:
-        input_NI = input_NI * scale_N1
-    num_problems = segment.layout.num_problems
-    return _split(delta_NO, num_problems), _split(input_NI, num_problems)
+        input_NI = (input_NI * factor_N1).to(input_NI.dtype)
+    return _split(delta_NO, num_problems), _split(input_NI, num_problems), size_P
 
 
 def _split(values_NF: Tensor, num_parts: int) -> Tensor:

@@ -12,6 +12,7 @@ Shape legend: P problems, R rows of a problem or of a micro-batch, T response to
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     batches = [_micro_batch(problems, [mine[member] for member in members]) for members in packed]
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
-    num_batches = largest_of_ranks(len(batches), engine.data_group, next(engine.module.parameters()).device)
+    num_batches = largest_of_ranks(len(batches), engine.data_group, engine.device)
     return batches + [padding] * (num_batches - len(batches))
 
 
@@ -108,24 +109,45 @@ def pass_weights(
     The weight is of each token's log-probability in the summed objective, the scale of a row's gradient in its
     problem's; `gives_R` marks rows whose gradient is that of their plain log-probability.
     With `per_response` the weight is 1 on every token where all of a row have one coefficient, as under group-relative
-    advantages; then the row's gradient is that of log pi(y), whatever its advantage, zero included. Without, each
-    problem's *parts* have scale 1. A padding batch has weight 0.
+    advantages; then the row's gradient is that of log pi(y), whatever its advantage, zero included. Without, the scales
+    are of each problem's *parts*. A padding batch has weight 0.
+    No problem's weights are all small: the coefficients of long problems (1e-5 a token) would vanish in float16.
 
     Shapes: (rows, width), and (rows,) or (parts,) twice; on the CPU.
     """
-    num_scaled = len(batch.rows) if per_response else sum(map(len, batch.parts))
     weight_RT = torch.zeros(len(batch.rows), width, dtype=dtype)
-    scale_R, gives_R = torch.ones(num_scaled, dtype=dtype), torch.zeros(num_scaled, dtype=torch.bool)
-    for index, row in enumerate(batch.rows if batch.problems else ()):
-        coefficient_T, mask_T = (t.to(dtype) for t in engine.coefficients(row))
-        chosen = coefficient_T[mask_T.bool()]
-        # Exactly: where a response has one advantage and one weight, its coefficients are equal bit for bit.
-        is_one = per_response and bool((chosen == chosen[:1]).all())
-        weight_RT[index, : len(mask_T)] = mask_T if is_one else coefficient_T
-        if is_one:
-            gives_R[index] = True
-            scale_R[index] = chosen[0] if len(chosen) else 1.0
-    return weight_RT, scale_R, gives_R
+    scales: list[float] = []
+    gives: list[bool] = []
+    for parts in batch.parts if batch.problems else ((1,),):
+        first = len(gives)
+        numbers = range(first, first + sum(parts))
+        # A padding batch's row has coefficients too, which do not count.
+        rows = [engine.coefficients(batch.rows[index]) if batch.problems else NO_TOKENS for index in numbers]
+        size = power_of_two(max((_size(coefficient_T) for coefficient_T, _ in rows), default=0.0))
+        for index, (coefficient_T, mask_T) in zip(numbers, rows, strict=True):
+            chosen = coefficient_T[mask_T.bool()]
+            # Exactly: where a response has one advantage and one weight, its coefficients are equal bit for bit.
+            is_one = per_response and bool((chosen == chosen[:1]).all())
+            weight_RT[index, : len(mask_T)] = mask_T if is_one else coefficient_T / size
+            gives.append(is_one)
+            if per_response:
+                scales.append(size if not is_one else float(chosen[0]) if len(chosen) else 1.0)
+        if not per_response:
+            scales += [size] * len(parts)
+    gives_R = torch.tensor(gives if per_response else [False] * len(scales), dtype=torch.bool)
+    return weight_RT, torch.tensor(scales, dtype=dtype), gives_R
+
+
+NO_TOKENS = (torch.zeros(0), torch.zeros(0))
+
+
+def _size(values: Tensor) -> float:
+    return float(values.abs().max()) if len(values) else 0.0
+
+
+def power_of_two(size: float) -> float:
+    """Return the power of two next below a size, which a division by is exact; 1 for one of zero or not finite."""
+    return math.ldexp(1.0, math.frexp(size)[1] - 1) if 0 < size < math.inf else 1.0
 
 
 class ProblemSums:
@@ -189,8 +211,8 @@ def summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
     """Return the sum, on the CPU, over the ranks that hold different rows. Collective."""
     if engine.data_group is None:
         return values
-    # On the model's device: NCCL reduces nothing that lies in CPU memory.
-    on_device = values.to(next(engine.module.parameters()).device)
+    # On the engine's device: NCCL reduces nothing that lies in CPU memory.
+    on_device = values.to(engine.device)
     torch.distributed.all_reduce(on_device, group=engine.data_group)
     return on_device.cpu()
 

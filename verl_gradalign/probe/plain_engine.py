@@ -6,6 +6,7 @@
 Shape legend: R rows of a pass, S tokens of prompt and response (padded), T response tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from verl_gradalign.probe.engine import TokenBudget
-from verl_gradalign.probe.fsdp import data_parallel_group
+from verl_gradalign.probe.fsdp import compute_device, data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
-from verl_gradalign.probe.passes import largest_of_ranks, pack
+from verl_gradalign.probe.passes import largest_of_ranks, pack, power_of_two
 from verl_gradalign.types import ProblemRows, TokenRow
 
 
@@ -30,9 +31,9 @@ class PlainEngine:
         temperature: the sampling temperature, at which log-probs are taken.
         max_tokens: positions of a micro-batch, padding included.
         autocast_dtype: what to compute in under autocast. None: the model's own dtype.
-    """
 
-    gradient_scale = 1.0
+    Made on all ranks alike: under FSDP float16 asks them for the largest coefficient of all.
+    """
 
     def __init__(
         self,
@@ -48,7 +49,16 @@ class PlainEngine:
         self._rows = rows
         self._temperature = temperature
         self._autocast_dtype = autocast_dtype
-        self._device = next(module.parameters()).device
+        self.device = compute_device(module)
+        # In float16 gradients vanish below 6e-8, which a long problem's coefficients come close to.
+        is_float16 = torch.float16 in (autocast_dtype, next(module.parameters()).dtype)
+        self.gradient_scale = self._largest_coefficient() if is_float16 else 1.0
+
+    def _largest_coefficient(self) -> float:
+        """Return the power of two next below the largest |coefficient| of all ranks' rows. Collective."""
+        sizes = [float(row.coefficient.abs().max()) for row in self._rows if row.coefficient.numel()]
+        exponent = round(math.log2(power_of_two(max(sizes, default=0.0))))
+        return 2.0 ** largest_of_ranks(exponent, self.data_group, self.device)
 
     @property
     def spare_row(self) -> int:
@@ -67,9 +77,9 @@ class PlainEngine:
         chosen = [self._rows[row] for row in rows]
         ids_RS = pad_sequence([torch.cat([row.prompt, row.response]) for row in chosen], batch_first=True)
         mask_RS = pad_sequence([torch.ones(row.num_tokens, dtype=torch.int64) for row in chosen], batch_first=True)
-        ids_RS, mask_RS = ids_RS.to(self._device), mask_RS.to(self._device)
+        ids_RS, mask_RS = ids_RS.to(self.device), mask_RS.to(self.device)
         dtype = self._autocast_dtype
-        with nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype):
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             logits_RSV = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
         width = ids_RS.shape[1]
         spans = [(index * width + len(row.prompt), len(row.response)) for index, row in enumerate(chosen)]
@@ -77,13 +87,16 @@ class PlainEngine:
         return log_prob_RT, padded_layout(len(chosen), width, rows_per_problem)
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
-        """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
+        """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.
+
+        See `GradientEngine.backward`.
+        """
         rows = [(row, problem.scale) for problem in problems for row in problem.rows]
         # Row by row: the sum over rows does not ask where a problem ends, so large problems fit too.
         lengths = [(row, self.row_length(row)) for row, _ in rows]
         one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
         batches = [[rows[i] for i in members] for members in pack(one_row_each, self.budget)]
-        num_batches = largest_of_ranks(len(batches), self.data_group, self._device)
+        num_batches = largest_of_ranks(len(batches), self.data_group, self.device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for batch in batches + [[]] * (num_batches - len(batches)):
@@ -93,4 +106,5 @@ class PlainEngine:
             for index, (row, scale) in enumerate(batch):
                 coefficient_T = self._rows[row].coefficient
                 coefficient_RT[index, : len(coefficient_T)] = coefficient_T * scale
-            ((coefficient_RT * log_prob_RT).sum() * num_ranks).backward()  # type: ignore[no-untyped-call]
+            loss = (coefficient_RT / self.gradient_scale * log_prob_RT).sum() * num_ranks
+            loss.backward()  # type: ignore[no-untyped-call]

@@ -98,7 +98,7 @@ def sketch_points(module: nn.Module) -> list[TapPoint]:
 
 
 class Sketcher:
-    """Sketches a micro-batch's problems, each of which counts as one row of scale 1, where the layers' rules run."""
+    """Sketches a micro-batch's problems, each of which counts as one row, where the layers' rules run."""
 
     def __init__(self, points: Sequence[TapPoint], rank: int, seed: int) -> None:
         self._rank, self._seed = rank, seed
@@ -137,11 +137,12 @@ class Sketcher:
             # One parameter at a time: the rule adds up what it is given, and each has a sketch for itself.
             scores = point.rule(replace(call, direction={attribute: direction}))
             squared_norm_P += scores.squared_norm_P
-            self._sketch_PLKK[:, place] += (
+            part_PKK = (
                 scores.derivative_R.view(-1, self._rank, self._rank)
                 if is_vector
                 else self._matrix_sketch(point.rule, name, placement.shape, call)
             )
+            self._sketch_PLKK[:, place] += part_PKK * call.scale_R.view(-1, 1, 1)
         return LayerScores(torch.zeros_like(call.scale_R), squared_norm_P)
 
     def _matrix_sketch(self, rule: LayerRule, name: str, shape: torch.Size, call: LayerCall) -> Tensor:
@@ -189,7 +190,7 @@ def sketch_gradients(
 ) -> tuple[list[BatchSketch], ProblemScores]:
     """Return this rank's sketches, and all problems' norms, from one pass over all problems. Collective."""
     # Products with a direction are not wanted; a zero that takes no memory stands for it.
-    zero = torch.zeros((), device=next(engine.module.parameters()).device)
+    zero = torch.zeros((), device=engine.device)
     points, gather = sketcher.points, lambda p: zero.expand(p.shape)
     scores = tapped_scores(engine, problems, 0.0, points, gather, per_response=False, after_pass=sketcher.keep)
     return sketcher.batches, scores

@@ -24,14 +24,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 
 from verl_gradalign.probe.fsdp import Placement, trainable_placements
-from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, add, rule_of, without_padding_index
+from verl_gradalign.probe.gradient import all_parameters, trainable_parameters
+from verl_gradalign.probe.layer_rules import (
+    COVERED,
+    LayerCall,
+    LayerRule,
+    LayerScores,
+    add,
+    output_error,
+    rule_of,
+    without_padding_index,
+)
 from verl_gradalign.probe.layout import Layout
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
+OWN_HOOKS = ("torch.distributed.", "transformers.", "peft.", "verl.")
+"""Whose forward hooks on a layer leave its output's value as it is: FSDP2's, and those that open the graph."""
+LEAST_TOLERANCE = 1e-5
+"""Of `output_error`: transformers' norms compute in float32 in a float64 model too."""
 REMEDY = "Remedy: set gradalign.estimator=backward (exact) or finite_difference"
 
 
@@ -64,13 +79,30 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         rule, kind = rule_of(module), type(module).__name__
         if rule is None:
             uncovered += [f"{placement.name} ({kind})" for placement in placements]
+        elif missed := [p for p in placements if p.attribute not in COVERED.get(rule, (p.attribute,))]:
+            uncovered += [f"{placement.name} ({kind})" for placement in missed]
         else:
             points.append(TapPoint(placements[0].name.rpartition(".")[0] or kind, module, rule, tuple(placements)))
     if uncovered:
         first = ", ".join(uncovered[:5]) + (" and more" if len(uncovered) > 5 else "")
         remedy = f"{REMEDY}, or register a rule (probe.layer_rules.register_layer_rule)."
         raise ValueError(f"no layer rule covers {first}: the scores would miss their gradient. {remedy}")
+    require_no_hooks(root, points)
     return points
+
+
+def require_no_hooks(root: nn.Module, points: Sequence[TapPoint]) -> None:
+    """Raise ValueError, naming the parameter or layer, if a hook of it may change a gradient out of the taps' sight."""
+    for name, parameter in trainable_parameters(root):
+        if parameter._backward_hooks:
+            trouble = "has a gradient hook (register_hook): training takes what it returns, taps would not see it"
+            raise ValueError(f"{name} {trouble}. Remedy: remove the hook, or set gradalign.estimator=backward (exact).")
+    # Between a layer that is an FSDP2 unit and its tap; elsewhere taps are the first hooks (`Taps.register`).
+    units = [point for point in points if isinstance(point.module, FSDPModule)]
+    for point, hook in ((unit, hook) for unit in units for hook in unit.module._forward_hooks.values()):
+        if not str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS):
+            trouble = f"has a forward hook ({getattr(hook, '__qualname__', hook)}), which may change its output"
+            raise ValueError(f"{point.name} {trouble}. Remedy: remove the hook, or set gradalign.estimator=backward.")
 
 
 @contextmanager
@@ -81,7 +113,11 @@ def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather, gives_no
     """
     parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad]
     taps = Taps(points, gather, gives_norm)
-    handles = [point.module.register_forward_hook(partial(taps.tap, point), with_kwargs=True) for point in points]
+    handles = [taps.register(point) for point in points]
+    handles += [
+        point.module.register_forward_hook(partial(taps.verify, point), prepend=True, with_kwargs=True)
+        for point in points
+    ]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -105,6 +141,14 @@ class Taps:
         self._scale_R = torch.zeros(0)
         self._scores: LayerScores | None = None
         self._seen: set[nn.Module] = set()
+        self._verified: set[nn.Module] = set()
+
+    def register(self, point: TapPoint) -> RemovableHandle:
+        """Have the layer's output tapped."""
+        # First of all hooks: one that changes the output changes what follows the layer, not the layer. But behind
+        # FSDP2's, which would take the opened graph of a frozen unit for one that needs its weights once more.
+        is_first = not isinstance(point.module, FSDPModule)
+        return point.module.register_forward_hook(partial(self.tap, point), prepend=is_first, with_kwargs=True)
 
     def begin(self, layout: Layout, scale_R: Tensor, parts: Sequence[Sequence[int]] | None = None) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
@@ -135,12 +179,32 @@ class Taps:
         # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
         if not torch.is_grad_enabled():
             return output
-        layer_input = args[0] if args else next(iter(kwargs.values()))
+        layer_input = _input(args, kwargs)
         if self._tied is not None and point is self._tied.embedding:
             self._tied.ids_N = layer_input.flatten()
         # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
         anchor = torch.empty(0, device=output.device, requires_grad=True)
         return _Tap.apply(output, layer_input, anchor, partial(self._receive, point))  # type: ignore[no-untyped-call]
+
+    def verify(
+        self, point: TapPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Compare the layer's first output with what its rule is for: a forward hook before all others.
+
+        Raises: RuntimeError that names the layer if it is something else.
+        """
+        if module in self._verified:
+            return
+        self._verified.add(module)
+        if not isinstance(output, Tensor):
+            trouble = f"puts out a {type(output).__name__}, not a tensor, so its gradient cannot be seen"
+            raise RuntimeError(f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}.")
+        error = output_error(module, output, _input(args, kwargs))
+        if error > max(LEAST_TOLERANCE, 4 * torch.finfo(output.dtype).eps):
+            trouble = f"puts out something else than its layer rule is for (off by {error:.1%} of it)"
+            raise RuntimeError(
+                f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}, or register a rule for it."
+            )
 
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""
@@ -164,11 +228,39 @@ class Taps:
             layout=self._layout.widened(vectors_per_position),
             scale_R=self._scale_R,
         )
-        self._scores = add(self._scores, point.rule(call))
+        self._scores = add(self._scores, self._by_rule(point, call))
         if self._tied is not None and point is self._tied.head:
             self._tied.keep_head_rows(call)
         elif self._tied is not None and point is self._tied.embedding:
             self._scores = add(self._scores, self._tied.cross_term(call))
+
+    def _by_rule(self, point: TapPoint, call: LayerCall) -> LayerScores:
+        """Return what the layer's rule says.
+
+        Raises: ValueError that names the layer if that has another form, or if the rule changed what it was given.
+        """
+        assert self._scores is not None
+        versions = call.delta._version, call.input._version
+        scores, layer = point.rule(call), f"the layer rule of {point.name} ({type(point.module).__name__})"
+        remedy = "Remedy: return LayerScores(derivative_R, squared_norm_P), one number per row and one per problem"
+        if not isinstance(scores, LayerScores):
+            raise ValueError(f"{layer} returned a {type(scores).__name__}. {remedy}.")
+        for name in ("derivative_R", "squared_norm_P"):
+            given, wanted = getattr(scores, name), getattr(self._scores, name)
+            if not isinstance(given, Tensor) or given.is_complex() or given.shape != wanted.shape:
+                shown = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                what = "complex numbers" if isinstance(given, Tensor) and given.is_complex() else f"{shown}"
+                raise ValueError(f"{layer} returned {name} of {what}, not of shape {tuple(wanted.shape)}. {remedy}.")
+        if (call.delta._version, call.input._version) != versions:
+            trouble = "changed its input or delta in place, which the layers before it go on with"
+            raise ValueError(f"{layer} {trouble}. Remedy: work on a copy (call.delta.clone()).")
+        return scores
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a layer was called with."""
+    layer_input: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return layer_input
 
 
 class _Tap(torch.autograd.Function):

@@ -54,7 +54,7 @@ def check_schedule(config: GradAlignConfig, num_problems: int, batch_size: int, 
     if config.schedule in ("once", "staged"):
         _check_stages(config, num_problems, batch_size)
     elif config.schedule == "round" or chooses:
-        num, plan = _num_candidates(config, num_problems, batch_size), config.curriculum
+        num, plan = num_candidates(config, num_problems, batch_size), config.curriculum
         is_step = config.schedule == "step"
         by_factor = ("oversample", config.oversample, num_problems // batch_size)
         key, value, most = by_factor if is_step else ("curriculum.num_candidates", plan.num_candidates, num_problems)
@@ -115,7 +115,7 @@ class Curriculum:
         if not self.is_selecting(step):
             return Draw(self.refill(self._batch_size), 0)
         self._is_waiting = self._config.schedule != "step"
-        num = _num_candidates(self._config, len(self._source.problem_ids), self._batch_size)
+        num = num_candidates(self._config, len(self._source.problem_ids), self._batch_size)
         return Draw(self.refill(num), _num_kept(self._config, num, self._batch_size))
 
     def refill(self, num: int) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ def _stages(config: GradAlignConfig) -> tuple[int, ...]:
     return config.curriculum.stages if config.schedule == "staged" else ()
 
 
-def _num_candidates(config: GradAlignConfig, num_problems: int, batch_size: int) -> int:
+def num_candidates(config: GradAlignConfig, num_problems: int, batch_size: int) -> int:
     """Return the candidates of a scored draw, from the problems that may be drawn."""
     if config.schedule in ("once", "staged"):
         return num_problems

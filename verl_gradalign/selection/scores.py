@@ -17,20 +17,20 @@ Formulas: s_i = <g_i, v> / (|g_i| |v|); p_i = success rate; rho_i: `correlation`
 Shape legend: P problems, R responses.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from verl_gradalign.config import ScoreOptions
 from verl_gradalign.errors import require
+from verl_gradalign.selection.own_scores import held_to_form, load, require_arguments, try_out
 from verl_gradalign.types import Measurements, ratio
+
+DIRECTIONS = (None, "trusted", "pool", "learnability")
+"""What `Score.direction` may be."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Score:
     """A named ranking, and what it needs to be measured."""
 
     rank: Callable[[Measurements, ScoreOptions], Tensor] | None
-    """Gives each problem's score, (problems,). None: there is no ranking; kept problems are drawn at random."""
+    """Gives each problem's score, one number each, (problems,). None: no ranking; kept problems are drawn at random."""
     direction: str | None = None
     """What v is made of: `trusted` (the trusted set), `pool` (all candidates' gradients), `learnability` (their unit
     gradients weighted by p(1-p)); None: gradients are not compared with anything."""
@@ -46,6 +46,11 @@ class Score:
     needs_response_derivatives: bool = False
     is_split: bool = True
     """Whether the score of half a group is an estimate of the whole's that the other half does not enter."""
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            known = ", ".join(map(repr, DIRECTIONS))
+            raise ValueError(f"Score(direction={self.direction!r}): unknown. Remedy: give one of {known}.")
 
     @property
     def needs_direction(self) -> bool:
@@ -144,32 +149,25 @@ SCORES: dict[str, Score] = {
 def score_of(name: str) -> Score:
     """Return the score of that name, or the user's own (`module:attribute` or `file.py:attribute`).
 
-    Raises: ValueError that says what is wrong with the name, the module or the attribute.
+    The user's own has been tried on made-up measurements, and gives a float64 tensor (problems,) or raises.
+
+    Raises: ValueError that says what is wrong with the name, the module, the attribute, or what the function returns.
     """
     if name in SCORES:
         return SCORES[name]
-    where, colon, attribute = name.rpartition(":")
     remedy = "use one of them, or name your own function as my_package.my_module:function or path/to/file.py:function"
-    require(bool(colon), "score", name, f"unknown; known are {', '.join(SCORES)}", remedy)
-    try:
-        found = getattr(_module(where), attribute)
-    except Exception as error:
-        raise ValueError(
-            f"gradalign.score={name!r}: cannot be loaded ({type(error).__name__}: {error}). Remedy: give an importable "
-            "module or an existing file, and the name of a function or Score in it."
-        ) from error
-    if isinstance(found, Score):
+    require(":" in name, "score", name, f"unknown; known are {', '.join(SCORES)}", remedy)
+    found = load(name)
+    if not isinstance(found, Score):
+        require(callable(found), "score", name, f"is a {type(found).__name__}", "name a function or a Score")
+        require_arguments(name, found, "m")
+        function = found
+        found = Score(lambda m, _: function(m), "trusted", needs_norm=True)
+    elif found.rank is not None:
+        require(callable(found.rank), "score", name, "is a Score of no function", "give its function first, or None")
+        require_arguments(name, found.rank, "m", "options")
+    if found.rank is None:
         return found
-    require(callable(found), "score", name, f"is a {type(found).__name__}", "name a function or a Score")
-    return Score(lambda m, _: found(m), "trusted", needs_norm=True)
-
-
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        return importlib.import_module(where)
-    path = Path(where).expanduser()
-    spec = importlib.util.spec_from_file_location(f"gradalign_score_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    held = held_to_form(name, found.rank)
+    try_out(name, held, found.direction, found.needs_norm, found.needs_response_derivatives)
+    return replace(found, rank=held)

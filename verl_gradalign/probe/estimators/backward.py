@@ -42,7 +42,7 @@ class BackwardEstimator(ScoreEstimator):
         """
         require_no_gradients(engine.module)
         require_same_shards(engine.module, direction)
-        device = next(engine.module.parameters()).device
+        device = engine.device
         sum_P3 = torch.zeros(len(problems), 3, dtype=torch.float64, device=device)
         for index, problem in enumerate(problems):
             whole: Shards | None = None

@@ -73,7 +73,8 @@ def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
 def _parameter_norm(engine: GradientEngine) -> float:
     """Return |theta| of the trainable parameters over all shards. Collective."""
     parameters = [parameter for _, parameter in trainable_parameters(engine.module)]
-    total = torch.stack([local_part(parameter).detach().double().square().sum() for parameter in parameters]).sum()
+    squares = [local_part(parameter).detach().double().square().sum() for parameter in parameters]
+    total = torch.stack(squares).sum().to(engine.device)
     if engine.shard_group is not None:
         torch.distributed.all_reduce(total, group=engine.shard_group)
     return math.sqrt(total.item())

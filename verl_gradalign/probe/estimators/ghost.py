@@ -38,7 +38,7 @@ class GhostEstimator(ScoreEstimator):
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
-        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction)
+        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction, engine.device)
         return tapped_scores(engine, problems, direction.norm, points, gather, self._config.response_derivatives)
 
 
@@ -62,7 +62,7 @@ def tapped_scores(
         if a problem exceeds the budget.
     """
     require_no_gradients(engine.module)
-    device = next(engine.module.parameters()).device
+    device = engine.device
     sums = ProblemSums(problems)
     with tapped(engine.module, points, gather, gives_norm) as taps:
         for batch in micro_batches(engine, problems):
@@ -75,11 +75,12 @@ def tapped_scores(
             measured = taps.end()
             # FSDP1 puts parameters back after a backward that gave them gradients, and these have none.
             reshard(engine.module)
-            derivative_R = measured.derivative_R.cpu()
+            # In float64: a small scale times a small derivative would be rounded, or lost.
+            derivative_R = measured.derivative_R.double().cpu()
             if per_response:
                 sums.add_rows(batch, derivative_R * scale_R, derivative_R.masked_fill(~gives_R, torch.nan))
             else:
-                sums.add_parts(batch, derivative_R)
+                sums.add_parts(batch, derivative_R * scale_R)
             sums.add_norms(batch, measured.squared_norm_P)
             after_pass(batch)
     scores = sums.reduce(engine, direction_norm)

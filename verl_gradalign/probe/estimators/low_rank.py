@@ -40,7 +40,7 @@ class LowRankEstimator(ScoreEstimator):
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
-        whole = DirectionGather(engine.module, direction)
+        whole = DirectionGather(engine.module, direction, engine.device)
         gather, energy_kept = low_rank_gather(whole, points, self._config.rank)
         scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": energy_kept})

@@ -18,7 +18,7 @@ from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.layer_rules import rule_of
-from verl_gradalign.probe.taps import TapPoint
+from verl_gradalign.probe.taps import TapPoint, require_no_hooks
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -33,7 +33,7 @@ class OutputLayerEstimator(ScoreEstimator):
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
-        point, gather = output_layer(engine.module), DirectionGather(engine.module, direction)
+        point, gather = output_layer(engine.module), DirectionGather(engine.module, direction, engine.device)
         per_response = self._config.response_derivatives
         # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
         cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
@@ -61,5 +61,7 @@ def output_layer(root: nn.Module) -> TapPoint:
     elif not placements:
         problem = f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only)"
     else:
-        return TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+        point = TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+        require_no_hooks(root, [point])
+        return point
     raise ValueError(f"{problem}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")
