@@ -5,16 +5,14 @@ Every message names the key, its value and the remedy.
 """
 
 import logging
-import unicodedata
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse, require
+from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
@@ -208,54 +206,24 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     score, data = score_of(config.score), verl_config.data
     if score.rank is None and config.schedule == "step":
         return
-    prompt_key = data.get("prompt_key", "prompt")
     trusted_sets = config.validation.trusted_sets() if score.needs_direction else ()
     trusted = {}
     for trusted_set in trusted_sets:
         name = "files" if config.validation.files else f"sets[{trusted_set.name}].files"
         key = f"gradalign.validation.{name}"
-        trusted[key] = (trusted_set.files, _prompts(key, trusted_set.files, prompt_key))
+        trusted[key] = (trusted_set.files, read_identities(key, trusted_set.files, data))
     files = data.train_files
-    train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
+    train = read_identities("data.train_files", [files] if isinstance(files, str) else files, data)
+    if train is None:
+        return
     limit = data.get("train_max_samples", -1)
     num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
     check_schedule(config, num_problems, data.train_batch_size, chooses=score.rank is not None)
     for key, (names, prompts) in trusted.items():
-        shared = set(prompts) & set(train)
-        if shared:
+        shared = set(prompts or ()) & set(train)
+        if prompts and shared:
             why = (
                 f"{len(shared)} of its {len(prompts)} problems also stand in data.train_files, for instance "
-                f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on"
+                f"{min(shared).splitlines()[0][:80]!r}; the direction would be measured on problems that are trained on"
             )
             refuse(key, list(names), why, "remove them from one of the two")
-
-
-def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
-    """Return the normalised prompt texts of data files. Raises ValueError naming the key and the file."""
-    texts: list[str] = []
-    for name in files:
-        path = Path(str(name)).expanduser()
-        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-        if kind is None:
-            refuse(key, name, "neither parquet, json nor jsonl", "convert it to verl's schema in one of these formats")
-        is_remote = "://" in str(name)
-        if not is_remote and not path.is_file():
-            refuse(key, name, "no such file", "give the path of an existing file")
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(name) if is_remote else str(path), split="train")
-        except Exception as error:
-            raise ValueError(
-                f"{key}={name}: cannot be read ({type(error).__name__}: {error}). "
-                f"Remedy: write it again as {kind}, with at least one row."
-            ) from error
-        if prompt_key not in rows.column_names:
-            why = f"has no column {prompt_key!r} (data.prompt_key)"
-            refuse(key, name, why, "add the column or set data.prompt_key")
-        texts.extend(_normalised(prompt) for prompt in rows[prompt_key])
-    return texts
-
-
-def _normalised(prompt: Any) -> str:
-    """Return a prompt's text (all messages) with case, width and white space made equal."""
-    messages = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
-    return " ".join(unicodedata.normalize("NFKC", " ".join(messages)).casefold().split())
