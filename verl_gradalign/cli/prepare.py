@@ -43,7 +43,7 @@ def prepare(
     ] = False,
     reward: Annotated[
         str | None,
-        Option(help="What training grades with, FILE.py:FUNCTION or pkg://MODULE:FUNCTION; the package's own if left out."),
+        Option(help="What training grades with, FILE.py:FUNCTION or pkg://MODULE:FUNCTION; else the package's own."),
     ] = None,
 ) -> None:
     """Make train, trusted and test files in verl's schema, with a manifest.
@@ -103,7 +103,7 @@ def _summary(manifest: dict[str, Any]) -> Table:
 
 
 def what_happened(sources: list[dict[str, Any]]) -> Table:
-    """A table of the rows of each source that were repaired or left out, by the manifest's names; zeros are not shown."""
+    """A table of each source's rows that were repaired or left out, by the manifest's names, without zeros."""
     from verl_gradalign.data.splits import NOT_IN_POOL
 
     table = numbers_table(("source", "split", "repaired or left out", "rows"), [])

@@ -25,7 +25,9 @@ from verl_gradalign.data.values import (
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SETS_THE_SCENE = ("system", "developer")
 # A list of messages (or one) as JSON or Python writes it.
-LOOKS_LIKE_A_CHAT = re.compile(r"""\s*(?:array\()?\[?\s*\{(?=.*["'](?:role|from)["'])(?=.*["'](?:content|value)["'])""", re.S)
+LOOKS_LIKE_A_CHAT = re.compile(
+    r"""\s*(?:array\()?\[?\s*\{(?=.*["'](?:role|from)["'])(?=.*["'](?:content|value)["'])""", re.DOTALL
+)
 
 
 class Turn(NamedTuple):

@@ -30,6 +30,7 @@ MAX_DRAWS_PER_PROBLEM = 10_000
 MAX_SEARCH_STEPS = 100_000
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {"+": operator.add, "*": operator.mul, "-": operator.sub, "/": operator.truediv}
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 SPELLINGS = {r"\times": "*", r"\cdot": "*", "\u00d7": "*", r"\div": "/", "\u00f7": "/", "\u2212": "-"}
 SPELLINGS |= dict.fromkeys((r"\left", r"\right", r"\,", "$"), "")
@@ -111,7 +112,7 @@ def solve_countdown(truth: str) -> str | None:
                 return None
             (left, left_text), (right, right_text) = terms[i], terms[j]
             rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-            for sign, compute in (("+", operator.add), ("*", operator.mul), ("-", operator.sub), ("/", operator.truediv)):
+            for sign, compute in SIGNS.items():
                 if (sign in "+*" and i > j) or (sign == "/" and not right):
                     continue
                 found = search([*rest, (compute(left, right), f"({left_text} {sign} {right_text})")])

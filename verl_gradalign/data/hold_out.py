@@ -13,7 +13,6 @@ the trusted set not on the size of the audit set. The folder appears at the end,
 import json
 import platform
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -42,6 +41,7 @@ NUM_REASONS_KEPT = 5
 SKIP = "or leave such rows out with --skip-bad-rows"
 
 
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Files = Mapping[str, pq.ParquetFile]
 """By the names that were given."""
 
@@ -77,7 +77,7 @@ class Problems:
     """Each problem's first row."""
     source: np.ndarray[Any, np.dtype[np.int64]]
     """Its data source, as a place in `source_names`."""
-    has_one_truth: np.ndarray[Any, np.dtype[np.bool_]]
+    has_one_truth: Flags
     """Where copies differ in their truth one of them is wrong, so the problem is not to be trusted."""
     source_names: list[str]
     reasons: list[str]
@@ -170,8 +170,9 @@ def _batches(files: Files, columns: Sequence[str] | None = None) -> Iterator[Bat
         data, present = file.metadata, file.schema_arrow.names
         row_bytes = sum(data.row_group(n).total_byte_size for n in range(data.num_row_groups)) // data.num_rows
         size = max(1, min(MAX_ROWS_READ_TOGETHER, BYTES_READ_TOGETHER // (row_bytes + 1)))
+        wanted = None if columns is None else [name for name in columns if name in present]
         try:
-            for rows in file.iter_batches(size, columns=None if columns is None else [c for c in columns if c in present]):
+            for rows in file.iter_batches(size, columns=wanted):
                 yield Batch(name, start, rows)
                 start += len(rows)
         except (pa.ArrowException, OSError) as error:
@@ -179,7 +180,7 @@ def _batches(files: Files, columns: Sequence[str] | None = None) -> Iterator[Bat
 
 
 def _read_problems(plan: HoldOutPlan, files: Files, has_truths: bool) -> Problems:
-    """Read every row's problem, data source and truth. Raises: ValueError naming file and row of one that lacks them."""
+    """Read every row's problem, data source and truth. Raises: ValueError naming file and row of a bad one."""
     columns = (plan.prompt_key, *plan.media_keys, "data_source", "reward_model")
     identities, truths, sources, is_good = array("Q"), array("Q"), array("q"), array("b")
     numbers: dict[str, int] = {}
@@ -276,7 +277,7 @@ def _rows_at(files: Files, numbers: list[int]) -> Iterator[tuple[int, Mapping[st
         yield from zip(inside, Batch(batch.file, batch.start, taken).to_dicts(), strict=True)
 
 
-def choose_problems(plan: HoldOutPlan, problems: Problems, may_be_held_out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def choose_problems(plan: HoldOutPlan, problems: Problems, may_be_held_out: Flags) -> np.ndarray[Any, Any]:
     """Return each problem's role: TRAIN, TRUSTED or AUDIT.
 
     Of each data source at least one problem stays in train. Raises: ValueError if there are too few.
@@ -301,9 +302,9 @@ def choose_problems(plan: HoldOutPlan, problems: Problems, may_be_held_out: np.n
 
 
 def share_out(num: int, sizes: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
-    """Return how many of `num` each name gets: in proportion to the sizes, one at least if `num` allows, never above most.
+    """Return how many of `num` each name gets: in proportion to the sizes, at least one if `num` allows.
 
-    Raises: nothing; `num` must not be above the sum of `most`.
+    None gets more than its `most`, whose sum must not be below `num`.
     """
     open_names = sorted(name for name in sizes if most[name])
     given = dict.fromkeys(open_names, 1 if num >= len(open_names) else 0)

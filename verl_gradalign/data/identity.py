@@ -25,7 +25,8 @@ def problem_identity(prompt: Any, media: Iterable[Any] = ()) -> str:
     if prompt is None or (isinstance(prompt, str | Sequence) and not prompt):
         raise ValueError("no prompt")
     texts, shown = [], []
-    for message in [{"content": prompt}] if isinstance(prompt, str) else prompt:
+    messages: Any = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, str):
             texts.append(content)

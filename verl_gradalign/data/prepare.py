@@ -143,8 +143,9 @@ def fault_finder(reward: RewardFunction) -> FindFault:
     """Return what says how the reward function fails on a problem; None: it does not."""
 
     def find(problem: SourceProblem) -> str | None:
-        row = SOURCES[problem.source].row(problem.as_read, index=0, split="train", corrupted=False)
-        fault = grading_fault(row, reward)
+        source = SOURCES[problem.source]
+        row = source.row(problem.as_read, index=0, split="train", corrupted=False)
+        fault = grading_fault(row, reward, [source.answer_form])
         return None if fault is None else fault.message
 
     return find
@@ -164,7 +165,7 @@ def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max
     rows: list[dict[str, Any]] = []
     for read in islice(read_file(Path(jsonl_path)), max_rows):
         rows.append(source.row(source.read(read), index=len(rows), split=split, corrupted=False))
-        if fault := grading_fault(rows[-1], compute_score):
+        if fault := grading_fault(rows[-1], compute_score, [source.answer_form]):
             raise ValueError(f"{read.place} {fault.message}; mend the answer or remove the line")
     if not rows:
         raise ValueError(f"{jsonl_path} holds no problems; download GSM8K's {split}.jsonl again")

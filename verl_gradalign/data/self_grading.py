@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -59,30 +59,31 @@ def self_graded(rows: Iterable[Mapping[str, Any]], compute_score: RewardFunction
 
 
 def grading_fault(
-    row: Mapping[str, Any], compute_score: RewardFunction, answer: str | None = None, position: int = 0
+    row: Mapping[str, Any], compute_score: RewardFunction, forms: Sequence[str] = FORMS, position: int = 0
 ) -> Fault | None:
     """Return what is wrong with the grading of one row (see `self_graded`), None if nothing is.
 
-    `answer`: a right answer, where the truth is none itself. Of Countdown's problems one is computed.
+    `forms`: what to try instead of FORMS, where the prompt says how the answer is to be given.
     """
     truth = (row.get("reward_model") or {}).get("ground_truth")
 
     def fault(response: str, score: float | None, message: str) -> Fault:
         return Fault(position, truth, response, score, message)
 
-    answer = right_answer(truth) if answer is None else answer
+    answer = right_answer(truth)
     if answer is None:
         return fault("", None, f"has a truth that no right answer was found for ({_shortened(truth)})")
     try:
         scores = {}
-        for form in FORMS:
+        for form in forms:
             scores[form] = score = grade(row, compute_score, form.format(answer))
             if score >= 1:
                 break
         else:
             form = max(scores, key=lambda tried: scores[tried])
             message = f"has the truth {_shortened(truth)}, which scores {scores[form]:g} as {form.format(answer)!r}"
-            return fault(form.format(answer), scores[form], f"{message} and in {len(FORMS) - 1} other forms")
+            others = f" and no more in {len(forms) - 1} other forms" if len(forms) > 1 else ""
+            return fault(form.format(answer), scores[form], message + others)
         for response in ("", form.format("")):
             score = grade(row, compute_score, response)
             if score > 0:
@@ -97,7 +98,8 @@ def grading_fault(
     except UngradableError as error:
         return fault(error.response, None, str(error))
     response, score = tried[0]
-    return fault(response, score, f"pays a wrong answer: {response!r} scores {score:g} for the truth {_shortened(truth)}")
+    message = f"pays a wrong answer: {response!r} scores {score:g} for the truth {_shortened(truth)}"
+    return fault(response, score, message)
 
 
 class UngradableError(Exception):
@@ -123,7 +125,8 @@ def grade(row: Mapping[str, Any], compute_score: RewardFunction, response: str) 
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
     except Exception as error:
-        raise UngradableError(response, f"has a reward that raises {type(error).__name__}: {error} ({shown})") from error
+        message = f"has a reward that raises {type(error).__name__}: {error} ({shown})"
+        raise UngradableError(response, message) from error
     score = value
     if isinstance(value, Mapping):
         score = value.get("acc") if value.get("acc") is not None else value.get("score")
@@ -196,4 +199,4 @@ def load_reward_function(named: str) -> RewardFunction:
         raise ValueError(f"{why}; write FILE.py:FUNCTION or pkg://MODULE:FUNCTION") from error
     if not callable(found):
         raise ValueError(f"--reward {named} is no function but of type {type(found).__name__}; name the function")
-    return found  # type: ignore[no-any-return]
+    return found

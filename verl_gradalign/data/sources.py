@@ -27,6 +27,8 @@ INSTRUCTIONS = {
     "math": "Let's think step by step and output the final answer within \\boxed{}.",
     "countdown": "Let's think step by step and output the final expression within \\boxed{}.",
 }
+# The form that they ask for.
+ANSWER_FORMS = {"last_number": ANSWER_MARK + " {}", "math": "\\boxed{{{}}}", "countdown": "\\boxed{{{}}}"}
 # What DAPO-Math-17k wraps around each problem. It asks for "Answer: ..." instead of a box.
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -34,6 +36,7 @@ DAPO_BEFORE = (
 )
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
+THOUSANDS = re.compile(r"[^\d,]*\d{1,3}(?:,\d{2})*(?:,\d{3})+(?:\.\d+)?[^\d,]*")  # 1,00,000 is Indian for 100,000
 YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
 
 
@@ -80,6 +83,11 @@ class Source:
         """Return the question followed by the instruction that says where the answer is looked for."""
         return f"{question} {INSTRUCTIONS[self.rule]}"
 
+    @property
+    def answer_form(self) -> str:
+        """How the prompt asks for the answer, to be formatted with it."""
+        return ANSWER_FORMS[self.rule]
+
     def row(self, problem: ReadProblem, **extra_info: Any) -> dict[str, Any]:
         """Return one of its problems as a row of verl's schema."""
         prompt = self.prompt(problem.question)
@@ -111,6 +119,9 @@ def _read_gsm8k(row: Row) -> ReadProblem:
         raise ValueError(f'{row.place} has no answer after "{ANSWER_MARK}"; {remedy}')
     truth = row.cleaned(tail.strip(), "answer")
     if "," in truth:
+        if not THOUSANDS.fullmatch(truth):
+            why = f"{row.place} has the answer {truth!r}, where a comma separates no thousands"
+            raise ValueError(f"{why}; write the number with a decimal point")
         row.repairs.add(COMMAS)
     return ReadProblem(question, truth.replace(",", ""))
 

@@ -94,7 +94,7 @@ class Pool:
     def skip(self, reason: str, error: ValueError) -> None:
         """Count what cannot be used and keep the first reasons. Raises: the error, unless such rows are skipped."""
         if not self.skips_bad_rows:
-            raise error
+            raise ValueError(f"{error}, or leave such rows out with --skip-bad-rows") from error
         self.left_out[reason] += 1
         self.first_reasons = [*self.first_reasons, str(error)][:NUM_REASONS_KEPT]
 
@@ -103,8 +103,7 @@ class Pool:
         if problem.key not in self.graded:
             fault = find_fault(problem)
             if fault is not None:
-                remedy = "mend the answer, or leave such rows out with --skip-bad-rows"
-                self.skip(UNGRADED, ValueError(f"{problem.place} {fault}; {remedy}"))
+                self.skip(UNGRADED, ValueError(f"{problem.place} {fault}; mend the answer"))
             self.graded[problem.key] = fault is None
         return self.graded[problem.key]
 

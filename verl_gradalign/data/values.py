@@ -6,7 +6,7 @@ reason; the caller knows the place.
 
     as_text(Decimal("12.50"), "answer")  # ("12.5", {"numbers_written_as_text"})
     clean_answer("$15$", "answer")  # ("15", {"dollar_signs_removed"})
-    as_text(float("nan"), "answer")  # ValueError: "'answer' nan, which is no number; fill it in or remove the row"
+    as_text(float("nan"), "answer")  # ValueError: an empty 'answer' (nan); fill it in or remove the row
 """
 
 import json
@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
+
+from verl_gradalign.data.math_answers import ANSWER_MARK, find_last_boxed
 
 # Names of repairs, in the order in which they are shown.
 NUMBER = "numbers_written_as_text"
@@ -35,12 +37,14 @@ REPAIRS = (
 
 # What programs write for a value that is missing; "none" and "inf" too, since a pool of thousands is not read by eye.
 MISSING = frozenset({"nan", "+nan", "-nan", "none", "null", "nat", "<na>", "n/a", "#n/a", "inf", "+inf", "-inf"})
-# Zero width, byte order and direction marks: they are not white space, and are seen by nobody.
-INVISIBLE_AROUND = re.compile(r"\A[\s\u200b-\u200f\u2060\ufeff]+|[\s\u200b-\u200f\u2060\ufeff]+\Z")
+# Control characters, zero width, byte order and direction marks: they are not white space, and are seen by nobody.
+UNSEEN = r"[\s\x00-\x1f\x7f\u200b-\u200f\u2060\ufeff]+"
+UNSEEN_AROUND = re.compile(rf"\A{UNSEEN}|{UNSEEN}\Z")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
+BOX_OPENS = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 # LaTeX that prints nothing by itself, and commands that only wrap.
 PRINTS_NOTHING = re.compile(
-    r"\\(?:text\w*|math\w+|mbox|operatorname|boxed|fbox|left|right|displaystyle|quad|qquad)(?![a-zA-Z])|\\[,;:!()\[\] $]"
+    r"\\(?:text\w*|math\w+|mbox|operatorname|left|right|displaystyle|quad|qquad)(?![a-zA-Z])|\\[,;:!()\[\] $]"
 )
 LARGEST_EXPONENT_WRITTEN_OUT = 30
 
@@ -63,13 +67,13 @@ def as_text(value: Any, column: str) -> tuple[str, set[str]]:
         value, repairs = _decoded(value, column), {BYTES}
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{column!r} of type {type(value).__name__}; give text or a number, one to a problem")
-    text = INVISIBLE_AROUND.sub("", value or "")
+    text = UNSEEN_AROUND.sub("", value or "")
     if text != (value or "").strip():
         repairs.add(INVISIBLE)
     if not text:
         raise ValueError(f"an empty {column!r}; fill it in or remove the row")
     if text.casefold() in MISSING:
-        raise ValueError(f"{column!r} {text!r}, as a missing value is written; fill it in or remove the row")
+        raise ValueError(f"an empty {column!r} ({text!r}, as a missing value is written); fill it in or remove the row")
     if found := SURROGATE.search(text):
         # Not the character itself, which cannot be printed.
         which = f"unpaired surrogate {ascii(found.group())} as character {found.start() + 1}"
@@ -78,27 +82,29 @@ def as_text(value: Any, column: str) -> tuple[str, set[str]]:
 
 
 def clean_answer(text: str, column: str) -> tuple[str, set[str]]:
-    """Return an answer without dollar signs and boxes around it, and the names of the repairs.
+    """Return an answer without dollar signs and box around it, and the names of the repairs.
 
     A backslash that belongs to a closing dollar sign goes with it: `400\\$` is 400. One before a number is left, since
     `\\$600` says a unit.
-    Raises: ValueError with the reason, as `as_text`, if nothing is left that could be an answer, or a list is.
+    Raises: ValueError with the reason, as `as_text`, if nothing is left that could be an answer, or more than one is.
     """
     repairs, before = set(), None
+    if ANSWER_MARK in text or len(BOX_OPENS.findall(text)) > 1:
+        why = f"a whole solution or several answers in {column!r} ({text[:60]!r})"
+        raise ValueError(f"{why}; give the final answer alone")
     cleaned = text
     while cleaned != before:
         before = cleaned
         cleaned = re.sub(r"\A\$+|(?:\\?\$)+\Z", "", cleaned).strip()
         repairs |= {DOLLARS} if cleaned != before else set()
-        boxed = re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", cleaned, re.DOTALL)
-        if boxed and _closes_at_its_end(boxed[1]):
-            cleaned = boxed[1].strip()
+        if BOX_OPENS.search(cleaned):
+            cleaned = find_last_boxed(cleaned) or ""
             repairs.add(BOX)
     if not _says_something(cleaned):
         shown = f" ({text!r} says nothing)" if text else ""
         raise ValueError(f"an empty {column!r}{shown}; fill it in or remove the row")
     if cleaned.casefold() in MISSING:
-        raise ValueError(f"{column!r} {cleaned!r}, as a missing value is written; fill it in or remove the row")
+        raise ValueError(f"an empty {column!r} ({text!r} says that it is missing); fill it in or remove the row")
     if _is_list_as_text(cleaned):
         raise ValueError(f"in {column!r} a list or an object as text ({cleaned[:60]!r}); give the one answer as text")
     return cleaned, repairs
@@ -106,7 +112,8 @@ def clean_answer(text: str, column: str) -> tuple[str, set[str]]:
 
 def _number_as_text(value: int | float | Decimal, column: str) -> str:
     if not isinstance(value, int) and not math.isfinite(value):
-        raise ValueError(f"{column!r} {str(value).lower()}, which is no number; fill it in or remove the row")
+        kind = "an empty" if math.isnan(value) else "an infinite"
+        raise ValueError(f"{kind} {column!r} ({str(value).lower()}); fill it in or remove the row")
     # By way of its shortest text: int(1e23) has digits that nobody wrote.
     number = Decimal(str(value))
     if not number:
@@ -123,16 +130,6 @@ def _decoded(value: bytes, column: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"in {column!r} bytes that are not UTF-8 ({error.reason}); write it as text") from error
-
-
-def _closes_at_its_end(inside: str) -> bool:
-    """Whether the brace before this text is closed by the one after it, and by no other."""
-    depth = 0
-    for sign in re.findall(r"\\.|[{}]", inside, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(sign, 0)
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 def _says_something(text: str) -> bool:
