@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.data.chats import Turn, read_turns
-from verl_gradalign.data.values import JSON_TEXT, MISSING, as_text, clean_answer, parse_json_text
+from verl_gradalign.data.values import JSON_TEXT, MISSING, as_answer, as_text, clean_answer, parse_json_text
 
 T = TypeVar("T")
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -68,11 +68,11 @@ class Row:
         return value.strip() if is_word else self._read(as_text, value, names)
 
     def answer(self, *names: str) -> str:
-        """Return that value as an answer: as text, without dollar signs and boxes around it.
+        """Return that value as an answer (see `values.as_answer`).
 
         Raises: as `text`, and if nothing is left or several answers are given.
         """
-        return self.cleaned(self.text(*names), *names)
+        return self._read(as_answer, self.value(*names), names)
 
     def cleaned(self, text: str, *names: str) -> str:
         """Return an answer that was found in the columns, without dollar signs and boxes around it; raises as above."""

@@ -52,16 +52,14 @@ LARGEST_EXPONENT_WRITTEN_OUT = 30
 def as_text(value: Any, column: str) -> tuple[str, set[str]]:
     """Return a value as text without outer white space, and the names of the repairs.
 
-    Numbers are written in decimals, without a fraction of zeros: 142.0 is 142, a decimal 12.50 is 12.5. Booleans are
-    the words True and False. Bytes are read as UTF-8.
+    Numbers are written in decimals, without a fraction of zeros: 142.0 is 142, a decimal 12.50 is 12.5. Bytes are read
+    as UTF-8.
     Raises: ValueError with the reason and remedy, as what follows "<place> has".
     """
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         value = value.tolist()
     repairs = set()
-    if isinstance(value, bool):
-        return str(value), {BOOLEAN}
-    if isinstance(value, int | float | Decimal):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return _number_as_text(value, column), {NUMBER}
     if isinstance(value, bytes):
         value, repairs = _decoded(value, column), {BYTES}
@@ -79,6 +77,17 @@ def as_text(value: Any, column: str) -> tuple[str, set[str]]:
         which = f"unpaired surrogate {ascii(found.group())} as character {found.start() + 1}"
         raise ValueError(f"an {which} of {column!r}; write the whole character, or remove it")
     return text, repairs
+
+
+def as_answer(value: Any, column: str) -> tuple[str, set[str]]:
+    """Return a value as a clean answer, and the names of the repairs. Booleans are the words True and False.
+
+    Raises: ValueError, as `as_text` and `clean_answer`.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    text, repairs = (str(value), {BOOLEAN}) if isinstance(value, bool) else as_text(value, column)
+    cleaned, of_cleaning = clean_answer(text, column)
+    return cleaned, repairs | of_cleaning
 
 
 def clean_answer(text: str, column: str) -> tuple[str, set[str]]:
