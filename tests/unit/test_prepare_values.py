@@ -302,8 +302,10 @@ def test_the_command_prints_every_count(tmp_path):
 
 
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
-MARKS = ["$", "\\$", "\\boxed{", "}", "{", "####", "nan", "None", "\\frac", "1", "02", ",", ".", "-", "\u2212", "[", "]",
-         '"', "'", "\\text{", " ", "\n", "\u200b", "\ud800", "x", "A", "yes", "%", "^", "\\,", "role", "content"]  # fmt: skip
+MARKS = [
+    *("$", "\\$", "\\boxed{", "}", "{", "####", "nan", "None", "\\frac", "1", "02", ",", ".", "-", "\u2212", "[", "]"),
+    *('"', "'", "\\text{", " ", "\n", "\u200b", "\ud800", "x", "A", "yes", "%", "^", "\\,", "role", "content"),
+]
 texts = st.lists(st.sampled_from(MARKS), max_size=7).map("".join) | st.text(max_size=5)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=2) | st.dictionaries(texts, v, max_size=2), max_leaves=3)
