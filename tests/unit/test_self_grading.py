@@ -84,6 +84,12 @@ def test_being_right_is_read_from_acc_where_scores_have_other_units():
     assert faults(lambda **call: np.float32(equals(**call)), row("7")) == []
 
 
+@pytest.mark.parametrize(("asked", "is_fault"), [("Answer within \\boxed{}.", True), ("How many?", False)])
+def test_a_prompt_that_asks_for_a_form_is_graded_in_it(asked, is_fault):
+    broken = row("\\frac{1}{2") | {"prompt": [{"role": "user", "content": asked}]}
+    assert bool(faults(compute_score, broken)) == is_fault
+
+
 def test_a_coroutine_function_is_awaited():
     async def score(data_source, solution_str, ground_truth, extra_info):
         return equals(data_source, solution_str, ground_truth)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 import verl_gradalign
 from verl_gradalign.data.identity import problem_identity
-from verl_gradalign.data.self_grading import RewardFunction, grading_fault, load_reward_function
+from verl_gradalign.data.self_grading import RewardFunction, forms_asked_for, grading_fault, load_reward_function
 from verl_gradalign.data.values import is_empty
 from verl_gradalign.files import atomic_folder, hash_file
 
@@ -258,8 +258,8 @@ def _choose_graded(
             return roles
         rows = {int(problems.first_row[p]): p for p in new}
         graded.update(new)
-        for number, row in _rows_at(files, sorted(rows)):
-            fault = grading_fault(row, reward)
+        for number, row in _rows_at(files, sorted(rows), plan.prompt_key):
+            fault = grading_fault(row, reward, forms_asked_for(row[plan.prompt_key]))
             if fault is None:
                 continue
             message = f"{_place(number, files)} {fault.message}; mend the answer, {SKIP}"
@@ -269,9 +269,9 @@ def _choose_graded(
             problems.reasons = [*problems.reasons, message][:NUM_REASONS_KEPT]
 
 
-def _rows_at(files: Files, numbers: list[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows_at(files: Files, numbers: list[int], prompt_key: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield what a reward function reads of some rows, each with its number."""
-    for batch in _batches(files, ("data_source", "reward_model", "extra_info")):
+    for batch in _batches(files, (prompt_key, "data_source", "reward_model", "extra_info")):
         inside = [number for number in numbers if 0 <= number - batch.start < len(batch.rows)]
         taken = batch.rows.take(pa.array([number - batch.start for number in inside], pa.int64()))
         yield from zip(inside, Batch(batch.file, batch.start, taken).to_dicts(), strict=True)

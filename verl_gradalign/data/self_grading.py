@@ -27,6 +27,8 @@ RewardFunction = Callable[..., Any]
 
 FORMS = ("\\boxed{{{}}}", "#### {}", "Answer: {}", "The answer is {}.", "{}", "={}")
 """How an answer may be given: the reward function has to take its row's truth in one of them (the last: the tasks)."""
+MARKS = {"\\boxed": FORMS[0], "####": FORMS[1]}
+"""What a prompt that asks for a form says of it; then no other form is tried."""
 MAX_NUMBERS_CHANGED = 3
 OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
@@ -47,13 +49,14 @@ class Fault:
 def self_graded(rows: Iterable[Mapping[str, Any]], compute_score: RewardFunction) -> Iterator[Fault]:
     """Yield the faults of rows in verl's schema, at most one for each row; rows without fault yield nothing.
 
-    A row is graded if, in one of FORMS, its truth scores 1, a neighbour of it 0 or less, and an empty answer 0 or less.
-    Where the function gives `acc` (whether the answer is right) that is read instead of the score, which may have other
-    units. A row's mark of a corrupted reward (`extra_info["corrupted"]`) is left out: its coin says nothing.
+    A row is graded if, in one of FORMS, its truth scores 1, a neighbour of it 0 or less, and an empty answer 0 or less;
+    a prompt that asks for a box, or for the answer after ####, has to be graded in that form. Where the function gives
+    `acc` (whether the answer is right) that is read instead of the score, which may have other units. A row's mark of a
+    corrupted reward (`extra_info["corrupted"]`) is left out: its coin says nothing.
     Values may be numbers too; of several acceptable truths the first is given. A coroutine function is awaited.
     """
     for position, row in enumerate(rows):
-        fault = grading_fault(row, compute_score, position=position)
+        fault = grading_fault(row, compute_score, forms_asked_for(row.get("prompt")), position)
         if fault is not None:
             yield fault
 
@@ -108,6 +111,13 @@ class UngradableError(Exception):
     def __init__(self, response: str, message: str) -> None:
         super().__init__(message)
         self.response = response
+
+
+def forms_asked_for(prompt: Any) -> tuple[str, ...]:
+    """Return the forms of an answer that a prompt (text or messages) asks for; all of them if it names none."""
+    asked = [] if isinstance(prompt, str) or prompt is None else list(prompt)
+    text = prompt if isinstance(prompt, str) else " ".join(str(message.get("content")) for message in asked)
+    return tuple(form for mark, form in MARKS.items() if mark in text) or FORMS
 
 
 def grade(row: Mapping[str, Any], compute_score: RewardFunction, response: str) -> float:
