@@ -154,7 +154,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     ("answer", "message"),
     [
         ("#### 1,5", "where a comma separates no thousands"),
-        ("#### 12 apples or 13", "which scores 0 as '#### 12 apples or 13'"),
+        ("#### 12 apples or 13", "has several numbers as its answer ('12 apples or 13')"),
         ("#### $", "has an empty 'answer'"),
         ("#### nan", "has an empty 'answer'"),
     ],

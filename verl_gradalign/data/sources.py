@@ -36,6 +36,7 @@ DAPO_BEFORE = (
 )
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
+TWO_NUMBERS = re.compile(r"\d[^\d]*[A-Za-z]{2}[^\d]*\d")
 THOUSANDS = re.compile(r"[^\d,]*\d{1,3}(?:,\d{2})*(?:,\d{3})+(?:\.\d+)?[^\d,]*")  # 1,00,000 is Indian for 100,000
 YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
 
@@ -118,6 +119,8 @@ def _read_gsm8k(row: Row) -> ReadProblem:
         remedy = f'end the answer with "{ANSWER_MARK} <number>"'
         raise ValueError(f'{row.place} has no answer after "{ANSWER_MARK}"; {remedy}')
     truth = row.cleaned(tail.strip(), "answer")
+    if TWO_NUMBERS.search(truth):
+        raise ValueError(f"{row.place} has several numbers as its answer ({truth!r}); give the one that counts")
     if "," in truth:
         if not THOUSANDS.fullmatch(truth):
             why = f"{row.place} has the answer {truth!r}, where a comma separates no thousands"
