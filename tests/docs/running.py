@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,16 @@ def prepare_little(command: Command, place: Path, patch: pytest.MonkeyPatch) -> 
     patch.chdir(tempfile.mkdtemp(dir=place))
     invoke([*small, *origins])
     assert (output / "train.parquet").exists() and (output / "manifest.json").exists()
+
+
+def hold_out_of_a_copy(command: Command, place: Path, patch: pytest.MonkeyPatch) -> None:
+    """Run as written, in a folder of its own: several pages write to the same output."""
+    folder = Path(tempfile.mkdtemp(dir=place))
+    shutil.copy(place / "train.parquet", folder)
+    patch.chdir(folder)
+    words = words_of(command.text)[1]
+    invoke(words[1:])
+    assert "--help" in words or (Path(words[words.index("--output") + 1]) / "trusted.parquet").exists()
 
 
 def accepted(function: str) -> Callable[[Command, Path, pytest.MonkeyPatch], None]:

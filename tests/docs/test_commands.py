@@ -23,6 +23,7 @@ from tests.docs.running import (
     compose_script,
     examine,
     help_of_script,
+    hold_out_of_a_copy,
     installable,
     make_targets,
     module_exists,
@@ -60,6 +61,7 @@ ENTRIES = (
         prepare_little,
         ("tests/unit/test_prepare_sources.py::test_every_source_is_covered",),
     ),
+    Entry(r"verl-gradalign hold-out .*", hold_out_of_a_copy),
     # Composed and validated, or read and checked; the training itself is covered.
     Entry(rf"([A-Z_]+=\S+ )*python3? -m {re.escape(ENTRY_POINT)} .*", compose_launch, LAUNCHES),
     Entry(

@@ -36,6 +36,10 @@ def gsm8k(tmp_path):
     return folder
 
 
+def name_of(info):
+    return info.name or info.callback.__name__.replace("_", "-")
+
+
 def prepare(*arguments):
     return runner.invoke(app, ["prepare", *map(str, arguments)])
 
@@ -112,7 +116,7 @@ def test_a_file_row_is_named_whole_in_the_message(gsm8k, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", sorted(info.name or info.callback.__name__ for info in app.registered_commands))
+@pytest.mark.parametrize("command", sorted(map(name_of, app.registered_commands)))
 def test_every_commands_help_has_examples_and_exit_codes(command):
     shown = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     assert "Examples:" in shown and "Exit code" in shown

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_gradalign.data.rewards import compute_score
-from verl_gradalign.data.sources import DAPO_AFTER, DAPO_BEFORE, SOURCES
+from verl_gradalign.data.sources import DAPO_AFTER, DAPO_BEFORE, SOURCES, ReadProblem
 from verl_gradalign.data.splits import load_pool, normalise_question
 
 AOPS = "https://artofproblemsolving.com/wiki/index.php/"
@@ -119,7 +119,7 @@ def test_later_editions_of_dapo_are_read():
     plain = {"prompt": "In triangle?", "solution": "34", "reward_model": {"ground_truth": "34"}}
     without = {"prompt": "In triangle?", "answer": 34}
     for row in (plain, without):
-        assert SOURCES["dapo"].read(row_of(row)) == ("In triangle?", "34")
+        assert SOURCES["dapo"].read(row_of(row)) == ReadProblem("In triangle?", "34")
 
 
 def row_of(values):

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows chosen by their place in the files."""
+"""Prompt rows chosen by their place in the files, and which problems files hold before a run."""
+
+import json
+import logging
 
 import datasets
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.data.identity import problem_identity
+from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, ground_truth, problems_of, read_identities
+
+KEY = "gradalign.validation.files"
+ASKED = [{"role": "user", "content": "<image>How wide is it?"}]
 
 
 class Rows:
@@ -55,3 +63,99 @@ def test_labels_are_the_problems_own_and_an_unknown_one_is_refused_with_what_the
     assert prompts.label("index", 7) == "7" and prompts.values("index") == ["7"] * 5
     with pytest.raises(ValueError, match=r"gradalign.log.columns=.*'level'.*Remedy: use one of index"):
         prompts.read_labels(["level"])
+
+
+def test_a_problem_without_extra_info_has_empty_labels():
+    rows = [{"number": i, "extra_info": None if i == 1 else {"family": "f"}} for i in range(3)]
+    prompts = PromptTable(Rows(datasets.Dataset.from_list(rows)))
+    prompts.read_labels(["family"])
+    assert prompts.values("family") == ["f", "", "f"]
+
+
+def test_a_truth_that_is_null_is_no_word():
+    assert ground_truth({"reward_model": {"ground_truth": None}}) == ground_truth({}) == ""
+    assert ground_truth({"reward_model": {"ground_truth": 7}}) == "7"
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return str(path)
+
+
+def picture(data, path=None):
+    return {"prompt": ASKED, "images": [{"bytes": data, "path": path}]}
+
+
+def identities(*files, **data):
+    return read_identities(KEY, files, OmegaConf.create(data))
+
+
+def test_problems_are_the_same_only_if_their_images_are(tmp_path):
+    train = write(tmp_path / "train.parquet", [picture(b"1"), picture(b"2"), {"prompt": ASKED, "images": None}])
+    trusted = write(tmp_path / "trusted.parquet", [picture(b"2", "other_name.png"), picture(b"3")])
+    of_train, of_trusted = identities(train), identities(trusted)
+    assert len(set(of_train)) == 3
+    assert [identity in of_train for identity in of_trusted] == [True, False]
+    text_alone = write(tmp_path / "text.parquet", [{"prompt": ASKED}])
+    assert identities(text_alone) == of_train[2:]
+
+
+@pytest.mark.parametrize(("column", "key"), [("images", "image_key"), ("videos", "video_key"), ("shots", "image_key")])
+def test_the_columns_are_verls_and_paths_count_where_there_are_no_bytes(tmp_path, column, key):
+    rows = [{"prompt": ASKED, column: [name]} for name in ("a.png", "b.png", "a.png")]
+    of_rows = identities(write(tmp_path / "train.parquet", rows), **{key: column})
+    assert of_rows[0] == of_rows[2] != of_rows[1]
+    other = identities(
+        write(tmp_path / "other.parquet", [{"prompt": ASKED, column: [{"path": "a.png"}]}]), **{key: column}
+    )
+    assert other == of_rows[:1]
+
+
+def test_pictures_that_datasets_knows_as_such_are_compared_without_being_decoded(tmp_path):
+    features = datasets.Features(
+        {"prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+         "images": datasets.Sequence(datasets.Image())}
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([picture(b"no picture"), picture(b"none either")], features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert len(set(identities(str(tmp_path / "train.parquet")))) == 2
+
+
+def test_pictures_in_the_parts_of_a_message_count(tmp_path):
+    asked = [[{"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "How wide?"}]}]
+             for name in ("a.png", "b.png")]  # fmt: skip
+    assert problem_identity(asked[0]) != problem_identity(asked[1])
+    assert problem_identity(asked[0]).splitlines()[0] == "how wide?"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("prompt", [None, [], [{"role": "user", "content": None}]])
+def test_a_row_without_prompt_is_refused_with_key_file_row_and_remedy(tmp_path, suffix, prompt):
+    path = write(tmp_path / f"train.{suffix}", [{"prompt": ASKED}] * 5 + [{"prompt": prompt}])
+    with pytest.raises(ValueError) as refused:
+        identities(path)
+    message = str(refused.value)
+    assert message.startswith(f"{KEY}={path}: row 6 has ") and "in its column 'prompt'" in message
+    assert message.endswith("Remedy: fill it in or remove the row.")
+
+
+@pytest.mark.parametrize("name", ["folder", "owner/name", "notes.txt", "other.parquet"])
+def test_what_only_a_data_set_class_of_ones_own_can_read_is_left_to_it_in_one_line(tmp_path, caplog, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("1 + 1?\n", encoding="utf-8")
+    write(tmp_path / "other.parquet", [{"question": "1 + 1?"}])
+    file = name if name == "owner/name" else str(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{KEY}="):
+        identities(file)
+    with caplog.at_level(logging.INFO):
+        assert identities(file, custom_cls={"path": "mine.py", "name": "Mine"}) is None
+    assert len(caplog.records) == 1 and f"{KEY}={file}: " in caplog.text
+    assert "left to data.custom_cls.path=mine.py, and not compared with other files" in caplog.text
+
+
+def test_a_file_in_verls_schema_is_compared_whatever_class_reads_it(tmp_path):
+    path = write(tmp_path / "train.parquet", [{"prompt": ASKED}])
+    assert identities(path, custom_cls={"path": "mine.py", "name": "Mine"}) == identities(path)

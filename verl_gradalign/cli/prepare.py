@@ -39,10 +39,17 @@ def prepare(
         bool, Option("--drop-overlap", help="Leave out problems that two sources bring into two splits.")
     ] = False,
     skip_bad_rows: Annotated[
-        bool, Option("--skip-bad-rows", help="Leave out rows without question or answer.")
+        bool, Option("--skip-bad-rows", help="Leave out rows that cannot be asked or graded.")
     ] = False,
+    reward: Annotated[
+        str | None,
+        Option(help="What training grades with, FILE.py:FUNCTION or pkg://MODULE:FUNCTION; else the package's own."),
+    ] = None,
 ) -> None:
     """Make train, trusted and test files in verl's schema, with a manifest.
+
+    Every row's own answer must be right by the reward function, and one near to it wrong. What was repaired, and what
+    was left out, is counted. To hold problems out of a Parquet file in verl's schema: verl-gradalign hold-out.
 
     Sources: gsm8k, math, math500, dapo, webinstruct, amc22, amc23, aime24, aime25, mmlu_pro, countdown (generated).
     """
@@ -56,12 +63,15 @@ def prepare(
     if corrupted_share is not None:
         parts["corrupted_share"] = corrupted_share
     parts |= {"seed": seed, "drop_overlap": drop_overlap, "skip_bad_rows": skip_bad_rows}
+    parts |= {"reward": reward} if reward is not None else {}
     parts["origins"] = _parse_origins(origin or [])
     plan = replace(REGIMES[regime], **parts) if regime else PreparationPlan(**{"train": (), **parts})
     console = Console()
     with console.status("reading, dividing and writing the problems"):
         manifest = prepare_files(plan, output)
     console.print(_summary(manifest))
+    if (happened := what_happened(manifest["sources"])).row_count:
+        console.print(happened)
     say(console, f"wrote {output}")
 
 
@@ -89,4 +99,19 @@ def _summary(manifest: dict[str, Any]) -> Table:
         duplicates[pool["source"]] += pool["duplicates_removed"]
     found = ", ".join(f"{source} {num}" for source, num in duplicates.items())
     table.caption = f"duplicates removed within a source: {found}"
+    return table
+
+
+def what_happened(sources: list[dict[str, Any]]) -> Table:
+    """A table of each source's rows that were repaired or left out, by the manifest's names, without zeros."""
+    from verl_gradalign.data.splits import NOT_IN_POOL
+
+    table = numbers_table(("source", "split", "repaired or left out", "rows"), [])
+    for column in table.columns[1:3]:
+        column.justify, column.overflow = "left", "fold"
+    for pool in sources:
+        counts = {name: count for name, count in pool.items() if name in NOT_IN_POOL} | pool["repaired"]
+        for name, count in counts.items():
+            if count:
+                table.add_row(pool["source"], pool["split"], name, str(count))
     return table

@@ -10,6 +10,7 @@ expression is a solution. Expressions are parsed, never evaluated as Python, and
 """
 
 import ast
+import itertools
 import json
 import operator
 import random
@@ -25,8 +26,11 @@ MIN_TARGET, MAX_TARGET = 10, 100
 # Longer than any sensible answer of a handful of numbers, and short enough that no expression is costly.
 MAX_EXPRESSION_CHARS = 200
 MAX_DRAWS_PER_PROBLEM = 10_000
+# All orders of four numbers are some thousand steps; of six numbers not all are tried.
+MAX_SEARCH_STEPS = 100_000
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {"+": operator.add, "*": operator.mul, "-": operator.sub, "/": operator.truediv}
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 SPELLINGS = {r"\times": "*", r"\cdot": "*", "\u00d7": "*", r"\div": "/", "\u00f7": "/", "\u2212": "-"}
 SPELLINGS |= dict.fromkeys((r"\left", r"\right", r"\,", "$"), "")
@@ -91,6 +95,35 @@ def _draw_problem(rng: random.Random) -> CountdownProblem | None:
     return CountdownProblem(tuple(sorted(numbers)), target, solution[1:-1])
 
 
+def solve_countdown(truth: str) -> str | None:
+    """Return an expression that solves the problem of a truth, or None if none was found.
+
+    All ways are tried for four numbers and fewer, for more the first MAX_SEARCH_STEPS.
+    Raises: ValueError if `truth` is not what `CountdownProblem.truth` gives.
+    """
+    numbers, target = _parse_truth(truth)
+    steps = itertools.count()
+
+    def search(terms: list[tuple[Fraction, str]]) -> str | None:
+        if len(terms) == 1:
+            return terms[0][1] if terms[0][0] == target else None
+        for i, j in itertools.permutations(range(len(terms)), 2):
+            if next(steps) > MAX_SEARCH_STEPS:
+                return None
+            (left, left_text), (right, right_text) = terms[i], terms[j]
+            rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+            for sign, compute in SIGNS.items():
+                if (sign in "+*" and i > j) or (sign == "/" and not right):
+                    continue
+                found = search([*rest, (compute(left, right), f"({left_text} {sign} {right_text})")])
+                if found is not None:
+                    return found
+        return None
+
+    solution = search([(Fraction(number), str(number)) for number in numbers])
+    return solution[1:-1] if solution and solution.startswith("(") else solution
+
+
 def compute_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Return the exact value of an expression in + - * / and parentheses, and the numbers it uses in order.
 
@@ -129,12 +162,7 @@ def is_right_countdown_answer(response: str, truth: str) -> bool:
     A closing `= target` inside the box is allowed.
     Raises: ValueError if `truth` is not what `CountdownProblem.truth` gives.
     """
-    try:
-        parsed = json.loads(truth)
-        numbers, target = sorted(int(number) for number in parsed["numbers"]), int(parsed["target"])
-    except (ValueError, TypeError, KeyError) as error:
-        remedy = 'write it as {"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
-        raise ValueError(f"ground_truth={truth!r} is not a Countdown problem; {remedy}") from error
+    numbers, target = _parse_truth(truth)
     boxed = find_last_boxed(response)
     if boxed is None:
         return False
@@ -143,3 +171,12 @@ def is_right_countdown_answer(response: str, truth: str) -> bool:
         return False
     computed = compute_expression(expression)
     return computed is not None and computed[0] == target and sorted(computed[1]) == numbers
+
+
+def _parse_truth(truth: str) -> tuple[list[int], int]:
+    try:
+        parsed = json.loads(truth)
+        return sorted(int(number) for number in parsed["numbers"]), int(parsed["target"])
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = 'write it as {"numbers": [3, 5, 7], "target": 26}, or prepare the data again'
+        raise ValueError(f"ground_truth={truth!r} is not a Countdown problem; {remedy}") from error

@@ -4,6 +4,8 @@
 The output folder gets train.parquet, trusted.parquet and test.parquet (the last two if asked for; all tests in one
 file, distinguished by data_source) and manifest.json: what was asked for, what was found, kept and left out, and
 SHA-256 hashes. Equal arguments and inputs give equal files. The folder appears at the end, complete, or not at all.
+What is repaired in rows is counted by name; what cannot be repaired, or is not graded by the reward function as
+`self_grading` demands, is refused, or left out and counted.
 
     plan = PreparationPlan(train=("gsm8k",), trusted=("gsm8k:64",), test=("gsm8k",), origins={"gsm8k": "path/to/gsm8k"})
     manifest = prepare(plan, Path("data/gsm8k"))
@@ -21,10 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import verl_gradalign
+from verl_gradalign.data.rewards import compute_score
 from verl_gradalign.data.rows import read_file
 from verl_gradalign.data.schema import PREPARED_SCHEMA, draw_corrupted, write_rows
+from verl_gradalign.data.self_grading import RewardFunction, grading_fault, load_reward_function
 from verl_gradalign.data.sources import SOURCES
-from verl_gradalign.data.splits import SPLITS, ChosenProblems, Request, choose_problems, load_pool, parse_request
+from verl_gradalign.data.splits import (
+    SPLITS,
+    ChosenProblems,
+    FindFault,
+    Request,
+    SourceProblem,
+    choose_problems,
+    load_pool,
+    parse_request,
+)
 from verl_gradalign.files import atomic_folder, hash_file
 
 
@@ -40,7 +53,8 @@ class PreparationPlan:
     # File, folder or hub id by source ("dapo") or by source and split ("gsm8k@test"); others come from their hub id.
     origins: Mapping[str, str] = field(default_factory=dict)
     drop_overlap: bool = False  # leave out, instead of refusing, problems that two sources bring into two splits
-    skip_bad_rows: bool = False  # leave out, instead of refusing, rows without question or answer
+    skip_bad_rows: bool = False  # leave out, instead of refusing, rows that cannot be asked or graded
+    reward: str = "pkg://verl_gradalign.data.rewards:compute_score"  # what training will grade with
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -80,14 +94,14 @@ def prepare(plan: PreparationPlan, output: Path) -> dict[str, Any]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already; remove it or choose another --output")
-    requests = plan.requests()
+    requests, reward = plan.requests(), load_reward_function(plan.reward)
     asked = [request for of_split in requests.values() for request in of_split]
     pools = {}
     for pool, r in {r.pool: r for r in asked}.items():
         num = sum(other.count or 0 for other in asked if other.pool == pool)
         source, origin = SOURCES[r.name], plan.origin_of(r)
         pools[pool] = load_pool(source, r.source_split, origin, plan.skip_bad_rows, num, plan.seed)
-    chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap)
+    chosen = choose_problems(requests, pools, plan.seed, plan.drop_overlap, fault_finder(reward))
     with atomic_folder(output) as folder:
         hashes, splits = {}, {}
         for split in reversed(SPLITS):
@@ -120,9 +134,21 @@ def _make_rows(chosen: ChosenProblems, split: str, plan: PreparationPlan) -> lis
         share = plan.corrupted_share
     corrupted = draw_corrupted(len(problems), share, random.Random(f"corrupted {plan.seed}"))
     return [
-        SOURCES[p.source].row(p.question, p.truth, index=i, split=split, corrupted=corrupted[i], source=p.place)
+        SOURCES[p.source].row(p.as_read, index=i, split=split, corrupted=corrupted[i], source=p.place)
         for i, p in enumerate(problems)
     ]
+
+
+def fault_finder(reward: RewardFunction) -> FindFault:
+    """Return what says how the reward function fails on a problem; None: it does not."""
+
+    def find(problem: SourceProblem) -> str | None:
+        source = SOURCES[problem.source]
+        row = source.row(problem.as_read, index=0, split="train", corrupted=False)
+        fault = grading_fault(row, reward, [source.answer_form])
+        return None if fault is None else fault.message
+
+    return find
 
 
 def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max_rows: int | None = None) -> Path:
@@ -130,14 +156,17 @@ def write_gsm8k(jsonl_path: str | Path, output_path: str | Path, split: str, max
 
     The prompt is the question followed by GSM8K's instruction; the ground truth is what follows "####", commas removed.
     `max_rows` keeps the first lines only; blank lines are passed over.
-    Raises: ValueError naming file and line if a line is not such an object or its answer lacks "####", if no line is
-        left, or if max_rows is below 1.
+    Raises: ValueError naming file and line if a line is not such an object, its answer lacks "####", or the reward
+        function does not grade it; if no line is left, or if max_rows is below 1.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to keep every row")
     source = SOURCES["gsm8k"]
-    numbered = enumerate(islice(read_file(Path(jsonl_path)), max_rows))
-    rows = [source.row(*source.read(row), index=i, split=split, corrupted=False) for i, row in numbered]
+    rows: list[dict[str, Any]] = []
+    for read in islice(read_file(Path(jsonl_path)), max_rows):
+        rows.append(source.row(source.read(read), index=len(rows), split=split, corrupted=False))
+        if fault := grading_fault(rows[-1], compute_score, [source.answer_form]):
+            raise ValueError(f"{read.place} {fault.message}; mend the answer or remove the line")
     if not rows:
         raise ValueError(f"{jsonl_path} holds no problems; download GSM8K's {split}.jsonl again")
     return write_rows(rows, Path(output_path))

@@ -6,31 +6,41 @@ UTF-8. In a folder whose file names or subfolders distinguish splits (train.json
 only the files of the split asked for are read.
 
     for row in read_file(Path("gsm8k/train.jsonl")):
-        row.text("question")
+        row.text("question"), row.answer("answer")
 """
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl_gradalign.data.chats import Turn, read_turns
+from verl_gradalign.data.values import JSON_TEXT, MISSING, as_answer, as_text, clean_answer, parse_json_text
+
+T = TypeVar("T")
 UTF8_MARK = b"\xef\xbb\xbf"
 SPLIT_NAMES = ("train", "test", "validation")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set: where it stands ("train.jsonl, line 3") and its values by column."""
+    """One row of a data set: where it stands ("train.jsonl, line 3"), its values by column, and what was repaired.
+
+    The names of the repairs (`values.REPAIRS`) are added as values are read.
+    """
 
     place: str
     values: Mapping[str, Any]
+    repairs: set[str] = field(default_factory=set)
 
     def has(self, *names: str) -> bool:
         """Return whether one of the columns is there, whatever its value; upper and lower case are the same."""
@@ -40,26 +50,65 @@ class Row:
         """Return the value of the first of these columns that is there, or raise ValueError naming the place."""
         column = self._column(names)
         if column is None:
-            lacking = f"{self.place} lacks a column {' or '.join(map(repr, names))} (columns: {', '.join(self.values)})"
+            columns = ", ".join(map(str, self.values)).encode("utf-8", "backslashreplace").decode()
+            lacking = f"{self.place} lacks a column {' or '.join(map(repr, names))} (columns: {columns})"
             raise ValueError(f"{lacking}; rename the column or give the data set that the source is named after")
         return self.values[column]
 
     def text(self, *names: str) -> str:
-        """Return that value as text without outer white space; whole numbers lose a fraction of zero (142.0 is 142).
+        """Return that value as text (see `values.as_text`).
 
         Raises: ValueError naming the place if the column is missing, or empty, or neither text nor number.
         """
+        return self._read(as_text, self.value(*names), names)
+
+    def choice(self, value: Any, *names: str) -> str:
+        """Return an item of that column as text; the words for a missing value may be one of several choices."""
+        is_word = isinstance(value, str) and value.strip().casefold() in MISSING
+        return value.strip() if is_word else self._read(as_text, value, names)
+
+    def answer(self, *names: str) -> str:
+        """Return that value as an answer (see `values.as_answer`).
+
+        Raises: as `text`, and if nothing is left or several answers are given.
+        """
+        return self._read(as_answer, self.value(*names), names)
+
+    def cleaned(self, text: str, *names: str) -> str:
+        """Return an answer that was found in the columns, without dollar signs and boxes around it; raises as above."""
+        return self._read(clean_answer, text, names)
+
+    def turns(self, *names: str) -> tuple[Turn, ...]:
+        """Return that value as the turns of a chat, what is asked last. Raises: ValueError naming the place."""
+        return self._read(read_turns, self.value(*names), names)
+
+    def inner(self, *names: str) -> "Row | None":
+        """Return an object within the row as a row of its own, also one written as JSON text; None if it is null.
+
+        Raises: ValueError naming the place if it is something else.
+        """
         value = self.value(*names)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"{self.place} has an empty {names[0]!r}; fill it in or remove the row")
-        if not isinstance(value, (str, int, float)):
-            raise ValueError(f"{self.place} has {names[0]!r} of type {type(value).__name__}; give text or a number")
-        return str(value).strip()
+        if isinstance(value, str) and isinstance(parsed := parse_json_text(value), Mapping):
+            value = parsed
+            self.repairs.add(JSON_TEXT)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            why = f"{self.place} has {names[0]!r} of type {type(value).__name__}"
+            raise ValueError(f"{why}; give an object, or leave the column out")
+        return Row(self.place, value, self.repairs)
+
+    def _read(self, read: Callable[[Any, str], tuple[T, set[str]]], value: Any, names: tuple[str, ...]) -> T:
+        try:
+            result, repairs = read(value, names[0])
+        except ValueError as error:
+            raise ValueError(f"{self.place} has {error}") from error
+        self.repairs.update(repairs)
+        return result
 
     def _column(self, names: tuple[str, ...]) -> str | None:
         by_lower_case = {str(column).lower(): column for column in self.values}
+        by_lower_case |= {name: name for name in names if name in self.values}
         return next((by_lower_case[name] for name in names if name in by_lower_case), None)
 
 
@@ -149,14 +198,39 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            columns = [(field.name, field.type) for field in file.schema_arrow if _has_short_floats(field.type)]
             for values in (values for batch in file.iter_batches() for values in batch.to_pylist()):
                 number += 1
+                values |= {name: _with_shortest_floats(values[name], kind) for name, kind in columns}
                 yield Row(f"{path}, row {number}", values)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, after row {number}, is not UTF-8 ({error}); write its text as UTF-8") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         why = f"{path}, after row {number}, is not a readable parquet file ({error}); download it again"
         raise ValueError(why) from error
+
+
+def _has_short_floats(kind: pa.DataType) -> bool:
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return True
+    return any(_has_short_floats(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _with_shortest_floats(value: Any, kind: pa.DataType) -> Any:
+    """Return a value whose numbers of half or single precision are the ones that were written.
+
+    As a Python number the single 12.3 is 12.300000190734863.
+    """
+    if value is None:
+        return None
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return float(str(np.float16(value) if pa.types.is_float16(kind) else np.float32(value)))
+    if pa.types.is_struct(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return {field.name: _with_shortest_floats(value[field.name], field.type) for field in fields}
+    if isinstance(value, list) and not pa.types.is_map(kind):
+        return [_with_shortest_floats(item, kind.field(0).type) for item in value]
+    return value
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -193,9 +267,21 @@ def _decode(data: bytes, place: str) -> str:
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        # Decimals as they are written: 12345678901234567.5 is no binary fraction.
+        return json.loads(text, parse_float=Decimal, object_pairs_hook=_object)
+    # ArithmeticError and ValueError: numbers of thousands of digits, and exponents of as many.
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({error}); mend it or download the file again") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises: ValueError if a key is there twice: which of the two was meant is not known."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return values
 
 
 def _row(place: str, values: Any) -> Row:

@@ -2,7 +2,7 @@
 """The rows that verl trains and tests on, and the parquet files that hold them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,21 @@ SCHEMA = pa.schema(
 PREPARED_SCHEMA = SCHEMA.set(4, pa.field("extra_info", pa.struct([*EXTRA_INFO, ("source", pa.string())])))
 
 
-def make_row(data_source: str, prompt: str, ability: str, answer: str, **extra_info: Any) -> dict[str, Any]:
-    """Return one problem as a row of SCHEMA, or of PREPARED_SCHEMA if `extra_info` has its source; index is from 0."""
+def make_row(
+    data_source: str,
+    prompt: str,
+    ability: str,
+    answer: str,
+    context: Sequence[Mapping[str, str]] = (),
+    **extra_info: Any,
+) -> dict[str, Any]:
+    """Return one problem as a row of SCHEMA, or of PREPARED_SCHEMA if `extra_info` has its source; index is from 0.
+
+    `context`: the messages before what is asked.
+    """
     return {
         "data_source": data_source,
-        "prompt": [{"role": "user", "content": prompt}],
+        "prompt": [*context, {"role": "user", "content": prompt}],
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": answer},
         "extra_info": extra_info,

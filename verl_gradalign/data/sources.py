@@ -4,20 +4,22 @@
 A source turns a row of its data set into a question and its right answer. Every question is asked with the same
 closing instruction within a rule, whatever wording its data set came with, so that answers arrive in one form.
 
-    question, truth = SOURCES["math500"].read(row)
-    SOURCES["math500"].prompt(question)
+    problem = SOURCES["math500"].read(row)
+    SOURCES["math500"].prompt(problem.question), problem.truth
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from verl_gradalign.data.chats import HOLD_OUT_INSTEAD, Turn
 from verl_gradalign.data.countdown import CountdownProblem
 from verl_gradalign.data.math_answers import ANSWER_MARK, find_last_boxed
 from verl_gradalign.data.rows import Row
 from verl_gradalign.data.schema import make_row
+from verl_gradalign.data.values import COMMAS, as_text, is_empty
 
 # By rule. GSM8K's and the boxed one are verl's own wording, so that results compare with its examples.
 INSTRUCTIONS = {
@@ -25,6 +27,8 @@ INSTRUCTIONS = {
     "math": "Let's think step by step and output the final answer within \\boxed{}.",
     "countdown": "Let's think step by step and output the final expression within \\boxed{}.",
 }
+# The form that they ask for.
+ANSWER_FORMS = {"last_number": ANSWER_MARK + " {}", "math": "\\boxed{{{}}}", "countdown": "\\boxed{{{}}}"}
 # What DAPO-Math-17k wraps around each problem. It asks for "Answer: ..." instead of a box.
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -32,7 +36,21 @@ DAPO_BEFORE = (
 )
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
+TWO_NUMBERS = re.compile(r"\d[^\d]*[A-Za-z]{2}[^\d]*\d")
+THOUSANDS = re.compile(r"[^\d,]*\d{1,3}(?:,\d{2})*(?:,\d{3})+(?:\.\d+)?[^\d,]*")  # 1,00,000 is Indian for 100,000
 YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
+
+
+# Columns of what a prompt shows besides text; `make_row` has no place for it.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "decoded_image")
+
+
+class ReadProblem(NamedTuple):
+    """What a source reads from a row: what is asked, what its reward is computed with, and the turns before."""
+
+    question: str
+    truth: str
+    context: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Source:
     """
 
     name: str
-    read: Callable[[Row], tuple[str, str]]
+    read_text: Callable[[Row], ReadProblem]
     hub_id: str | None
     data_source: str
     train_split: str = "train"
@@ -54,14 +72,29 @@ class Source:
     ability: str = "math"
     year: int | None = None
 
+    def read(self, row: Row) -> ReadProblem:
+        """Return the row's problem. Raises: ValueError with place and remedy for what cannot be asked or graded."""
+        shown = [column for column in row.values if str(column).lower() in MEDIA and not is_empty(row.values[column])]
+        if shown:
+            why = f"{row.place} asks about what is in its column {shown[0]!r}, which prepared files have no place for"
+            raise ValueError(f"{why}; {HOLD_OUT_INSTEAD}")
+        return self.read_text(row)
+
     def prompt(self, question: str) -> str:
         """Return the question followed by the instruction that says where the answer is looked for."""
         return f"{question} {INSTRUCTIONS[self.rule]}"
 
-    def row(self, question: str, truth: str, **extra_info: Any) -> dict[str, Any]:
+    @property
+    def answer_form(self) -> str:
+        """How the prompt asks for the answer, to be formatted with it."""
+        return ANSWER_FORMS[self.rule]
+
+    def row(self, problem: ReadProblem, **extra_info: Any) -> dict[str, Any]:
         """Return one of its problems as a row of verl's schema."""
-        prompt = self.prompt(question)
-        return make_row(self.data_source, prompt, self.ability, truth, family=self.name, **extra_info)
+        prompt = self.prompt(problem.question)
+        context = [turn._asdict() for turn in problem.context]
+        truth = problem.truth
+        return make_row(self.data_source, prompt, self.ability, truth, context, family=self.name, **extra_info)
 
 
 def year_of(row: Row) -> int | None:
@@ -79,64 +112,71 @@ def year_of(row: Row) -> int | None:
     return int(found.group())
 
 
-def _read_gsm8k(row: Row) -> tuple[str, str]:
+def _read_gsm8k(row: Row) -> ReadProblem:
     question, solution = row.text("question"), row.text("answer")
     _, mark, tail = solution.rpartition(ANSWER_MARK)
-    truth = tail.strip().replace(",", "")
-    if not mark or not truth:
+    if not mark or not tail.strip():
         remedy = f'end the answer with "{ANSWER_MARK} <number>"'
         raise ValueError(f'{row.place} has no answer after "{ANSWER_MARK}"; {remedy}')
-    return question, truth
+    truth = row.cleaned(tail.strip(), "answer")
+    if TWO_NUMBERS.search(truth):
+        raise ValueError(f"{row.place} has several numbers as its answer ({truth!r}); give the one that counts")
+    if "," in truth:
+        if not THOUSANDS.fullmatch(truth):
+            why = f"{row.place} has the answer {truth!r}, where a comma separates no thousands"
+            raise ValueError(f"{why}; write the number with a decimal point")
+        row.repairs.add(COMMAS)
+    return ReadProblem(question, truth.replace(",", ""))
 
 
-def _read_math(row: Row) -> tuple[str, str]:
+def _read_math(row: Row) -> ReadProblem:
     """A problem with its answer, or with a solution that ends in a box (MATH has no column for the answer)."""
     question = row.text("problem", "question")
     if row.has("answer"):
-        return question, row.text("answer").strip("$").strip()
+        return ReadProblem(question, row.answer("answer"))
     truth = find_last_boxed(row.text("solution"))
     if truth is None:
         raise ValueError(f"{row.place} has no answer in \\boxed{{}} in its solution; add a column answer")
-    return question, truth
+    return ReadProblem(question, row.cleaned(truth, "solution"))
 
 
-def _read_dapo(row: Row) -> tuple[str, str]:
+def _read_dapo(row: Row) -> ReadProblem:
     """DAPO-Math-17k's chat with a ground truth, or its later editions with plain text and an answer."""
-    prompt = row.value("prompt")
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        turns = [turn.get("content") for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]
-        row = Row(row.place, {**row.values, "prompt": turns[-1] if turns else None})
-    question = row.text("prompt").removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
-    if row.has("reward_model") and isinstance(reward_model := row.value("reward_model"), dict):
-        return question, Row(row.place, reward_model).text("ground_truth")
-    return question, row.text("answer", "solution")
+    *context, asked = row.turns("prompt")
+    question = asked.content.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+    if not question:
+        raise ValueError(f"{row.place} has an empty 'prompt'; fill it in or remove the row")
+    reward_model = row.inner("reward_model") if row.has("reward_model") else None
+    truth = reward_model.answer("ground_truth") if reward_model else row.answer("answer", "solution")
+    return ReadProblem(question, truth, tuple(context))
 
 
-def _read_webinstruct(row: Row) -> tuple[str, str]:
-    return row.text("question"), row.text("answer").strip("$").strip()
+def _read_webinstruct(row: Row) -> ReadProblem:
+    return ReadProblem(row.text("question"), row.answer("answer"))
 
 
-def _read_choice(row: Row) -> tuple[str, str]:
+def _read_choice(row: Row) -> ReadProblem:
     options = row.value("options")
     if not isinstance(options, Sequence) or isinstance(options, str) or not 1 < len(options) <= 26:
         raise ValueError(f"{row.place} has no list of 2 to 26 options; give MMLU-Pro's own files")
-    by_letter = {chr(ord("A") + position): option for position, option in enumerate(options)}
+    by_letter = {chr(ord("A") + n): row.choice(option, "options") for n, option in enumerate(options)}
     truth = row.text("answer")
     if truth not in by_letter:
         raise ValueError(f"{row.place} has answer {truth!r}, which is not the letter of an option; mend the row")
     listed = "\n".join(f"{letter}. {option}" for letter, option in by_letter.items())
-    return f"{row.text('question')}\n{listed}\nAnswer with the letter of the right option.", truth
+    question = f"{row.text('question')}\n{listed}\nAnswer with the letter of the right option."
+    return ReadProblem(question, truth)
 
 
-def _read_countdown(row: Row) -> tuple[str, str]:
+def _read_countdown(row: Row) -> ReadProblem:
     numbers = row.value("nums", "numbers")
     try:
         numbers = json.loads(numbers) if isinstance(numbers, str) else numbers
-        problem = CountdownProblem(tuple(sorted(int(number) for number in numbers)), int(row.text("target")))
+        problem = CountdownProblem(tuple(sorted(int(as_text(n, "nums")[0]) for n in numbers)), int(row.text("target")))
     except (TypeError, ValueError) as error:
         why = f"{row.place} is not a Countdown problem ({error}); give a list of whole numbers and a target"
         raise ValueError(why) from error
-    return problem.question, problem.truth
+    return ReadProblem(problem.question, problem.truth)
 
 
 GSM8K = "openai/gsm8k"

@@ -5,7 +5,8 @@ A pool is all usable problems of one split of a source, each once: two problems 
 after `normalise_question`. A request is `NAME[@SPLIT][:COUNT]`: `gsm8k`, `dapo:17000`, `math@test:200`. A count draws
 at random, by the seed; `webinstruct:first-40000` takes the first ones of the file instead. Test problems are chosen
 first, then trusted ones, then train ones from what is left, so that neither depends on how many train problems are
-asked for.
+asked for. Every problem that is chosen is graded first, by what the caller gives for it: one whose own answer is not
+right is refused, or left out and replaced by the next.
 
     requests = {"test": [parse_request("gsm8k", "test")], "train": [parse_request("gsm8k:500", "train")]}
     pools = {("gsm8k", split): load_pool(SOURCES["gsm8k"], split, "path/to/gsm8k") for split in ("train", "test")}
@@ -16,17 +17,19 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from verl_gradalign.data.chats import Turn
 from verl_gradalign.data.countdown import draw_countdown_problems
 from verl_gradalign.data.math_answers import squeeze_spaces
 from verl_gradalign.data.rows import Row, files_of, read_file, read_hub
-from verl_gradalign.data.sources import SOURCES, Source, year_of
+from verl_gradalign.data.sources import SOURCES, ReadProblem, Source, year_of
+from verl_gradalign.data.values import REPAIRS
 from verl_gradalign.files import hash_file
 
 SPLITS = ("test", "trusted", "train")  # in the order in which they choose
@@ -35,9 +38,15 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NUM_REASONS_KEPT = 5
 
 # What the manifest counts. Of a pool's rows: repeated questions, those of them whose answer differs from the one kept,
-# rows of other years, rows that cannot be read.
-NOT_IN_POOL = ("duplicates_removed", "duplicates_with_another_answer", "rows_of_other_years", "bad_rows_skipped")
-DUPLICATE, CONFLICTING, OTHER_YEAR, BAD_ROW = NOT_IN_POOL
+# rows of other years, rows that cannot be read. Of its problems: those whose answer the reward function does not grade.
+NOT_IN_POOL = (
+    "duplicates_removed",
+    "duplicates_with_another_answer",
+    "rows_of_other_years",
+    "bad_rows_skipped",
+    "ungraded_problems_skipped",
+)
+DUPLICATE, CONFLICTING, OTHER_YEAR, BAD_ROW, UNGRADED = NOT_IN_POOL
 # Of a pool's problems: in the split already, from an earlier request; in another split, from the same source; in
 # another split, from another source.
 NOT_IN_SPLIT = (DUPLICATE, "held_out_for_another_split", "overlaps_removed")
@@ -53,6 +62,16 @@ class SourceProblem:
     truth: str
     key: str
     place: str
+    context: tuple[Turn, ...] = ()  # the turns before the question
+
+    @property
+    def as_read(self) -> ReadProblem:
+        """What `Source.row` makes a row of."""
+        return ReadProblem(self.question, self.truth, self.context)
+
+
+FindFault = Callable[[SourceProblem], str | None]
+"""Says what is wrong with the grading of a problem; None if nothing is."""
 
 
 @dataclass
@@ -68,10 +87,29 @@ class Pool:
     num_rows: int = 0
     left_out: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(NOT_IN_POOL, 0)))
     first_reasons: list[str] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
+    skips_bad_rows: bool = False
+    graded: dict[str, bool] = field(default_factory=dict)  # by key, of the problems that were tried
+
+    def skip(self, reason: str, error: ValueError) -> None:
+        """Count what cannot be used and keep the first reasons. Raises: the error, unless such rows are skipped."""
+        if not self.skips_bad_rows:
+            raise ValueError(f"{error}, or leave such rows out with --skip-bad-rows") from error
+        self.left_out[reason] += 1
+        self.first_reasons = [*self.first_reasons, str(error)][:NUM_REASONS_KEPT]
+
+    def is_graded(self, problem: SourceProblem, find_fault: FindFault) -> bool:
+        """Return whether a problem of the pool is graded, trying and counting it once, whatever splits ask for it."""
+        if problem.key not in self.graded:
+            fault = find_fault(problem)
+            if fault is not None:
+                self.skip(UNGRADED, ValueError(f"{problem.place} {fault}; mend the answer"))
+            self.graded[problem.key] = fault is None
+        return self.graded[problem.key]
 
     def describe(self) -> dict[str, Any]:
         """Return the pool's entry in the manifest; the hash is of the questions and answers, in order."""
-        texts = "".join(f"{problem.question}\0{problem.truth}\0" for problem in self.problems)
+        texts = "".join(f"{as_one_text(p.context, p.question)}\0{p.truth}\0" for p in self.problems)
         return {
             "source": self.source.name,
             "split": self.split,
@@ -80,6 +118,7 @@ class Pool:
             "rows": self.num_rows,
             "distinct": len(self.problems),
             **self.left_out,
+            "repaired": {name: self.repairs[name] for name in REPAIRS if self.repairs[name]},
             "first_reasons": self.first_reasons,
             "problems_sha256": sha256(texts.encode()).hexdigest(),
         }
@@ -96,17 +135,22 @@ def normalise_question(text: str) -> str:
     return squeeze_spaces(text).rstrip(".")
 
 
+def as_one_text(context: Sequence[Turn], question: str) -> str:
+    """Return the text of a question that is asked after other turns; the question itself without any."""
+    return "\n".join([*(f"{turn.role}: {turn.content}" for turn in context), question])
+
+
 def load_pool(
     source: Source, split: str, origin: str | None = None, skip_bad_rows: bool = False, num: int = 0, seed: int = 0
 ) -> Pool:
     """Return the pool of a split, read from a file, a folder or a hub id; without `origin`, from the source's hub id.
 
-    Of a source without either, `num` problems are generated. With `skip_bad_rows`, rows that lack a column, a question
-    or an answer are counted and left out.
+    Of a source without either, `num` problems are generated. With `skip_bad_rows`, rows that cannot be asked or graded
+    are counted and left out.
     Raises: ValueError naming file and row for anything unusable, or if no problem is left.
     """
     pool = Pool(source, split, origin or source.hub_id or f"generated with seed {seed}")
-    pool.is_drawn = not (origin or source.hub_id)
+    pool.is_drawn, pool.skips_bad_rows = not (origin or source.hub_id), skip_bad_rows
     # Filled row by row, and questions normalised once: the hub's DAPO-Math-17k holds every problem 100 times.
     kept: dict[str, SourceProblem] = {}
     keys: dict[str, str] = {}
@@ -116,19 +160,18 @@ def load_pool(
             if source.year and year_of(row) not in (None, source.year):
                 pool.left_out[OTHER_YEAR] += 1
                 continue
-            question, truth = source.read(row)
+            read = source.read(row)
         except ValueError as error:
-            if not skip_bad_rows:
-                raise
-            pool.left_out[BAD_ROW] += 1
-            pool.first_reasons = [*pool.first_reasons, str(error)][:NUM_REASONS_KEPT]
+            pool.skip(BAD_ROW, error)
             continue
-        key = keys.get(question) or keys.setdefault(question, normalise_question(question))
-        problem = SourceProblem(source.name, question, truth, key, row.place)
+        pool.repairs.update(row.repairs)
+        text = as_one_text(read.context, read.question)
+        key = keys.get(text) or keys.setdefault(text, normalise_question(text))
+        problem = SourceProblem(source.name, read.question, read.truth, key, row.place, read.context)
         first = kept.setdefault(key, problem)
         if first is not problem:
             pool.left_out[DUPLICATE] += 1
-            pool.left_out[CONFLICTING] += first.truth != truth
+            pool.left_out[CONFLICTING] += first.truth != read.truth
     pool.problems = list(kept.values())
     if not pool.problems:
         reason = f"none of its {pool.num_rows} rows is usable" if pool.num_rows else "it has no rows"
@@ -200,7 +243,11 @@ def parse_request(text: str, split: str) -> Request:
 
 
 def choose_problems(
-    requests: Mapping[str, Sequence[Request]], pools: Mapping[tuple[str, str], Pool], seed: int, drop_overlap: bool
+    requests: Mapping[str, Sequence[Request]],
+    pools: Mapping[tuple[str, str], Pool],
+    seed: int,
+    drop_overlap: bool,
+    find_fault: FindFault = lambda problem: None,
 ) -> dict[str, ChosenProblems]:
     """Return the problems of each split.
 
@@ -208,7 +255,8 @@ def choose_problems(
     of the other and counted: that is how one source is divided. If they name different sources, their data overlap,
     which is refused unless `drop_overlap`; then it is left out and counted as well. The whole pool is inspected, not
     only the problems that the seed draws.
-    Raises: ValueError naming both places of an overlap, or the request that asks for more problems than are left.
+    Raises: ValueError naming both places of an overlap, the request that asks for more problems than are left, or the
+        place of a problem that is not graded, unless its pool skips bad rows.
     """
     chosen = {split: ChosenProblems() for split in SPLITS}
     taken: dict[str, tuple[str, SourceProblem]] = {}
@@ -221,7 +269,7 @@ def choose_problems(
                     chosen[split].left_out[reason][request.name] += 1
                 else:
                     free.append(problem)
-            problems = _draw(request, split, free, pools[request.pool], seed)
+            problems = _draw(request, split, free, pools[request.pool], seed, find_fault)
             taken.update((problem.key, (split, problem)) for problem in problems)
             chosen[split].problems += problems
     return chosen
@@ -243,22 +291,24 @@ def _reason_to_leave_out(
     )
 
 
-def _draw(request: Request, split: str, free: list[SourceProblem], pool: Pool, seed: int) -> list[SourceProblem]:
-    num_free = len(free)
-    count = num_free if request.count is None else request.count
-    if count > num_free or not free:
+def _draw(
+    request: Request, split: str, free: list[SourceProblem], pool: Pool, seed: int, find_fault: FindFault
+) -> list[SourceProblem]:
+    order = free
+    if not (request.takes_first or pool.is_drawn or request.count in (None, len(free))):
+        # One order per pool and seed: who draws later gets what follows, whatever the counts of other sources.
+        keys, by_key = [problem.key for problem in pool.problems], {problem.key: problem for problem in free}
+        random.Random(f"{seed} {pool.source.name} {pool.split}").shuffle(keys)
+        order = [by_key[key] for key in keys if key in by_key]
+    count = len(free) if request.count is None else request.count
+    are_graded = (p.key for p in order if count > len(free) or pool.is_graded(p, find_fault))
+    drawn = set(islice(are_graded, count))
+    if not drawn or (request.count is not None and len(drawn) < count):
         wanted = "all rows" if request.count is None else f"{count} problems"
-        remedy = f"ask for at most {num_free}" if free else "leave the request out or ask for fewer elsewhere"
+        remedy = f"ask for at most {len(drawn)}" if drawn else "leave the request out or ask for fewer elsewhere"
         raise ValueError(
             f"--{split} {request.text} asks for {wanted}, but of the {pool.num_rows} rows of {pool.origin} "
-            f"({pool.split}) {num_free} are left ({pool.left_out[DUPLICATE]} duplicates, "
-            f"{len(pool.problems) - num_free} in use elsewhere); {remedy}"
+            f"({pool.split}) {len(drawn)} are left ({pool.left_out[DUPLICATE]} duplicates, "
+            f"{pool.left_out[UNGRADED]} not graded, {len(pool.problems) - len(free)} in use elsewhere); {remedy}"
         )
-    if request.takes_first or pool.is_drawn or count == num_free:
-        return free[:count]
-    # One order per pool and seed: who draws later gets what follows, whatever the counts of other sources.
-    order = [problem.key for problem in pool.problems]
-    random.Random(f"{seed} {pool.source.name} {pool.split}").shuffle(order)
-    free_keys = {problem.key for problem in free}
-    drawn = set(islice((key for key in order if key in free_keys), count))
     return [problem for problem in free if problem.key in drawn]

@@ -165,7 +165,7 @@ def write_splits(
         corrupted = draw_corrupted(len(problems), corrupted_share if split == "pool" else 0.0, rng)
         rows = []
         for i, (p, is_corrupted) in enumerate(zip(problems, corrupted, strict=True)):
-            extra_info = {"index": i, "split": split, "family": p.family, "corrupted": is_corrupted}
-            rows.append(make_row(f"{TASKS_DATA_SOURCE}/{p.family}", p.prompt, p.family, p.answer, **extra_info))
+            info = {"index": i, "split": split, "family": p.family, "corrupted": is_corrupted}
+            rows.append(make_row(f"{TASKS_DATA_SOURCE}/{p.family}", p.prompt, p.family, p.answer, (), **info))
         paths[split] = write_rows(rows, Path(output_dir) / f"{split}.parquet")
     return paths

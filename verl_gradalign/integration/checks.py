@@ -5,18 +5,16 @@ Every message names the key, its value and the remedy.
 """
 
 import logging
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import datasets
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
 from verl_gradalign.integration.policy_loss import loss_mode_of, loss_weights, matching_modes
+from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, foreign_mode
@@ -336,61 +334,31 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     score, data = score_of(config.score), verl_config.data
     if score.rank is None and config.schedule == "step":
         return
-    prompt_key = data.get("prompt_key", "prompt")
     trusted_sets = config.validation.trusted_sets() if score.needs_direction else ()
-    trusted = {}
-    for trusted_set in trusted_sets:
-        key = _files_key(trusted_set, config)
-        trusted[key] = (trusted_set.files, _prompts(key, trusted_set.files, prompt_key))
+    keys = {s.name: _files_key(s, config) for s in trusted_sets}
+    trusted = {s.name: read_identities(keys[s.name], s.files, data) for s in trusted_sets}
     files = data.train_files
-    train = _prompts("data.train_files", [files] if isinstance(files, str) else files, prompt_key)
+    train = read_identities("data.train_files", [files] if isinstance(files, str) else files, data)
+    if train is None:
+        return
     limit = data.get("train_max_samples", -1)
     num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
     check_schedule(config, num_problems, data.train_batch_size, chooses=score.rank is not None)
     rollout_n = verl_config.actor_rollout_ref.rollout.n
-    num_trusted = sum(len(trusted[_files_key(s, config)][1]) * (s.n or rollout_n) for s in trusted_sets)
+    num_trusted = sum(len(trusted[s.name] or ()) * (s.n or rollout_n) for s in trusted_sets)
     check_storage(config, verl_config, num_problems, num_trusted)
-    for key, (names, prompts) in trusted.items():
-        shared = set(prompts) & set(train)
-        if shared:
+    train_set = set(train)
+    for trusted_set in trusted_sets:
+        problems = trusted[trusted_set.name]
+        shared = set(problems or ()) & train_set
+        if problems and shared:
             why = (
-                f"{len(shared)} of its {len(prompts)} problems also stand in data.train_files, for instance "
-                f"{min(shared)[:80]!r}; the direction would be measured on problems that are trained on"
+                f"{len(shared)} of its {len(problems)} problems also stand in data.train_files, for instance "
+                f"{min(shared).splitlines()[0][:80]!r}; the direction would be measured on problems that are trained on"
             )
-            refuse(key, list(names), why, "remove them from one of the two")
+            refuse(keys[trusted_set.name], list(trusted_set.files), why, "remove them from one of the two")
 
 
 def _files_key(trusted_set: TrustedSetConfig, config: GradAlignConfig) -> str:
     """Return the key that names the set's files."""
     return f"gradalign.validation.{'files' if config.validation.files else f'sets[{trusted_set.name}].files'}"
-
-
-def _prompts(key: str, files: Iterable[str], prompt_key: str) -> list[str]:
-    """Return the normalised prompt texts of data files. Raises ValueError naming the key and the file."""
-    texts: list[str] = []
-    for name in files:
-        path = Path(str(name)).expanduser()
-        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-        if kind is None:
-            refuse(key, name, "neither parquet, json nor jsonl", "convert it to verl's schema in one of these formats")
-        is_remote = "://" in str(name)
-        if not is_remote and not path.is_file():
-            refuse(key, name, "no such file", "give the path of an existing file")
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(name) if is_remote else str(path), split="train")
-        except Exception as error:
-            raise ValueError(
-                f"{key}={name}: cannot be read ({type(error).__name__}: {error}). "
-                f"Remedy: write it again as {kind}, with at least one row."
-            ) from error
-        if prompt_key not in rows.column_names:
-            why = f"has no column {prompt_key!r} (data.prompt_key)"
-            refuse(key, name, why, "add the column or set data.prompt_key")
-        texts.extend(_normalised(prompt) for prompt in rows[prompt_key])
-    return texts
-
-
-def _normalised(prompt: Any) -> str:
-    """Return a prompt's text (all messages) with case, width and white space made equal."""
-    messages = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
-    return " ".join(unicodedata.normalize("NFKC", " ".join(messages)).casefold().split())

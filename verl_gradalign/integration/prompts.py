@@ -1,23 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt rows for verl's agent loop, chosen by their place in the train files or in a trusted set.
 
-Rows are read when they are asked for, in the trainer's process: nothing is prefetched past a decision.
+Rows are read when they are asked for, in the trainer's process: nothing is prefetched past a decision. Before the run,
+files are read once to see which problems they hold (`read_identities`).
 """
 
+import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
+from verl_gradalign.data.identity import problem_identity
+from verl_gradalign.errors import refuse
 from verl_gradalign.selection.groups import Problem
+
+logger = logging.getLogger(__name__)
 
 PROBLEM_ID = "gradalign_problem_id"
 MAX_LABEL_CHARS = 200
 UNKNOWN_SOURCE = "unknown"
+# verl's columns of what a prompt shows besides text, each with the column's name where none is configured.
+MEDIA_KEYS = {"image_key": "images", "video_key": "videos", "audio_key": "audios"}
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+ROWS_READ_TOGETHER = 256
+"""Rows with images take a megabyte and more each."""
 
 
 class PromptTable:
@@ -52,16 +66,16 @@ class PromptTable:
         Raises: ValueError if no problem has such a key.
         """
         frame = self._dataset.dataframe
-        infos = frame["extra_info"] if columns and "extra_info" in frame.column_names else []
+        infos = [info or {} for info in frame["extra_info"]] if columns and "extra_info" in frame.column_names else []
         for column in columns:
             values = [info.get(column) for info in infos]
             if all(value is None for value in values):
-                known = sorted({key for info in list(infos)[:100] for key in info})
+                known = sorted({key for info in infos[:100] for key in info})
                 raise ValueError(
                     f"gradalign.log.columns={list(columns)}: no problem of data.train_files has {column!r} in its "
                     f"extra_info. Remedy: use one of {', '.join(known) or '(there are none)'}."
                 )
-            self._labels[column] = [str(value)[:MAX_LABEL_CHARS] for value in values]
+            self._labels[column] = ["" if value is None else str(value)[:MAX_LABEL_CHARS] for value in values]
 
     def values(self, column: str) -> list[str]:
         """Return every problem's data_source, or value of a column that was read."""
@@ -100,7 +114,59 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 def ground_truth(row: Mapping[str, Any]) -> str:
     """Return what a row's reward is computed with, as text; empty if it has none."""
-    return str((row.get("reward_model") or {}).get("ground_truth", ""))
+    truth = (row.get("reward_model") or {}).get("ground_truth")
+    return "" if truth is None else str(truth)
+
+
+def read_identities(key: str, files: Iterable[str], data: DictConfig) -> list[str] | None:
+    """Return by what the problems of data files are compared (see `problem_identity`), in the order of their rows.
+
+    None, with a line of log, if `data.custom_cls.path` names a data set class and a file is not one that verl's own
+    class reads: a folder, a hub id, another format, other columns. What it holds, that class alone knows.
+    Raises: ValueError naming the key, the file, the row where there is one, and the remedy.
+    """
+    identities: list[str] = []
+    own_class = OmegaConf.select(data, "custom_cls.path")
+    for name in map(str, files):
+        try:
+            identities.extend(_identities_of_file(key, name, data))
+        except ValueError as error:
+            if not own_class:
+                raise
+            reason = str(error).partition(" Remedy:")[0]
+            logger.info("%s; left to data.custom_cls.path=%s, and not compared with other files", reason, own_class)
+            return None
+    return identities
+
+
+def _identities_of_file(key: str, name: str, data: DictConfig) -> Iterator[str]:
+    path, prompt_key = Path(name).expanduser(), data.get("prompt_key", "prompt")
+    kind = KINDS.get(path.suffix)
+    if kind is None:
+        refuse(key, name, "neither parquet, json nor jsonl", "convert it to verl's schema in one of these formats")
+    is_remote = "://" in name
+    if not is_remote and not path.is_file():
+        refuse(key, name, "no such file", "give the path of an existing file")
+    try:
+        rows = datasets.load_dataset(kind, data_files=name if is_remote else str(path), split="train")
+    except Exception as error:
+        raise ValueError(
+            f"{key}={name}: cannot be read ({type(error).__name__}: {error}). "
+            f"Remedy: write it again as {kind}, with at least one row."
+        ) from error
+    if prompt_key not in rows.column_names:
+        why = f"has no column {prompt_key!r} (data.prompt_key)"
+        refuse(key, name, why, "add the column or set data.prompt_key")
+    media_keys = [data.get(media, column) for media, column in MEDIA_KEYS.items()]
+    columns = [prompt_key, *(media for media in media_keys if media in rows.column_names)]
+    # As Arrow has them: datasets would decode every picture.
+    batches = rows.select_columns(columns).with_format("arrow").iter(ROWS_READ_TOGETHER)
+    values = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(values, start=1):
+        try:
+            yield problem_identity(row[prompt_key], [row.get(media) for media in media_keys])
+        except ValueError as error:
+            refuse(key, name, f"row {number} has {error} in its column {prompt_key!r}", "fill it in or remove the row")
 
 
 def rows_in_files(dataframe: Any) -> list[int]:
