@@ -116,9 +116,9 @@ def _built(hf_config: Any, model: DictConfig) -> nn.Module:
     module: nn.Module = auto_class.from_config(
         hf_config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    adapter_path = model.get("lora_adapter_path")
-    if model.lora_rank <= 0 and not adapter_path:
+    if model.lora_rank <= 0:  # as verl: an adapter's path alone adds none
         return module
+    adapter_path = model.get("lora_adapter_path")
     from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
 
     if adapter_path:
