@@ -27,6 +27,7 @@ from verl_gradalign.doctor.machine import Machine, asks_for_cpu
 from verl_gradalign.doctor.model import examine_cost, examine_model, examine_positions, total_steps
 from verl_gradalign.doctor.named import examine_named
 from verl_gradalign.doctor.prompts import read_tokenizer
+from verl_gradalign.doctor.script import Primary
 from verl_gradalign.errors import refuse
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
@@ -49,10 +50,14 @@ def examine_trainer_mode(findings: Findings) -> None:
 
 
 def examine_configuration(
-    overrides: Sequence[str], machine: Machine, findings: Findings, response_tokens: float | None = None
+    overrides: Sequence[str],
+    machine: Machine,
+    findings: Findings,
+    response_tokens: float | None = None,
+    primary: Primary | None = None,
 ) -> Cost | None:
     """Add findings on what verl's entry point would be given; return the cost of a step, where it is known."""
-    verl_config = _composed(overrides, findings)
+    verl_config = _composed(overrides, primary or Primary(), findings)
     if verl_config is None:
         return None
     is_elsewhere = _check_machine(verl_config, machine, findings)
@@ -105,11 +110,11 @@ def _check_verl(verl_config: DictConfig, is_elsewhere: bool, findings: Findings)
     findings.add(AREA, "ok", "verl accepts the configuration")
 
 
-def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:
+def _composed(overrides: Sequence[str], primary: Primary, findings: Findings) -> DictConfig | None:
     """Return the configuration with everything resolved, as verl's entry point composes it."""
     try:
-        with composing():
-            config = compose_run(overrides)
+        with composing(primary.path):
+            config = compose_run(overrides, primary.name, primary.folder)
     except (HydraException, OmegaConfBaseException) as error:
         remedy = "correct the override; keys that verl lacks need a + before them"
         findings.refusal(AREA, ValueError(str(error)), remedy)

@@ -249,8 +249,8 @@ def _prompts(frame: Frame, column: str, findings: Findings) -> None:
     """Whether every prompt is a list of messages with role and content."""
     kind = frame.table.data.column(column).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    message = kind.value_type if is_list else None
-    names = {message.field(i).name for i in range(message.num_fields)} if pa.types.is_struct(message or kind) else set()
+    message: Any = kind.value_type if is_list else kind
+    names = {message.field(i).name for i in range(message.num_fields)} if pa.types.is_struct(message) else set()
     if not is_list or not {"role", "content"} <= names:
         text = f"{frame.key}: {column} is {kind}; verl wants a list of messages with role and content"
         findings.add(frame.area, "error", text, f"write each prompt as {MESSAGES}")

@@ -48,8 +48,8 @@ def examine_model(config: GradAlignConfig, verl_config: DictConfig, findings: Fi
         return None
     if score_of(config.score).needs_gradients:  # so that the estimator must know every layer
         refusals = model_refusals(config, verl_config, model)
-        for error in refusals.errors:
-            findings.refusal(AREA, error)
+        for refusal in refusals.errors:
+            findings.refusal(AREA, refusal)
         name = type(model.module).__name__
         if refusals.untried:
             findings.add(AREA, "note", f"{name}: no small model of its kind was scored, as {refusals.untried}")

@@ -9,6 +9,7 @@ The data set's class is loaded with the data (`doctor.files`), reward function a
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hydra.utils import get_object
@@ -102,8 +103,8 @@ def known_agent_loops(verl_config: DictConfig) -> set[str]:
     remedy = "give a YAML list of entries with name and _target_"
     entries: Any = _loading(AGENT_FILE, path, lambda: list(OmegaConf.load(resolve_config_path(path))), remedy)
     for entry in entries:
-        name = _loading(AGENT_FILE, path, lambda entry=entry: entry["name"], remedy)
-        _loading(AGENT_FILE, path, lambda entry=entry: get_object(entry["_target_"]), f"correct _target_ of {name}")
+        name = _loading(AGENT_FILE, path, partial(entry.__getitem__, "name"), remedy)
+        _loading(AGENT_FILE, path, partial(get_object, entry.get("_target_")), f"correct _target_ of {name}")
         known.add(str(name))
     return known
 
@@ -112,8 +113,9 @@ def _tools(verl_config: DictConfig) -> None:
     for key in ("tool_config_path", "function_tool_path"):
         name = f"actor_rollout_ref.rollout.multi_turn.{key}"
         if path := OmegaConf.select(verl_config, name):
-            load = lambda key=key, path=path: load_all_tools(**{key: resolve_config_path(path)})  # noqa: E731
-            _loading(name, path, load, "give a file with the tools' definitions, as verl's examples have them")
+            file = _loading(name, path, partial(resolve_config_path, path), "give the path of an existing file")
+            remedy = "give a file with the tools' definitions, as verl's examples have them"
+            _loading(name, path, partial(load_all_tools, **{key: file}), remedy)
 
 
 def _callback(verl_config: DictConfig) -> None:
@@ -126,7 +128,7 @@ def _external_lib(verl_config: DictConfig) -> None:
     key = "actor_rollout_ref.model.external_lib"
     value = OmegaConf.select(verl_config, key)
     for module in [value] if isinstance(value, str) else value or ():
-        _loading(key, module, lambda module=module: importlib.import_module(module), "name a module that is installed")
+        _loading(key, module, partial(importlib.import_module, module), "name a module that is installed")
 
 
 def _rollout(verl_config: DictConfig) -> None:
