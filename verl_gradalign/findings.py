@@ -32,12 +32,18 @@ class Findings:
         self.all: list[Finding] = []
 
     @property
+    def num_errors(self) -> int:
+        return sum(finding.level == "error" for finding in self.all)
+
+    @property
     def has_errors(self) -> bool:
-        return any(finding.level == "error" for finding in self.all)
+        return self.num_errors > 0
 
     def add(self, area: str, level: str, message: str, remedy: str = "") -> None:
         assert level in LEVELS
-        self.all.append(Finding(area, level, message, remedy))
+        finding = Finding(area, level, message, remedy)
+        if finding not in self.all:
+            self.all.append(finding)
 
     def refusal(self, area: str, error: BaseException, remedy: str = "") -> None:
         """Add an exception as an error; the package's own say the remedy behind "Remedy: "."""

@@ -219,7 +219,7 @@ def test_a_layer_without_a_rule_is_named_and_backward_accepts_it(command, place)
     if not folder.exists():
         build_tiny_model(folder)
         GPT2Config(vocab_size=261, n_embd=64, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
-                   attn_pdrop=0.0).save_pretrained(folder)  # fmt: skip
+                   attn_pdrop=0.0, architectures=["GPT2LMHeadModel"]).save_pretrained(folder)  # fmt: skip
     path = f"actor_rollout_ref.model.path={folder}"
     error = only_error(command(path), "c_attn.weight (Conv1D)")
     assert "gradalign.estimator=backward" in error["remedy"]

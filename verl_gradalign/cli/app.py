@@ -21,11 +21,17 @@ def main() -> None:
     """Train with verl on the problems whose policy gradient points along a trusted one."""
 
 
-def command(*examples: str, ends: str = "Exit code: 0 done, 2 bad input.") -> Callable[[F], F]:
-    """Return what registers a function as a command: examples and exit codes below its help, refusals as messages."""
+def command(
+    *examples: str, ends: str = "Exit code: 0 done, 2 bad input.", takes_commands: bool = False
+) -> Callable[[F], F]:
+    """Return what registers a function as a command: examples and exit codes below its help, refusals as messages.
+
+    `takes_commands`: options that it does not know belong to another program's command line, its argument.
+    """
     indented = (f"  {example}".replace("\n", "\n  ") for example in examples)
     epilog = "\n\n".join(["\nExamples:", *indented, f"{ends}\n"])
-    return lambda function: app.command(epilog=epilog)(refusals_as_messages()(function))
+    settings = {"ignore_unknown_options": takes_commands}
+    return lambda function: app.command(epilog=epilog, context_settings=settings)(refusals_as_messages()(function))
 
 
 @contextmanager

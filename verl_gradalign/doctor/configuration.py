@@ -24,11 +24,16 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.cost import Cost
 from verl_gradalign.doctor.data import examine_data
 from verl_gradalign.doctor.machine import Machine, asks_for_cpu
-from verl_gradalign.doctor.model import examine_cost, examine_model, total_steps
+from verl_gradalign.doctor.model import examine_cost, examine_model, examine_positions, total_steps
+from verl_gradalign.doctor.named import examine_named
+from verl_gradalign.doctor.prompts import read_tokenizer
+from verl_gradalign.doctor.script import Primary
+from verl_gradalign.errors import refuse
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
+from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.versions import version_of
 
@@ -45,34 +50,44 @@ def examine_trainer_mode(findings: Findings) -> None:
 
 
 def examine_configuration(
-    overrides: Sequence[str], machine: Machine, findings: Findings, response_tokens: float | None = None
+    overrides: Sequence[str],
+    machine: Machine,
+    findings: Findings,
+    response_tokens: float | None = None,
+    primary: Primary | None = None,
 ) -> Cost | None:
     """Add findings on what verl's entry point would be given; return the cost of a step, where it is known."""
-    verl_config = _composed(overrides, findings)
+    verl_config = _composed(overrides, primary or Primary(), findings)
     if verl_config is None:
         return None
-    _check_machine(verl_config, machine, findings)
-    with findings.refusals(AREA, "see the message of verl"):
-        validate(verl_config)
-        findings.add(AREA, "ok", "verl accepts the configuration")
+    is_elsewhere = _check_machine(verl_config, machine, findings)
+    _check_verl(verl_config, is_elsewhere, findings)
+    examine_named(verl_config, findings)
     _check_logging(verl_config, findings)
     _check_folders(verl_config, findings)
     config = _own_config(verl_config, findings)
     if config is None:
         return None
-    num_before = len(findings.all)
+    num_before = findings.num_errors
     with _warnings_of_checks(findings):
         for check in verl_checks(config):
             with findings.refusals(AREA):
                 check(config, verl_config)
-        with findings.refusals("data"):
+    tokenizer = read_tokenizer(verl_config, findings)
+    model = examine_model(config, verl_config, findings)
+    if model is not None:
+        examine_positions(model.hf_config, None if tokenizer is None else len(tokenizer), verl_config, findings)
+    num_of_data = findings.num_errors
+    data = examine_data(config, verl_config, tokenizer, findings)
+    if findings.num_errors == num_of_data:  # else what is wrong with the files is said already
+        with findings.refusals("data"), _warnings_of_checks(findings):
             check_data(config, verl_config)
-    if not any(finding.level == "error" for finding in findings.all[num_before:]):
+    if data is not None and findings.num_errors == num_of_data:
+        _check_left(verl_config, config, data.num_problems, findings)
+    if findings.num_errors == num_before:
         findings.add(AREA, "ok", f"score {config.score} with schedule {config.schedule} can be measured and planned")
     with findings.refusals("folders"):
         check_resume(identity(config, verl_config), verl_config)
-    model = examine_model(config, verl_config, findings)
-    data = examine_data(config, verl_config, findings)
     if data is not None:
         _check_steps(verl_config, config, data.num_problems, findings)
     if model is not None and data is not None:
@@ -81,11 +96,25 @@ def examine_configuration(
     return None
 
 
-def _composed(overrides: Sequence[str], findings: Findings) -> DictConfig | None:
+def _check_verl(verl_config: DictConfig, is_elsewhere: bool, findings: Findings) -> None:
+    """Ask verl's own validation. What it says of an engine that is missing here is no fault if it runs elsewhere."""
+    try:
+        validate(verl_config)
+    except Exception as error:
+        if is_elsewhere and "vllm version None" in str(error):
+            findings.add(AREA, "note", "verl's validation asks for vllm, which is not installed here")
+            return
+        text = " ".join(str(error).split()) or type(error).__name__
+        findings.add(AREA, "error", f"verl refuses the configuration: {text}", "set the keys that it names")
+        return
+    findings.add(AREA, "ok", "verl accepts the configuration")
+
+
+def _composed(overrides: Sequence[str], primary: Primary, findings: Findings) -> DictConfig | None:
     """Return the configuration with everything resolved, as verl's entry point composes it."""
     try:
-        with composing():
-            config = compose_run(overrides)
+        with composing(primary.path):
+            config = compose_run(overrides, primary.name, primary.folder)
     except (HydraException, OmegaConfBaseException) as error:
         remedy = "correct the override; keys that verl lacks need a + before them"
         findings.refusal(AREA, ValueError(str(error)), remedy)
@@ -132,13 +161,18 @@ def _warnings_of_checks(findings: Findings) -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings) -> None:
-    """Whether the devices, the rollout engine and the kernels that are asked for are here."""
+def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings) -> bool:
+    """Whether the devices, the rollout engine and the kernels that are asked for are here.
+
+    Returns whether this is another machine than the one that trains, such as a login node: GPUs are asked for, and
+    none is here. What is missing then says nothing.
+    """
     trainer, rollout = verl_config.trainer, verl_config.actor_rollout_ref.rollout.name
+    is_elsewhere = trainer.device != "cpu" and machine.num_gpus == 0
     if trainer.device == "cpu" and not asks_for_cpu():
         text = "trainer.device=cpu, but VERL_PLATFORM is not cpu: verl will look for GPUs"
         findings.add("hardware", "error", text, "run with VERL_PLATFORM=cpu in the environment")
-    if trainer.device != "cpu" and machine.num_gpus == 0:
+    if is_elsewhere:
         text = f"trainer.device={trainer.device}, and no GPU is seen here"
         findings.add("hardware", "warning", text, "run this where training runs, or add +platform=cpu")
     elif trainer.device != "cpu" and trainer.n_gpus_per_node > machine.num_gpus:
@@ -146,14 +180,18 @@ def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings
         findings.add("hardware", "error", text, f"set trainer.n_gpus_per_node={machine.num_gpus}")
     if rollout in ("vllm", "sglang") and version_of(rollout) is None:
         text = f"actor_rollout_ref.rollout.name={rollout}, and {rollout} is not installed here"
-        findings.add("environment", "error", text, f"pip install 'verl[{rollout}]', or +platform=cpu on a CPU")
+        level, remedy = ("note", "") if is_elsewhere else ("error", f"pip install 'verl[{rollout}]'")
+        if trainer.device == "cpu":
+            remedy += ", or set actor_rollout_ref.rollout.name=hf"
+        findings.add("environment", level, text, remedy)
     if rollout == "hf" and not asks_for_cpu():
         text = "actor_rollout_ref.rollout.name=hf is only there with VERL_PLATFORM=cpu"
         findings.add("environment", "error", text, "set VERL_PLATFORM=cpu, or actor_rollout_ref.rollout.name=vllm")
     if verl_config.actor_rollout_ref.model.use_remove_padding and version_of("flash-attn") is None:
         text = "actor_rollout_ref.model.use_remove_padding=True needs flash-attn, which is not installed here"
         remedy = "pip install flash-attn, or set actor_rollout_ref.model.use_remove_padding=False"
-        findings.add("environment", "warning", text, remedy)
+        findings.add("environment", "note" if is_elsewhere else "warning", text, "" if is_elsewhere else remedy)
+    return is_elsewhere
 
 
 def _check_logging(verl_config: DictConfig, findings: Findings) -> None:
@@ -162,8 +200,8 @@ def _check_logging(verl_config: DictConfig, findings: Findings) -> None:
         return
     mode = os.environ.get("WANDB_MODE", "").lower()
     if version_of("wandb") is None:
-        findings.add("logging", "error", "trainer.logger names wandb, which is not installed", "pip install wandb")
-    elif mode in ("offline", "disabled", "dryrun"):
+        return  # said among what is loaded by name
+    if mode in ("offline", "disabled", "dryrun"):
         findings.add("logging", "note", f"WANDB_MODE={mode}: upload later with `wandb sync`")
     elif os.environ.get("WANDB_API_KEY") or _has_wandb_login():
         findings.add("logging", "ok", "wandb has a login")
@@ -195,10 +233,57 @@ def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
         except OSError as error:
             text = f"{key}={folder}: {there} cannot be written ({error.strerror})"
             findings.add("folders", "error", text, f"set {key} to another folder")
-    with findings.refusals("folders"):
-        if (resumed := resume_folder(verl_config)) is not None:
-            remedy = "trainer.resume_mode=disable, or another folder, to start anew"
-            findings.add("folders", "note", f"the run would go on from {resumed}", remedy)
+    with findings.refusals("folders", "set trainer.resume_mode=disable"):
+        _check_resumed(verl_config, findings)
+
+
+def _check_resumed(verl_config: DictConfig, findings: Findings) -> None:
+    """Whether the checkpoint that verl would go on from is there, and of so many ranks.
+
+    Raises: ValueError that names the key.
+    """
+    trainer, key = verl_config.trainer, "trainer.resume_from_path"
+    anew = "set trainer.resume_mode=disable to start anew"
+    if trainer.resume_mode not in ("disable", "auto", "resume_path"):
+        refuse("trainer.resume_mode", trainer.resume_mode, "unknown; known are disable, auto and resume_path", anew)
+    if trainer.resume_mode == "resume_path":
+        path = trainer.resume_from_path
+        if not isinstance(path, str) or "global_step_" not in path:
+            refuse(key, path, "verl wants the path of a folder global_step_<number>", f"name it, or {anew}")
+        if not Path(path).is_dir():
+            refuse(key, path, "no such folder", f"give the path of a checkpoint, or {anew}")
+        if not path.split("global_step_")[-1].isdigit():
+            refuse(key, path, "verl reads the step from what follows global_step_", "end the path there, without a /")
+    tracker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    if trainer.resume_mode == "auto" and tracker.exists():
+        written = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if not written.isdigit():
+            why = f"{tracker} holds {written[:40]!r}, which verl reads as the number of the newest checkpoint"
+            refuse("trainer.resume_mode", "auto", why, f"write the number of a checkpoint into it, or {anew}")
+        if not (tracker.parent / f"global_step_{written}").is_dir():
+            text = f"{tracker} names global_step_{written}, which is not there: verl would start from scratch"
+            findings.add("folders", "warning", text, f"write the number of a checkpoint into it, or {anew}")
+    folder = resume_folder(verl_config)
+    if folder is None:
+        return
+    findings.add("folders", "note", f"the run would go on from {folder}", anew)
+    num_ranks = trainer.n_gpus_per_node * trainer.nnodes
+    sizes = {path.name.split("_")[3] for path in (folder / "actor").glob("model_world_size_*_rank_*.pt")}
+    if verl_config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2") and sizes and str(num_ranks) not in sizes:
+        why = f"{folder} was written by {', '.join(sorted(sizes))} ranks; verl resumes FSDP's weights on as many only"
+        refuse("trainer.n_gpus_per_node", trainer.n_gpus_per_node, why, f"train on as many GPUs, or {anew}")
+    if not (folder / "actor").is_dir():
+        key, value = ("trainer.resume_mode", "auto") if trainer.resume_mode == "auto" else (key, folder)
+        refuse(key, value, f"{folder} has no folder actor with the weights", f"give a whole checkpoint, or {anew}")
+
+
+def _check_left(verl_config: DictConfig, config: GradAlignConfig, num_left: int, findings: Findings) -> None:
+    """Whether what the length filter leaves lasts for the schedule, as the trainer asks once it has filtered."""
+    chooses = score_of(config.score).rank is not None
+    if config.schedule == "step" and not chooses:
+        return
+    with findings.refusals("data"):
+        check_schedule(config, num_left, verl_config.data.train_batch_size, chooses=chooses)
 
 
 def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems: int, findings: Findings) -> None:

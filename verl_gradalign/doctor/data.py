@@ -1,62 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trusted sets and the train files: how many, how long, how noisy, and whether their rewards can be computed."""
+"""The train files, the trusted sets and verl's own validation: how many, how long, how noisy, how rewarded."""
 
-import asyncio
-import inspect
-import statistics
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoTokenizer
-from verl.trainer.ppo.reward import get_custom_reward_fn
-from verl.utils.reward_score import default_compute_score
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.doctor.files import (
+    Frame,
+    examine_columns,
+    examine_repeats,
+    frame_of_own_class,
+    has_own_class,
+    read_frame,
+)
+from verl_gradalign.doctor.prompts import MAX_READ, Prompts, examine_prompts
+from verl_gradalign.doctor.rewards import AREA, FUNCTION, RewardTrial, examine_rewards
 from verl_gradalign.findings import Findings
 from verl_gradalign.selection.scores import score_of
 
-MAX_TOKENISED = 1000
-"""Rows of a file that are tokenised."""
 RELIABILITY, AT_RESPONSES = 0.88, 512
 """Of a direction, measured in the miniatures (recipes/miniatures); other numbers by Spearman-Brown."""
 LOW_RELIABILITY = 0.5
-RUNS_CODE = ("codecontests", "apps", "codeforces", "taco")
-"""Data sources whose default reward runs programs; they are not tried."""
+TRAIN, TRUSTED, VAL = "train files", "trusted set", "val files"
 
 
 class ExaminedData(NamedTuple):
-    """What the cost is computed from."""
+    """What the schedule and the cost are computed from."""
 
     num_problems: int
+    """After verl's length filter."""
     num_trusted: int
     trusted_responses: int
     mean_prompt_tokens: float | None
 
 
-def examine_data(config: GradAlignConfig, verl_config: DictConfig, findings: Findings) -> ExaminedData | None:
-    """Add findings on the files; return what they hold, or None if the train files cannot be read.
+class Source(NamedTuple):
+    """Files of one key of the configuration."""
 
-    Whether the two overlap, and whether the problems last for the schedule, `checks.check_data` says.
-    """
-    tokenizer = _tokenizer(verl_config, findings)
-    files: Any = verl_config.data.train_files
-    files = [files] if isinstance(files, str) else files
-    num_problems, lengths = _examine_files("train files", files, tokenizer, verl_config, findings)
-    num_trusted = responses = 0
+    area: str
+    key: str
+    files: Any
+    max_samples: int | None = None
+    name: str = ""
+    """Of a trusted set."""
+    n: int = 0
+    """Responses to each of its problems."""
+
+
+def sources_of(config: GradAlignConfig, verl_config: DictConfig) -> Iterator[Source]:
+    """Yield what verl and the trainer read: train files, verl's validation files, trusted sets."""
+    data = verl_config.data
+    yield Source(TRAIN, "data.train_files", _plain(data.train_files), data.get("train_max_samples"))
+    yield Source(VAL, "data.val_files", _plain(data.val_files), data.get("val_max_samples"))
+    rollout_n = int(verl_config.actor_rollout_ref.rollout.n)
     for trusted in config.validation.trusted_sets() if score_of(config.score).needs_direction else ():
-        num, _ = _examine_files("trusted set", trusted.files, tokenizer, verl_config, findings)
-        n = trusted.n or int(verl_config.actor_rollout_ref.rollout.n)
-        if num:
-            _noise(trusted.name, num, n, findings)
-        num_trusted, responses = num_trusted + num, responses + num * n
-    limit = verl_config.data.get("train_max_samples", -1)
-    num_problems = num_problems if limit is None or limit < 0 else min(num_problems, limit)
-    if not num_problems:
+        key = "files" if config.validation.files else f"sets[{trusted.name}].files"
+        files, n = list(trusted.files), trusted.n or rollout_n
+        yield Source(TRUSTED, f"gradalign.validation.{key}", files, None, trusted.name, n)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def examine_data(
+    config: GradAlignConfig, verl_config: DictConfig, tokenizer: Any, findings: Findings
+) -> ExaminedData | None:
+    """Add findings on the files; return what they hold, or None if the train files cannot be used.
+
+    Whether trained and trusted problems overlap, `checks.check_data` says.
+    """
+    trial = _reward_trial(verl_config, tokenizer, findings)
+    train: Prompts | None = None
+    num_trusted = responses = 0
+    for source in sources_of(config, verl_config):
+        examined = _examine(source, tokenizer, trial, config, verl_config, findings)
+        if examined is None:
+            continue
+        frame, prompts, distinct = examined
+        if source.area == TRAIN:
+            train = prompts
+            _check_labels(frame, config, findings)
+        elif source.area == TRUSTED:
+            _noise(source.name, min(distinct, prompts.num_left), source.n, findings)
+            num_trusted, responses = num_trusted + prompts.num_left, responses + prompts.num_left * source.n
+    if trial is not None:
+        trial.close()
+    if train is None or not train.num_left:
         return None
-    return ExaminedData(num_problems, num_trusted, responses, statistics.fmean(lengths) if lengths else None)
+    return ExaminedData(train.num_left, num_trusted, responses, train.mean_tokens)
+
+
+def _examine(
+    source: Source,
+    tokenizer: Any,
+    trial: RewardTrial | None,
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    findings: Findings,
+) -> tuple[Frame, Prompts, int] | None:
+    """Return the rows of one key, what the length filter leaves of them, and how many are distinct."""
+    where = (source.area, source.key, source.files, verl_config)
+    is_own = has_own_class(verl_config)
+    if is_own and tokenizer is None:
+        return None
+    if is_own:
+        frame = frame_of_own_class(*where, tokenizer, findings, source.max_samples or -1)
+    else:
+        frame = read_frame(*where, findings, source.max_samples)
+    if frame is None:
+        return None
+    num_errors = findings.num_errors
+    examine_columns(frame, verl_config, findings)
+    if findings.num_errors > num_errors:
+        return None
+    if is_own:  # which has filtered by length already
+        prompts, distinct = Prompts(len(frame), None, frame.taken), len(frame)
+    else:
+        prompts = examine_prompts(frame, tokenizer, verl_config, findings)
+        distinct = examine_repeats(frame, verl_config, findings, _remedy_for_repeats(source))
+    if trial is not None and len(prompts.kept):
+        positions = prompts.kept if len(frame) <= MAX_READ else frame.taken
+        examine_rewards(frame, positions, trial, config.success_threshold, findings)
+    return frame, prompts, distinct
+
+
+def _remedy_for_repeats(source: Source) -> str:
+    if source.area == TRUSTED:
+        return "keep one row of each problem, and raise gradalign.validation.n for more responses to each"
+    return "keep one row of each problem"
+
+
+def _reward_trial(verl_config: DictConfig, tokenizer: Any, findings: Findings) -> RewardTrial | None:
+    """Return the reward manager that verl would make, None with a finding if it could not, or is not to be tried."""
+    if verl_config.reward.reward_model.enable:
+        findings.add(AREA, "note", "a reward model gives the rewards; it is not asked")
+        return None
+    try:
+        return RewardTrial(verl_config, tokenizer)
+    except Exception as error:
+        where = FUNCTION if OmegaConf.select(verl_config, f"{FUNCTION}.path") else "reward.reward_manager"
+        chosen = OmegaConf.select(verl_config, FUNCTION)
+        if where != FUNCTION or "reward manager" in str(error):
+            where, chosen = "reward.reward_manager", OmegaConf.select(verl_config, "reward.reward_manager")
+        cause = f" <- {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
+        text = f"{where}: path={chosen.get('path')}, name={chosen.get('name')} cannot be loaded"
+        if where != FUNCTION:
+            text = f"{where}: name={chosen.get('name')} (source {chosen.get('source')}) cannot be loaded"
+        findings.add(AREA, "error", f"{text} ({type(error).__name__}: {error}{cause})", f"correct {where}")
+        return None
+
+
+def _check_labels(frame: Frame, config: GradAlignConfig, findings: Findings) -> None:
+    """Whether the keys of extra_info that the log reports by are there."""
+    columns = config.log.columns
+    kind = frame.table.data.column("extra_info").type if "extra_info" in frame.columns else pa.struct([])
+    known = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    for column in columns:
+        is_there = column in known and any(
+            pc.struct_field(chunk, column).null_count < len(chunk) for chunk in frame.chunks("extra_info")
+        )
+        if not is_there:
+            text = f"gradalign.log.columns={list(columns)}: no problem of {frame.key} has {column!r} in its extra_info"
+            findings.add(frame.area, "error", text, f"use one of {', '.join(known) or '(there are none)'}")
 
 
 def reliability_of(num_responses: int) -> float:
@@ -67,6 +177,8 @@ def reliability_of(num_responses: int) -> float:
 
 def _noise(name: str, num_problems: int, n: int, findings: Findings) -> None:
     """Say how noisy a direction of so many responses is, by the one measurement there is."""
+    if not num_problems:
+        return
     reliability = reliability_of(num_problems * n)
     text = (
         f"{name}: {num_problems} problems x {n} responses = {num_problems * n}: as many gave the miniatures a "
@@ -75,121 +187,4 @@ def _noise(name: str, num_problems: int, n: int, findings: Findings) -> None:
     )
     remedy = "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction"
     is_low = reliability < LOW_RELIABILITY
-    findings.add("trusted set", "warning" if is_low else "ok", text, remedy if is_low else "")
-
-
-def _tokenizer(verl_config: DictConfig, findings: Findings) -> Any:
-    model = verl_config.actor_rollout_ref.model
-    path = str(model.get("tokenizer_path") or model.path)
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        text = f"the tokenizer of {model.path} cannot be loaded ({why}), so no prompt is measured"
-        findings.add("model", "error", text, "set actor_rollout_ref.model.tokenizer_path")
-        return None
-
-
-def _examine_files(
-    area: str, files: Iterable[Any], tokenizer: Any, verl_config: DictConfig, findings: Findings
-) -> tuple[int, list[int]]:
-    """Add findings on lengths, ground truths and rewards; return the number of problems, and their prompts' tokens.
-
-    A file that cannot be read has none: `check_data` refuses it with its name.
-    """
-    rows: list[dict[str, Any]] = []
-    for path in (Path(str(name)).expanduser() for name in files):
-        if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            with findings.refusals(area):
-                rows.extend(datasets.load_dataset(kind, data_files=str(path), split="train").to_list())
-    if not rows:
-        return 0, []
-    lengths = [] if tokenizer is None else _lengths(area, rows, tokenizer, verl_config, findings)
-    without = [row for row in rows if (row.get("reward_model") or {}).get("ground_truth") in (None, "")]
-    if without:
-        own = OmegaConf.select(verl_config, "reward.custom_reward_function.path")
-        text = f"{len(without)} of {len(rows)} problems have no reward_model.ground_truth"
-        level = "warning" if own or verl_config.reward.reward_model.enable else "error"
-        findings.add(area, level, text, "add the answers, or use a reward function that needs none")
-    if not verl_config.reward.reward_model.enable:
-        _check_reward(area, rows, verl_config, findings)
-    return len(rows), lengths
-
-
-def _lengths(
-    area: str, rows: list[dict[str, Any]], tokenizer: Any, verl_config: DictConfig, findings: Findings
-) -> list[int]:
-    """Compare the prompts' tokens with the most that verl takes; return them, none if they cannot be read."""
-    data = verl_config.data
-    options, most = dict(data.get("apply_chat_template_kwargs") or {}), data.max_prompt_length
-    lengths: list[int] = []
-    with findings.refusals(area, "give prompts as verl's schema has them: lists of messages with role and content"):
-        for row in rows[:MAX_TOKENISED]:
-            messages = row[data.prompt_key]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-            lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    if not lengths:
-        return lengths
-    num_over = sum(length > most for length in lengths)
-    text = f"prompts take {statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most"
-    too_long = f"{text}: {num_over} of {len(lengths)} read are longer than data.max_prompt_length={most}"
-    remedy = f"set data.max_prompt_length={max(lengths)}"
-    if not num_over:
-        findings.add(area, "ok", f"{text}, of data.max_prompt_length={most}")
-    elif data.get("filter_overlong_prompts"):
-        level = "error" if num_over == len(lengths) else "warning"
-        findings.add(area, level, f"{too_long} and will be left out", remedy)
-    else:
-        findings.add(area, "error", too_long, f"{remedy}, or data.filter_overlong_prompts=true to leave them out")
-    return lengths
-
-
-def _check_reward(area: str, rows: list[dict[str, Any]], verl_config: DictConfig, findings: Findings) -> None:
-    """Ask the reward function for the reward of an empty answer to one problem of each data source."""
-    key = "reward.custom_reward_function"
-    try:
-        own = get_custom_reward_fn(verl_config)
-    except Exception as error:
-        text = f"{key}: cannot be loaded ({type(error).__name__}: {error})"
-        findings.refusal("reward", ValueError(text), f"fix {key}")
-        return
-    reward_key = verl_config.data.get("reward_fn_key", "data_source")
-    by_source: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        by_source.setdefault(str(row.get(reward_key)), row)
-    num_right, unknown = 0, []
-    for source, row in by_source.items():
-        if own is None and source in RUNS_CODE:
-            findings.add("reward", "note", f"{area}: data source {source} runs programs; its reward was not tried")
-            continue
-        try:
-            _reward(own or default_compute_score, source, row)
-            num_right += 1
-        except Exception as error:
-            if own is None and isinstance(error, NotImplementedError):
-                unknown.append(source)  # verl's way to say that it does not know a data source
-                continue
-            text = f"{area}: the reward of an empty answer (data source {source!r}) fails: "
-            remedy = "fix the reward function, or the ground truth of this source"
-            findings.add("reward", "error", f"{text}{type(error).__name__}: {error}", remedy)
-    if unknown:
-        text = f"{area}: verl has no reward function for data source {', '.join(unknown[:10])}"
-        findings.add("reward", "error", text, "name yours in reward.custom_reward_function.path and .name")
-    if num_right:
-        names = ", ".join(list(by_source)[:3]) + (" and others" if len(by_source) > 3 else "")
-        text = f"{area}: {num_right} of {len(by_source)} data sources ({names}) have a reward function that runs"
-        findings.add("reward", "ok", text)
-
-
-def _reward(function: Any, source: str, row: Mapping[str, Any]) -> None:
-    value = function(
-        data_source=source,
-        solution_str="",
-        ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
-        extra_info=row.get("extra_info") or {},
-    )
-    if inspect.iscoroutine(value):
-        value = asyncio.run(value)
-    score = value["score"] if isinstance(value, dict) else value
-    float(score[0] if isinstance(score, list | tuple) else score)
+    findings.add(TRUSTED, "warning" if is_low else "ok", text, remedy if is_low else "")

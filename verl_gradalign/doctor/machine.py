@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,10 @@ REQUIRED = {
 ENGINES = ("vllm", "sglang")
 MIN_SHARED_BYTES = 2e9
 MIN_OPEN_FILES = 4096
+MIN_FREE_GB = 2.0
+RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_1000000/sockets/plasma_store"
+"""Below Ray's folder; the last number is that of the process."""
+MAX_SOCKET_PATH = 107
 FREE_SHARE = 0.95
 """Of a GPU's memory; less is a sign of another process."""
 
@@ -56,6 +61,7 @@ def examine_environment(findings: Findings) -> Machine:
     _plugin(findings)
     machine = _hardware(findings)
     _limits(findings)
+    examine_folders(findings)
     return machine
 
 
@@ -136,6 +142,51 @@ def _limits(findings: Findings) -> None:
         findings.add("hardware", "warning", f"only {soft} files may be open at once; Ray needs more", "ulimit -n 65536")
     else:
         findings.add("hardware", "ok", f"{soft if soft >= 0 else 'unlimited'} files may be open at once")
+
+
+def examine_folders(findings: Findings, ray_folder: str | None = None) -> None:
+    """Whether Ray's sockets fit into a path, and the caches that data and models go through can be written.
+
+    `ray_folder`: what the configuration gives Ray as _temp_dir.
+    """
+    name, folder = _ray_folder(ray_folder)
+    longest = len(os.fsencode(str(Path(folder).absolute()))) + len(RAY_SOCKET)
+    if longest > MAX_SOCKET_PATH:
+        most = MAX_SOCKET_PATH - len(RAY_SOCKET)
+        text = (
+            f"{name} is too long: Ray cannot start, as paths of sockets end at {MAX_SOCKET_PATH} bytes ({longest})"
+        )
+        findings.add("hardware", "warning", text, f"set RAY_TMPDIR to a path of {most - len('/ray')} bytes or less")
+    if version_of("datasets") is not None:
+        import datasets
+
+        where = Path(datasets.config.HF_DATASETS_CACHE)
+        _writable(f"the cache of data sets ({where})", where, "set HF_HOME to a folder that can be written", findings)
+    _writable(f"{name}", Path(folder), "set RAY_TMPDIR to a folder that can be written", findings)
+
+
+def _ray_folder(ray_folder: str | None) -> tuple[str, str]:
+    """Return what Ray writes its sockets and logs below, and where it has it from."""
+    if ray_folder:
+        return f"ray_kwargs.ray_init._temp_dir={ray_folder}", ray_folder
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        if os.environ.get(variable):
+            return f"{variable}={os.environ[variable]}", os.path.join(os.environ[variable], "ray")
+    return "/tmp", "/tmp/ray"
+
+
+def _writable(what: str, path: Path, remedy: str, findings: Findings) -> None:
+    """Add a warning if nothing can be written there. Asked by writing: permissions know no read-only mounts."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+        free_gb = shutil.disk_usage(there).free / 1e9
+    except OSError as error:
+        findings.add("folders", "warning", f"{what}: {there} cannot be written ({error.strerror})", remedy)
+        return
+    if free_gb < MIN_FREE_GB:
+        findings.add("folders", "warning", f"{what}: {free_gb:.1f} GB are free at {there}", remedy)
 
 
 def _driver() -> str:

@@ -4,10 +4,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
 from verl_gradalign.cost.estimate import Cost, estimate, memory_of
@@ -16,13 +13,11 @@ from verl_gradalign.cost.tables import GPU_SHARE
 from verl_gradalign.doctor.data import ExaminedData
 from verl_gradalign.doctor.machine import Machine
 from verl_gradalign.findings import Findings
+from verl_gradalign.integration.model_check import MODEL, PATH, model_from_config, model_refusals
 from verl_gradalign.integration.requests import token_budget
-from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.gradient import require_no_dropout
 from verl_gradalign.selection.scores import score_of
 
 AREA, COST = "model", "cost"
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 RESPONSE_SHARE = 0.5
 """Assumed mean length of a response, of data.max_response_length, where none is given."""
 
@@ -30,6 +25,7 @@ RESPONSE_SHARE = 0.5
 class ExaminedModel(NamedTuple):
     """What the cost is computed from."""
 
+    hf_config: Any
     shape: ModelShape | None
     """None: its cost is not known."""
     has_adapters: bool
@@ -37,61 +33,49 @@ class ExaminedModel(NamedTuple):
 
 def examine_model(config: GradAlignConfig, verl_config: DictConfig, findings: Findings) -> ExaminedModel | None:
     """Add findings on the model; return what is known of it, or None if it cannot be built."""
-    path = verl_config.actor_rollout_ref.model.path
+    path = str(verl_config.actor_rollout_ref.model.path)
+    if path.startswith("hdfs:"):
+        findings.add(AREA, "note", f"{PATH}={path} is not on this machine; the model is not looked at")
+        return None
     try:
-        hf_config = _hf_config(verl_config.actor_rollout_ref.model)
-        module = _without_memory(hf_config, verl_config)
+        model = model_from_config(verl_config)
     except Exception as error:
-        text = f"actor_rollout_ref.model.path={path}: cannot be built ({type(error).__name__}: {error})"
-        remedy = "give the folder of a causal language model, or a hub id that can be reached or is cached"
-        findings.refusal(AREA, ValueError(text), remedy)
+        if str(error).startswith(MODEL):
+            findings.refusal(AREA, error)
+        else:
+            text = f"{PATH}={path}: cannot be built ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            findings.refusal(AREA, ValueError(text), "give the folder of a model that transformers can build")
         return None
     if score_of(config.score).needs_gradients:  # so that the estimator must know every layer
-        with findings.refusals(AREA):
-            require_no_dropout(module)
-        with findings.refusals(AREA, "set gradalign.estimator=backward"):
-            ESTIMATORS[config.estimator](config.probe).check(module)
-            findings.add(AREA, "ok", f"{type(module).__name__} can be scored with estimator {config.estimator}")
-    num_parameters = sum(p.numel() for p in module.parameters())
-    num_trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    shape = _shape(hf_config, num_parameters, findings)
+        refusals = model_refusals(config, verl_config, model)
+        for refusal in refusals.errors:
+            findings.refusal(AREA, refusal)
+        name = type(model.module).__name__
+        if refusals.untried:
+            findings.add(AREA, "note", f"{name}: no small model of its kind was scored, as {refusals.untried}")
+        if not refusals.errors:
+            findings.add(AREA, "ok", f"{name} can be scored with estimator {config.estimator}")
+    num_parameters = model.num_parameters
+    num_trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    shape = _shape(model.hf_config, num_parameters, findings)
     trained = f", {num_trained / 1e6:.3g} M of them trained" if num_trained < num_parameters else ""
     findings.add(AREA, "note", f"{path}: {num_parameters / 1e9:.3g} B parameters{trained}")
-    return ExaminedModel(shape, has_adapters=num_trained < num_parameters)
+    return ExaminedModel(model.hf_config, shape, has_adapters=num_trained < num_parameters)
 
 
-def _hf_config(model: DictConfig) -> Any:
-    """Return the model's config with verl's overrides of it."""
-    path = str(model.get("hf_config_path") or model.path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    overrides: Any = OmegaConf.to_container(OmegaConf.create(model.override_config), resolve=True)
-    for key, value in overrides.items():
-        if key != "attn_implementation" and not isinstance(value, dict):
-            setattr(config, key, value)
-    return config
-
-
-def _without_memory(hf_config: Any, verl_config: DictConfig) -> nn.Module:
-    """Return the module as verl trains it, parameters on the meta device."""
-    model = verl_config.actor_rollout_ref.model
-    dtype = DTYPES[str(verl_config.actor_rollout_ref.actor.fsdp_config.get("model_dtype") or "fp32")]
-    with torch.device("meta"):
-        # Attention has no parameters, and the machine that asks may lack the kernels of the one that trains.
-        module: nn.Module = AutoModelForCausalLM.from_config(
-            hf_config, attn_implementation="eager", dtype=dtype, trust_remote_code=model.trust_remote_code
-        )
-        if model.lora_rank > 0:
-            from peft import LoraConfig, TaskType, get_peft_model
-
-            targets: Any = model.target_modules
-            adapters = LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=model.lora_rank,
-                lora_alpha=model.lora_alpha,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-            )
-            module = get_peft_model(module, adapters)
-    return module
+def examine_positions(hf_config: Any, tokenizer_size: int | None, verl_config: DictConfig, findings: Findings) -> None:
+    """Whether the model has an embedding for every token, and positions for the longest row."""
+    text, data = hf_config.get_text_config(), verl_config.data
+    vocabulary, most = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+    if tokenizer_size is not None and isinstance(vocabulary, int) and tokenizer_size > vocabulary:
+        why = f"its vocabulary of {vocabulary} is smaller than the tokenizer's, {tokenizer_size}"
+        remedy = f"set {MODEL}.tokenizer_path to the model's own tokenizer"
+        findings.add(AREA, "error", f"{PATH}={verl_config.actor_rollout_ref.model.path}: {why}", remedy)
+    longest = data.max_prompt_length + data.max_response_length
+    if isinstance(most, int) and longest > most:
+        text = f"data.max_prompt_length + data.max_response_length = {longest}, more than the model's {most} positions"
+        remedy = f"set data.max_response_length={max(most - data.max_prompt_length, 1)}, or scale its rope"
+        findings.add(AREA, "warning", text, remedy)
 
 
 def _shape(hf_config: Any, num_parameters: int, findings: Findings) -> ModelShape | None:
@@ -155,7 +139,8 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         num_selections = max(1, len(curriculum.stages)) if config.schedule == "staged" else 1
         steps = max(1, total_steps(verl_config, num_problems) // num_selections)
         schedule |= {"steps_per_round": steps, "num_candidates": num_problems}
-    param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or actor.fsdp_config.get("dtype")
+    fsdp = actor.get("fsdp_config") or {}  # other engines have none
+    param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or fsdp.get("dtype")
     return Setting(
         shape=shape,
         num_gpus=trainer.n_gpus_per_node * trainer.nnodes,

@@ -56,10 +56,11 @@ def check_schedule(config: GradAlignConfig, num_problems: int, batch_size: int, 
     elif config.schedule == "round" or chooses:
         num, plan = num_candidates(config, num_problems, batch_size), config.curriculum
         is_step = config.schedule == "step"
-        by_factor = ("oversample", config.oversample, num_problems // batch_size)
+        # Rounded down: so many candidates are there.
+        by_factor = ("oversample", config.oversample, math.floor(100 * num_problems / batch_size) / 100)
         key, value, most = by_factor if is_step else ("curriculum.num_candidates", plan.num_candidates, num_problems)
         rule = f"schedule {config.schedule} draws {num} candidates at a time, the train files hold {num_problems}"
-        remedy = f"set gradalign.{key}={most} or less, or add problems to data.train_files"
+        remedy = f"set gradalign.{key}={most:g} or less, or add problems to data.train_files"
         require(num <= num_problems, key, value, rule, remedy)
         _check_kept(config, "curriculum.keep", plan.keep, num, batch_size)
 
