@@ -46,7 +46,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*")
 BRACE = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{?|\\.|[{}]", re.DOTALL)  # \{ and \} are printed, not grouping
 # What may follow a box without braces: a number, or the letter of a choice.
 BARE = re.compile(r"[-+]?(?:\d[\d.,/]*\d|\d)|[A-Z](?![A-Za-z])")
-STATED_ANSWER = re.compile(r"answer\s*(?:is\b|:|=|\uff1a)(?:[\s:*_`]|\\\[|\$\$)*([^\n]*)", re.IGNORECASE)
+STATED_ANSWER = re.compile(r"answer\s*(?:is\b|:|=|\uff1a)(?:[\s:*_`]|</?\w{1,8}>|\\\[|\$\$)*([^\n]*)", re.IGNORECASE)
 SENTENCE_END = re.compile(
     r"\.(?:\*\*)?\s+(?=[A-Z])|,?\s+(?:because|since)\s|,\s+(?:as|so|which|where|therefore|and so)\s"
 )

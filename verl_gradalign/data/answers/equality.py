@@ -120,6 +120,9 @@ def _same_lists(left: Items, right: Items) -> bool:
     relations = [v for v in (*values, *other_values) if isinstance(v, Relation) and v.signs != ("=",)]
     if relations and (left.joint == "or") != (right.joint == "or"):
         return False
+    num_names = [len({v.names[0] for v in vs if isinstance(v, Relation)} - {""}) for vs in (values, other_values)]
+    if 0 in num_names and max(num_names) > 1:  # x = 2, y = 3 is 2, 3 in this order
+        return _same_in_order(values, other_values)
     return _same_in_any_order(values, other_values)
 
 
@@ -163,9 +166,15 @@ def _same_relations(left: Relation, right: Relation) -> bool:
         return _same_equations(left, right)
     if "=" in signs:
         return False
-    if _same_regions(left, right):
-        return True
-    if len(left.signs) != 1 or len(right.signs) != 1 or r"\in" in signs:
+    try:
+        return _same_regions(left, right)
+    except Unclear:
+        return _same_inequalities(left, right)
+
+
+def _same_inequalities(left: Relation, right: Relation) -> bool:
+    """Whether one is the other times a positive constant, or turned around."""
+    if len(left.signs) != 1 or len(right.signs) != 1 or r"\in" in (*left.signs, *right.signs):
         return False
     nodes = _difference(left), _difference(right)
     is_same_direction = left.signs == right.signs

@@ -24,8 +24,10 @@ MAX_EXACT_BITS = 100_000
 # Bits computed with, and the most that a rational may have which meets a number that is none: an eighth, so that it is
 # not lost in rounding. The second pair is tried where the first is too coarse.
 PRECISIONS = ((1024, 128), (8192, 1024))
+# Of factorials of what is not whole, as of a variable, which take long.
+GAMMA_PRECISIONS = ((256, 32),)
 MAX_FACTORIAL = 1000
-MAX_GAMMA_ARGUMENT, MAX_GAMMA_PRECISION = 200, 1024
+MAX_GAMMA_ARGUMENT, MAX_GAMMAS = 200, 20
 MAX_ARGUMENT_BITS = 40
 """Before the point, of what exp, powers and trigonometric functions are taken of."""
 POINTS = 5
@@ -98,7 +100,7 @@ def are_equal(left: Node, right: Node) -> bool:
     if left == right:
         return True
     num_points = POINTS if symbols_of(left) | symbols_of(right) else 1
-    for precision, max_bits in PRECISIONS:
+    for precision, max_bits in _precisions(left, right):
         num_equal = 0
         try:
             for point in range(num_points):
@@ -116,6 +118,16 @@ def are_equal(left: Node, right: Node) -> bool:
         except FAILURES:
             return False
     return False
+
+
+def _precisions(*nodes: Node) -> tuple[tuple[int, int], ...]:
+    has_variables = any(map(symbols_of, nodes))
+    num_gammas = sum(map(_count_gammas, nodes)) if has_variables else 0
+    return PRECISIONS if not num_gammas else GAMMA_PRECISIONS if num_gammas <= MAX_GAMMAS else ()
+
+
+def _count_gammas(node: Node) -> int:
+    return (node.op in ("factorial", "binomial")) + sum(map(_count_gammas, node.args))
 
 
 def are_proportional(left: Node, right: Node, only_positive: bool = False) -> bool:
@@ -325,7 +337,7 @@ class _Computer:
         return self.mp.binomial(self._inexact(above), self._inexact(below))
 
     def _check_gamma(self, value: Any) -> None:
-        if abs(value) > MAX_GAMMA_ARGUMENT or self.precision > MAX_GAMMA_PRECISION:
+        if abs(value) > MAX_GAMMA_ARGUMENT or self.precision > GAMMA_PRECISIONS[-1][0]:
             raise Unclear("a factorial out of bounds")
 
     def _abs(self, value: Any) -> Any:

@@ -35,11 +35,11 @@ MAX_ITEMS = 60
 
 Tokens = Sequence[Token]
 RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"}
-BASED = re.compile(r"(\d[0-9A-Z]*)(?:_(\w{1,2})|_\{(?:base)?(\w+)\}|\(?base(\w+)\)?)")
+BASED = re.compile(r"\(?(\d[0-9A-Z]*)\)?(?:_(\w{1,2})|_\{(?:base)?(\w+)\}|\(?base(\w+)\)?)")
 BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MATRIX = re.compile(
-    r"\\begin\{([pbvBV]?)(?:small)?(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[pbvBV]?(?:small)?(?:matrix|array)\}"
+    r"[\[(]?\s*\\begin\{([pbvBV]?)(?:small)?(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[pbvBV]?(?:small)?(?:matrix|array)\}\s*[\])]?"
 )
 # What may stand in a name besides letters and words: f(x), [ABC], m\angle A.
 IN_NAMES = {r"\angle", r"\triangle", r"\overline", r"\widehat", r"\measuredangle", "_", "{", "}", "'", r"\vec", r"\bar"}

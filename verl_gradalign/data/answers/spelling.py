@@ -56,6 +56,8 @@ CHARACTERS = {
     "\u2026": r"\ldots ",
     "\u22ef": r"\ldots ",
     "\u2032": "'",
+    "\u2019": "'",
+    **dict.fromkeys("\u201c\u201d", '"'),
 }
 # A line or a dot over digits, as combining characters, repeats them.
 OVERLINED = re.compile("(?:\\d[\u0304\u0305])+")
@@ -105,6 +107,7 @@ SAME = [
     (r"\\num\s*\{([^{}]*)\}", r"\1"),
     (r"\\%|(?<=\d)\s*(?:percent|per cent|pct)(?![a-zA-Z])", "%"),
     (r"\\text\{\s*(?:percent|per cent)\s*\}", "%"),
+    (r"(?<=[a-z])\.(?=\s)", ""),  # of abbreviations: sq. ft
     (r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))", ""),  # thousands
     (r"(?<!\\frac)(?<!\\binom)(?<!\})\{\s*\}", ""),
 ]
@@ -138,7 +141,7 @@ def spell(text: str) -> str:
         if not num_changed:
             break
     text = MARK.sub(r"\\text{\1}", text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+    return re.sub(r"\s+", " ", text).strip("\"`' ").rstrip(".\\ ")
 
 
 def flatten(text: str) -> str:

@@ -119,7 +119,7 @@ def _is_word(run: str, rest: str, tokens: Sequence[Token], is_spaced: bool) -> b
     if len(run) == 1:
         return is_spaced and before.kind == "number" and run in LETTERS and bool(END_OF_UNIT.match(rest))
     is_behind_number = before.kind == "number" or before.text in ("}", ")", "%")
-    if canonical_word(run) in SPELLINGS and (is_spaced or is_behind_number):
+    if (canonical_word(run) in SPELLINGS or run in ("sq", "cu")) and (is_spaced or is_behind_number):
         return True
     is_noun = len(run) > 3 or (len(run) == 3 and before.kind == "number" and bool(re.search("[aeiouy]", run)))
     return is_spaced and is_noun
