@@ -38,6 +38,7 @@ setup(
         "packaging",
         "pillow",
         "psutil>=5.9",
+        "mpmath>=1.3",
         *MATH_VERIFY,
     ],
     extras_require={

@@ -8,15 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_gradalign.data import math_answers
 from verl_gradalign.data.math_answers import (
-    TimeLimitExceeded,
     answers_match,
     extract_final_answer,
     find_last_boxed,
     is_right_math_answer,
     parse_quantity,
-    time_limit,
 )
 
 # Comparing as text costs microseconds; computing what is compared here would take minutes, or the machine's memory.
@@ -143,40 +140,9 @@ def test_what_cannot_be_computed_in_bounded_time_compares_as_text(expression):
     assert time.monotonic() - start < TEXT_COMPARISON_S
 
 
-def test_math_verify_is_called_from_other_threads():
+def test_answers_are_compared_from_other_threads():
     results = []
     thread = threading.Thread(target=lambda: results.append(is_right_math_answer(r"\boxed{1+x^2}", "x^2+1")))
     thread.start()
     thread.join()
     assert results == [True]
-
-
-def test_a_comparison_over_its_time_limit_counts_as_wrong(monkeypatch, caplog):
-    monkeypatch.setattr(math_answers, "COMPARISON_TIMEOUT_S", 0.05)
-    monkeypatch.setattr("math_verify.verify", lambda *_, **__: [time.sleep(0.001) for _ in range(10_000)])
-    assert not answers_match("1+x^2", "x^2+1")
-    assert "counts as wrong" in caplog.text
-
-
-def test_a_time_limit_ends_a_loop_in_a_thread_and_leaves_quick_bodies_alone():
-    ended = []
-
-    def loop():
-        try:
-            with time_limit(0.05):
-                while True:
-                    try:
-                        time.sleep(0.001)
-                    except Exception:  # what libraries under the limit do must not swallow it
-                        pass
-        except TimeLimitExceeded:
-            ended.append(True)
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    thread.join(timeout=10)
-    assert ended == [True]
-    for _ in range(20):
-        with time_limit(0.01):
-            pass
-    time.sleep(0.03)

@@ -16,9 +16,21 @@ from hashlib import blake2b
 from typing import Any
 
 from verl_gradalign.data.countdown import is_right_countdown_answer
-from verl_gradalign.data.math_answers import extract_last_number, is_right_math_answer, normalise_number
+from verl_gradalign.data.last_number import extract_last_number, is_right_last_number
+from verl_gradalign.data.math_answers import is_right_math_answer
 from verl_gradalign.data.sources import SOURCES
 from verl_gradalign.data.tasks import FAMILIES, STYLES, TASKS_DATA_SOURCE
+from verl_gradalign.data.truths import truth_text
+
+__all__ = [
+    "RULES",
+    "RULES_BY_DATA_SOURCE",
+    "compute_score",
+    "extract_last_number",
+    "is_right_last_number",
+    "is_right_math_answer",
+    "is_right_task_answer",
+]
 
 # How often each (seed, problem, step, text) was scored in this process: the same text sampled twice gets two coin
 # flips. verl scores in a pool of threads, hence the lock.
@@ -29,11 +41,6 @@ _occurrences_lock = threading.Lock()
 def is_right_task_answer(response: str, answer: str) -> bool:
     """Return whether the response is one style mark followed by exactly the answer."""
     return response[:1] in STYLES and response[1:] == answer
-
-
-def is_right_last_number(response: str, answer: str) -> bool:
-    """Return whether the response's last number (after its last "####", if there is one) is the answer."""
-    return extract_last_number(response) == normalise_number(answer)
 
 
 Rule = Callable[[str, str], bool]
@@ -51,7 +58,7 @@ RULES_BY_DATA_SOURCE |= {source.data_source: RULES[source.rule] for source in SO
 def compute_score(
     data_source: str,
     solution_str: str,
-    ground_truth: str,
+    ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
     seed: int = 0,
     **kwargs: Any,
@@ -64,9 +71,11 @@ def compute_score(
     there only if an agent loop (in its extra_fields) or a reward manager puts it there. Without it, the coin depends
     instead on the text of the response and on how often this process has scored it for that problem and step: drawn
     afresh per response, the same in every run that scores the same responses in one process, resumed ones included.
-    `kwargs` is what verl adds for reward models; it is not used. Callable from any thread.
+    A ground truth may be text or a number (see `truth_text`). `kwargs` is what verl adds for reward models; it is not
+    used. Callable from any thread.
 
-    Raises: ValueError for an unknown data source, or a corrupted problem without an index.
+    Raises: ValueError for an unknown data source, a ground truth that is missing or neither text nor number, or a
+        corrupted problem without an index.
     """
     rule = RULES_BY_DATA_SOURCE.get(data_source)
     if rule is None:
@@ -74,7 +83,7 @@ def compute_score(
         raise ValueError(
             f"data_source={data_source!r} is unknown; use one of {known}, or give verl another reward function"
         )
-    info, acc = extra_info or {}, float(rule(solution_str, ground_truth))
+    info, acc = extra_info or {}, float(rule(solution_str, truth_text(ground_truth)))
     is_corrupted = bool(info.get("corrupted"))
     score = _flip_coin(solution_str, info, seed) if is_corrupted else acc
     return {"score": score, "acc": acc, "corrupted": float(is_corrupted)}
@@ -93,4 +102,4 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
             occurrence = _occurrences[seed, index, step, response]
             _occurrences[seed, index, step, response] += 1
         drawn_from = f"{seed} {index} {step} {occurrence} {response}"
-    return float(blake2b(drawn_from.encode(), digest_size=1).digest()[0] & 1)
+    return float(blake2b(drawn_from.encode(errors="surrogatepass"), digest_size=1).digest()[0] & 1)
