@@ -5,7 +5,7 @@ verl writes what a reward function raises into a worker's log and tells the trai
 where groups have failed, the trainer asks a reward worker itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,19 @@ from tensordict import TensorDict
 from verl.protocol import DataProto
 
 TIMEOUT_S = 60.0
+REMEDY = (
+    "Remedy: have reward.custom_reward_function give a finite number, or a dict with one under 'score', for every "
+    "answer; if it does, look above for errors of the rollout engine or the agent loop ('Error in _run_prompt'). "
+    "`verl-gradalign doctor` tries the reward function on your data."
+)
+
+
+def failures_in_words(counts: Mapping[str, int], num_groups: int) -> str:
+    """Return how many of a step's groups are not trained on for which reasons, as a sentence."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    num = sum(counts.values())
+    which = f"none of {num_groups} candidate groups" if num == num_groups else f"{num} of {num_groups} candidate groups"
+    return f"{which} {'can be' if num == num_groups else 'are not'} trained on ({reasons})."
 
 
 def reward_of_empty_answer(reward_workers: Sequence[Any] | None, prompt: TensorDict, eos_token_id: int) -> str:

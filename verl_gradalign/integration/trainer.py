@@ -31,7 +31,7 @@ from verl_gradalign.integration.checks import check_data, read_config, verl_chec
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.requests import build_requests
-from verl_gradalign.integration.reward_check import reward_of_empty_answer
+from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
 from verl_gradalign.integration.sampler import TRAINER, GradAlignAsyncSampler, GradAlignSampler
 from verl_gradalign.integration.selector import AlignmentSelector
@@ -213,9 +213,7 @@ class SelectionTrainer(_Trainer):
         kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
         if not kept.keys:
             counts = Counter(REASONS[code] for code in choice.selection.reason_P)
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            what = f"step {step}: none of {len(groups)} candidate groups can be trained on ({reasons})"
-            raise RuntimeError(f"{what}. {self._ask_reward()}")
+            raise RuntimeError(f"step {step}: {failures_in_words(counts, len(groups))} {self._ask_reward()}")
         self._warn_of_failures(groups)
         metrics |= self._selector.direction_age(step, is_scored)
         metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
@@ -231,28 +229,14 @@ class SelectionTrainer(_Trainer):
         problem_ids = self._draw.problem_ids or self._pool.problem_ids.tolist()
         prompt = self._pool.batch(problem_ids[:1], self.global_steps, 1)
         workers = self.reward_loop_manager.reward_loop_worker_handles
-        return (
-            f"{reward_of_empty_answer(workers, prompt, self.tokenizer.eos_token_id)} Remedy: have "
-            "reward.custom_reward_function give a finite number, or a dict with one under 'score', for every answer; "
-            "if it does, look above for errors of the rollout engine or the agent loop ('Error in _run_prompt'). "
-            "`verl-gradalign doctor` tries the reward function on your data."
-        )
+        return f"{reward_of_empty_answer(workers, prompt, self.tokenizer.eos_token_id)} {REMEDY}"
 
     def _warn_of_failures(self, groups: Sequence[Group]) -> None:
         """Say once what the reward function does to a problem where groups fail."""
         failures = Counter(group.failure for group in groups if group.is_failed)
-        if not failures or self._has_warned_of_failures:
-            return
-        self._has_warned_of_failures = True
-        reasons = ", ".join(f"{count} {reason}" for reason, count in failures.items())
-        logger.warning(
-            "%d of %d candidate groups are not trained on (%s); further ones are only counted "
-            "(gradalign/rejected_by/...). %s",
-            failures.total(),
-            len(groups),
-            reasons,
-            self._ask_reward(),
-        )
+        if failures and not self._has_warned_of_failures:
+            self._has_warned_of_failures = True
+            logger.warning("%s %s", failures_in_words(failures, len(groups)), self._ask_reward())
 
     def _measure_groups(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
