@@ -54,6 +54,7 @@ def build_engine(root: Path, setup: Setup) -> CpuFSDPEngineWithLMHead:
     if setup.is_kept:
         options["reshard_after_forward"] = False
     adapters = {"lora_rank": LORA["r"], "lora_alpha": LORA["lora_alpha"], "target_modules": LORA["target_modules"]}
+    adapters["exclude_modules"] = setup.excluded
     engine = (Float64Engine if is_float64 else CpuFSDPEngineWithLMHead)(
         model_config=HFModelConfig(
             path=str(root / setup.model),

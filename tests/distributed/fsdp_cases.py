@@ -26,6 +26,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from tests.distributed.engines import build_engine, train_without_clipping
+from tests.distributed.images import MODELS as VISION_MODELS
+from tests.distributed.images import measure_images
 from tests.distributed.neutrality import measure_neutrality
 from tests.distributed.observations import CollectiveCounter
 from tests.distributed.scoring import gather, report, score, scoring, tight_budget
@@ -234,6 +236,9 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)
+    for model in VISION_MODELS:
+        for part in ("whole", "text", "all"):
+            cases[f"images-{model}-{part}"] = partial(measure_images, root, model, part)
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")

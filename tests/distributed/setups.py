@@ -76,6 +76,8 @@ class Setup:
     is_kept: bool = False
     """FSDP1's counterpart of fsdp2-kept."""
     has_adapters: bool = False
+    excluded: str | None = None
+    """Layers that get no adapter."""
     dtype: str = "fp64"
 
 

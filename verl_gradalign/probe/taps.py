@@ -16,7 +16,7 @@ Shape legend: R rows, P problems, N positions, T positions of a problem, U its d
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +74,7 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         by_module[placement.module].append(placement)
     if not by_module:
         raise ValueError("the model has no trainable parameter; there is no gradient to score")
+    require_rows_of_tokens(by_module, root)
     points, uncovered = [], []
     for module, placements in by_module.items():
         rule, kind = rule_of(module), type(module).__name__
@@ -89,6 +90,33 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         raise ValueError(f"no layer rule covers {first}: the scores would miss their gradient. {remedy}")
     require_no_hooks(root, points)
     return points
+
+
+def require_rows_of_tokens(by_module: Mapping[nn.Module, Sequence[Placement]], root: nn.Module) -> None:
+    """Raise ValueError that names trained layers of an encoder of images, video or sound, or of its projector.
+
+    Their positions are patches and not the tokens of the pass, so that taps cannot tell which row each belongs to.
+    """
+    inside = token_modules(root)
+    if inside is None:
+        return
+    outside = [p.name for module, placements in by_module.items() if module not in inside for p in placements]
+    if outside:
+        first = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+        trouble = "lie outside the text model, whose positions alone can be told apart by row"
+        remedy = "or train adapters of the text model only (LoRA with model.exclude_modules='.*visual.*')"
+        raise ValueError(f"{first} {trouble}. {REMEDY}, {remedy}.")
+
+
+def token_modules(root: nn.Module) -> set[nn.Module] | None:
+    """Return the modules of a multi-modal model that run over rows of tokens; None if the whole model does."""
+    model = next((m for m in root.modules() if hasattr(getattr(m, "config", None), "get_text_config")), None)
+    text = None if model is None else model.config.get_text_config()
+    if model is None or text is model.config:
+        return None
+    parts = [m for m in root.modules() if type(getattr(m, "config", None)) is type(text)]
+    head = model.get_output_embeddings()
+    return {module for part in (*parts, head) if part is not None for module in part.modules()}
 
 
 def require_no_hooks(root: nn.Module, points: Sequence[TapPoint]) -> None:
