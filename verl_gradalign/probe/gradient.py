@@ -68,6 +68,21 @@ def require_no_dropout(module: nn.Module) -> None:
 
 
 @contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run passes without a backward: in train mode layers may wait for theirs, as those of verl's activation offload.
+
+    Dropout is 0 in both modes (`require_no_dropout`); checkpointing, which eval mode lacks, keeps nothing without one.
+    """
+    training_flags = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in training_flags:
+            submodule.training = training
+
+
+@contextmanager
 def leave_no_trace(module: nn.Module) -> Iterator[None]:
     """Set the module's gradients aside, and restore them and everything else that a pass touches. Collective-free.
 
