@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from verl_gradalign.log.selection_log import read_selection_log
-    from verl_gradalign.probe.score_problems import Response, score_problems
+    from verl_gradalign.probe.responses import Response
+    from verl_gradalign.probe.score_problems import score_problems
     from verl_gradalign.selection.scores import Score
     from verl_gradalign.types import Measurements
 
@@ -20,7 +21,7 @@ __all__ = ["Measurements", "Response", "Score", "__version__", "read_selection_l
 
 HOMES = {
     "Measurements": "verl_gradalign.types",
-    "Response": "verl_gradalign.probe.score_problems",
+    "Response": "verl_gradalign.probe.responses",
     "read_selection_log": "verl_gradalign.log.selection_log",
     "Score": "verl_gradalign.selection.scores",
     "score_problems": "verl_gradalign.probe.score_problems",

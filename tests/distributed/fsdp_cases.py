@@ -51,7 +51,8 @@ from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.call import pool_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.score_problems import Response, score_problems
+from verl_gradalign.probe.responses import Response
+from verl_gradalign.probe.score_problems import score_problems
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import trusted_direction, with_adam_metric, with_candidates_metric
 

@@ -9,6 +9,7 @@ Works on plain modules, FSDP1 and FSDP2. It does not run passes and it does not 
 """
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 
 from verl_gradalign.probe.fsdp import abandon_pass, flat_handles, reshard
+
+CHANCE = re.compile("dropout|pdrop|layerdrop|drop_path|drop_prob|drop_rate|jitter_noise")
+"""In the names by which modules of transformers keep probabilities of what they leave out, or the noise they add."""
 
 
 def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -54,17 +58,34 @@ def require_no_gradients(module: nn.Module) -> None:
 def require_no_dropout(module: nn.Module) -> None:
     """Raise ValueError, naming the modules, if any dropout probability of the model is above 0."""
     active = [
-        f"{name or type(submodule).__name__} (p={p})"
+        f"{name or type(submodule).__name__} ({attribute}={p})"
         for name, submodule in module.named_modules()
-        for p in (
-            getattr(submodule, "p", 0) if "Dropout" in type(submodule).__name__ else 0,
-            getattr(submodule, "attention_dropout", 0),
-        )
-        if isinstance(p, float) and p > 0
+        for attribute, p in vars(submodule).items()
+        if isinstance(p, int | float) and not isinstance(p, bool) and p > 0
+        # torch's own modules, and the probabilities that models hand to functions.
+        if CHANCE.search(attribute) or (attribute == "p" and "Dropout" in type(submodule).__name__)
     ]
     if active:
-        remedy = "Remedy: set it to 0, e.g. +actor_rollout_ref.model.override_config.attention_dropout=0"
+        remedy = (
+            "Remedy: set it to 0 in the model's configuration "
+            "(verl: +actor_rollout_ref.model.override_config.attention_dropout=0)"
+        )
         raise ValueError(f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. {remedy}")
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run passes without a backward: in train mode layers may wait for theirs, as those of verl's activation offload.
+
+    Dropout is 0 in both modes (`require_no_dropout`); checkpointing, which eval mode lacks, keeps nothing without one.
+    """
+    training_flags = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in training_flags:
+            submodule.training = training
 
 
 @contextmanager

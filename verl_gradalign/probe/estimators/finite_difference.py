@@ -22,7 +22,7 @@ from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import local_part, reshard
-from verl_gradalign.probe.gradient import trainable_parameters
+from verl_gradalign.probe.gradient import in_eval_mode, trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -46,7 +46,7 @@ class FiniteDifferenceEstimator(ScoreEstimator):
         step = self._config.relative_step * _parameter_norm(engine)
         # Planned once, for both passes: log-probs in half precision depend on the shape of their batch.
         batches = micro_batches(engine, problems)
-        with torch.no_grad(), perturbation(engine.module, direction) as move:
+        with torch.no_grad(), in_eval_mode(engine.module), perturbation(engine.module, direction) as move:
             # All batches at one step, then all at the other: each move reshards the model and rewrites its parameters.
             move(step)
             above = [_row_sums(engine, batch) for batch in batches]

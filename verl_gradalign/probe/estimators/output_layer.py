@@ -7,7 +7,8 @@ output layer is seen.
     scores = OutputLayerEstimator().score(engine, candidates, direction)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import trainable_placements
+from verl_gradalign.probe.gradient import in_eval_mode
 from verl_gradalign.probe.layer_rules import rule_of
 from verl_gradalign.probe.taps import TapPoint, require_no_hooks
 from verl_gradalign.types import ProblemRows, ProblemScores
@@ -35,11 +37,24 @@ class OutputLayerEstimator(ScoreEstimator):
         """Return the output layer's part of the scores. Collective; see `ghost.tapped_scores`."""
         point, gather = output_layer(engine.module), DirectionGather(engine.module, direction, engine.device)
         per_response = self._config.response_derivatives
-        # transformers opens the graph at the embedding when it checkpoints; what lies behind the head is not wanted.
-        cut = point.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
-        try:
+        with in_eval_mode(engine.module), _graph_at_head_alone(engine.module, point.module):
             return tapped_scores(engine, problems, direction.norm, [point], gather, per_response)
-        finally:
+
+
+@contextmanager
+def _graph_at_head_alone(root: nn.Module, head: nn.Module) -> Iterator[None]:
+    """Have nothing kept or differentiated behind the head.
+
+    Where transformers is to checkpoint, it opens the graph at the embedding.
+    """
+    cuts = [head.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))]
+    embedding = root.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(embedding, nn.Module):
+        cuts.append(embedding.register_forward_hook(lambda _, __, output: output.detach()))
+    try:
+        yield
+    finally:
+        for cut in cuts:
             cut.remove()
 
 
