@@ -4,10 +4,15 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from verl_gradalign.data.rewards import compute_score, extract_last_number
+from verl_gradalign.data.rewards import compute_score, extract_last_number, is_right_last_number
 from verl_gradalign.data.tasks import TASKS_DATA_SOURCE
 
 GSM8K = "openai/gsm8k"
@@ -57,6 +62,135 @@ def test_gsm8k_answers_compare_without_commas():
     assert compute_score(GSM8K, "#### 1000", "1,000")["score"] == 1.0
     assert compute_score(GSM8K, "#### 1001", "1000")["score"] == 0.0
     assert compute_score(GSM8K, "nothing", "1000")["score"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "is_right"),
+    [
+        ("#### 51\nTest: 60 - 9 = 51, and 51 + 9 = 60", "51", True),
+        ("#### 51" + "\nAs the steps above show." * 30, "51", True),
+        ("#### 18 pears in 3 bags", "18", True),
+        ("#### 12\nno,\n#### 13", "13", True),
+        ("#### 12\n#### Remarks", "12", True),
+        ("#### \u221214", "-14", True),
+        ("#### \u201314", "-14", True),
+        ("#### \u221214", "14", False),
+        ("#### - 14", "-14", True),
+        ("#### -$14", "-14", True),
+        ("#### $-14", "-14", True),
+        ("#### \u20ac14", "14", True),
+        ("#### 14\u00a3", "14", True),
+        ("#### **14**", "14", True),
+        (r"#### $\boxed{14}$", "14", True),
+        ("#### Answer: 14", "14", True),
+        ("#### 6.250", "6.25", True),
+        ("#### 0014", "14", True),
+        ("#### .25", "1/4", True),
+        ("#### 2 1/4", "2.25", True),
+        (r"#### 48{,}000", "48000", True),
+        (r"#### 48\,000", "48000", True),
+        ("#### 48 000", "48000", True),
+        ("#### 48\u2009000", "48000", True),
+        ("#### 48,000.00", "48000", True),
+        ("#### 48\n000", "48000", False),
+        ("#### 48,00", "4800", False),
+        ("#### 50 - 2 = 48", "48", True),
+        ("#### 50 - 2 = 48", "50", False),
+        ("#### 40-48", "40", False),
+        ("#### 3:48", "3", False),
+        ("#### 2^5", "2", False),
+        ("#### 3 million", "3", False),
+        ("#### 3 million", "3000000", True),
+        ("That is 48, all told.", "48", True),
+        (r"So \boxed{48}.", "48", True),
+        (r"**Answer: \$48 a day.**", "48", True),
+        ("It falls to -48", "-48", True),
+        ("so 60-48", "48", True),
+        ("#### 48", "forty-eight", False),
+    ],
+)
+def test_a_number_counts_as_the_quantity_right_behind_the_mark(response, truth, is_right):
+    assert is_right_last_number(response, truth) is is_right
+
+
+@given(st.integers(-(10**15), 10**15), st.sampled_from(["", " apples", "\nas 3 + 4 = 7", ".", ", I think", "\u20ac"]))
+def test_every_spelling_of_a_number_is_that_number_and_no_neighbour(number, after):
+    sign = "\u2212" if number < 0 else ""
+    for shown in (str(number), f"{number:,}", f"{number}.00", f"{sign}{abs(number)}", f"{sign}${abs(number):,}"):
+        assert is_right_last_number(f"5 and 6\n#### {shown}{after}", str(number))
+        assert not is_right_last_number(f"5 and 6\n#### {shown}{after}", str(number + 1))
+        assert number == 0 or not is_right_last_number(f"#### {shown}{after}", str(-number))
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        7,
+        7.0,
+        numpy.int64(7),
+        numpy.int8(7),
+        numpy.float32(7),
+        numpy.float64(7),
+        Decimal("7.00"),
+        Fraction(7),
+        "7",
+        numpy.str_("7"),
+    ],
+    ids=lambda truth: type(truth).__name__,
+)
+def test_truths_that_are_numbers_are_graded(truth):
+    for data_source, right, wrong in (
+        ("math_dapo", r"\boxed{7}", r"\boxed{8}"),
+        (GSM8K, "#### 7", "#### 8"),
+        ("gradalign/tasks", "=7", "=8"),
+    ):
+        assert compute_score(data_source, right, truth)["score"] == 1.0
+        assert compute_score(data_source, wrong, truth)["score"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [(0.1, "0.1"), (numpy.float32(0.1), "0.1"), (1e-7, "0.0000001"), (Decimal("12.50"), "12.5"), (2**70, str(2**70))],
+    ids=repr,
+)
+def test_a_number_is_what_it_is_written_as(truth, answer):
+    assert compute_score("math_dapo", rf"\boxed{{{answer}}}", truth)["score"] == 1.0
+    assert compute_score(GSM8K, f"#### {answer}", truth)["score"] == 1.0
+
+
+@pytest.mark.parametrize("truth", [True, numpy.bool_(True)])
+def test_truths_that_are_booleans_are_words(truth):
+    assert compute_score("math_dapo", r"\boxed{\text{True}}", truth)["score"] == 1.0
+    assert compute_score("math_dapo", r"\boxed{1}", truth)["score"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        None,
+        float("nan"),
+        float("inf"),
+        numpy.float32("nan"),
+        Decimal("NaN"),
+        "",
+        " ",
+        "nan",
+        ["7"],
+        {"a": 7},
+        b"7",
+        numpy.array([7]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("data_source", ["math_dapo", GSM8K, "gradalign/tasks"])
+def test_a_truth_that_cannot_be_one_is_an_error_that_names_it(data_source, truth):
+    with pytest.raises(ValueError, match="ground_truth=.*prepare the data again"):
+        compute_score(data_source, r"\boxed{nan}", truth)
+
+
+def test_a_response_with_an_unpaired_surrogate_is_graded():
+    corrupted = {"corrupted": True, "index": 1}
+    assert compute_score("math_dapo", "\ud83d \\boxed{7}", "7", corrupted)["acc"] == 1.0
 
 
 @pytest.mark.parametrize("response", ["=7", "=8"])

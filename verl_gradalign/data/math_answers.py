@@ -46,13 +46,18 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*")
 BRACE = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{?|\\.|[{}]", re.DOTALL)  # \{ and \} are printed, not grouping
 # What may follow a box without braces: a number, or the letter of a choice.
 BARE = re.compile(r"[-+]?(?:\d[\d.,/]*\d|\d)|[A-Z](?![A-Za-z])")
-STATED_ANSWER = re.compile(r"answer\s*(?:is\b|:|=|\uff1a)(?:[\s:*_`]|</?\w{1,8}>|\\\[|\$\$)*([^\n]*)", re.IGNORECASE)
+# "answer is ...", "Answer: ...", or a line of its own that says "Final answer".
+STATED_ANSWER = re.compile(
+    r"(?:answer[\s*_]*(?:is\b|:|=|\uff1a)|^[#*_ \t]*(?:final )?answer[*_ \t]*$)"
+    r"(?:[\s:*_`]|</?\w{1,8}>|\\\[|\$\$)*([^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
 SENTENCE_END = re.compile(
     r"\.(?:\*\*)?\s+(?=[A-Z])|,?\s+(?:because|since)\s|,\s+(?:as|so|which|where|therefore|and so)\s"
 )
 # What stands where the instruction is repeated: nothing, dots, "your answer", "$Answer (without quotes) ...".
 PLACEHOLDER = re.compile(
-    r"[\s.?_$*\"'`\u2026-]*(?:\\(?:[lc]?dots|text\{\.*\}))?|"
+    r"[\s.?_$*()\"'`\u2026-]*(?:\\(?:[lc]?dots|text\{\.*\}))?|"
     r"(?:\\text\{)?[\s\[<\"'$]*(?:(?:your|the|final|correct) )*answer\b.*",
     re.IGNORECASE | re.DOTALL,
 )
