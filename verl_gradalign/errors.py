@@ -24,12 +24,12 @@ def refuse(key: str, value: Any, why: str, remedy: str) -> NoReturn:
     raise ValueError(f"{shown}: {why}. Remedy: {remedy}.")
 
 
-def require_all(checks: Iterable[Callable[[], object]]) -> None:
+def require_all(checks: Iterable[Callable[[], object]], errors: Iterable[ValueError] = ()) -> None:
     """Run every check, and raise ValueError with the messages of all that raised one, their number first.
 
-    One launch shows all that is wrong with a configuration: each costs its user a wait.
+    One launch shows all that is wrong with a configuration: each costs its user a wait. `errors` were found before.
     """
-    messages: list[str] = []
+    messages = [str(error) for error in errors]
     for check in checks:
         try:
             check()

@@ -18,7 +18,8 @@ from torch import nn
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.probe.score_problems import Response, score_problems
+from verl_gradalign.probe.responses import Response
+from verl_gradalign.probe.score_problems import score_problems
 from verl_gradalign.types import ProblemScores
 
 MAX_PARAMETERS = 120e6

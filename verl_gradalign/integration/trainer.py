@@ -29,6 +29,7 @@ from verl_gradalign.errors import require_all
 from verl_gradalign.integration import run_identity
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.in_flight import InFlight
+from verl_gradalign.integration.model_check import check_model
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
 from verl_gradalign.integration.requests import build_requests
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
@@ -71,7 +72,7 @@ class SelectionTrainer(_Trainer):
     def __init__(self, config: DictConfig) -> None:
         self.gradalign = read_config(config)
         checks = *verl_checks(self.gradalign), check_data, run_identity.check_identity
-        require_all(partial(check, self.gradalign, config) for check in checks)
+        require_all((partial(check, self.gradalign, config) for check in checks), check_model(self.gradalign, config))
         self._identity = run_identity.identity(self.gradalign, config)
         self._use_own_sampler(config)
         super().__init__(config)

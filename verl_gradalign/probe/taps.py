@@ -110,7 +110,7 @@ def require_rows_of_tokens(by_module: Mapping[nn.Module, Sequence[Placement]], r
 
 def token_modules(root: nn.Module) -> set[nn.Module] | None:
     """Return the modules of a multi-modal model that run over rows of tokens; None if the whole model does."""
-    model = next((m for m in root.modules() if hasattr(getattr(m, "config", None), "get_text_config")), None)
+    model: Any = next((m for m in root.modules() if hasattr(getattr(m, "config", None), "get_text_config")), None)
     text = None if model is None else model.config.get_text_config()
     if model is None or text is model.config:
         return None
