@@ -66,6 +66,16 @@ def test_a_good_task_is_not_refused(task):
     check_task(replace(task, trusted=(), score="learnalign", keep=8))
 
 
+def test_a_pool_with_images_is_refused_before_anything_starts(task, tmp_path):
+    """What is stored of a rollout is text: without its images a problem has another gradient."""
+    rows = pq.read_table(task.pool[0])
+    images = [[] for _ in range(len(rows) - 1)] + [[{"bytes": b"png", "path": None}]]
+    path = tmp_path / "images.parquet"
+    pq.write_table(rows.append_column("images", pa.array(images)), path)
+    with pytest.raises(ValueError, match=f"--pool {path}: row {len(rows)} has images, .*Remedy: "):
+        check_task(replace(task, pool=(path,)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -114,6 +114,11 @@ class BatchedRollout:
         tq.kv_batch_put(keys=uids, tags=[{"status": status} for status in statuses], partition_id=partition)
 
     def _encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if any(not isinstance(message["content"], str) for message in messages):
+            raise ValueError(
+                "a prompt has content that is no text, such as an image; the CPU platform answers text only. Remedy: "
+                "train on text, or on the platform of your accelerator."
+            )
         key = repr(messages)
         if key not in self._prompt_ids:
             ids = self._tokenizer.apply_chat_template(

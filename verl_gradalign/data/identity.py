@@ -15,6 +15,11 @@ from typing import Any
 
 from verl_gradalign.data.values import is_empty
 
+MEDIA_KEYS = {"image_key": "images", "video_key": "videos", "audio_key": "audios"}
+"""verl's keys of columns that are shown with a prompt, and their defaults."""
+ROWS_READ_TOGETHER = 256
+"""Rows with images take a megabyte and more each."""
+
 
 def problem_identity(prompt: Any, media: Iterable[Any] = ()) -> str:
     """Return the text by which problems are compared: the prompt's, and a hash of each thing that is shown with it.

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from verl_gradalign.data.identity import problem_identity
+from verl_gradalign.data.identity import MEDIA_KEYS, ROWS_READ_TOGETHER, problem_identity
 from verl_gradalign.errors import refuse
 from verl_gradalign.selection.groups import Problem
 
@@ -28,10 +28,7 @@ PROBLEM_ID = "gradalign_problem_id"
 MAX_LABEL_CHARS = 200
 UNKNOWN_SOURCE = "unknown"
 # verl's columns of what a prompt shows besides text, each with the column's name where none is configured.
-MEDIA_KEYS = {"image_key": "images", "video_key": "videos", "audio_key": "audios"}
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-ROWS_READ_TOGETHER = 256
-"""Rows with images take a megabyte and more each."""
 
 
 class PromptTable:

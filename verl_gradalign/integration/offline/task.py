@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.config import CurriculumConfig
+from verl_gradalign.data.identity import MEDIA_KEYS, ROWS_READ_TOGETHER
+from verl_gradalign.data.values import is_empty
 from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import score_of
 
@@ -151,7 +153,22 @@ def _check_file(option: str, path: Path, prompt_key: str) -> int:
         refuse(option, path, why, "add it, or set data.prompt_key after --")
     if not metadata.num_rows:
         refuse(option, path, "is empty", "give a file with problems")
+    for media in MEDIA_KEYS.values():
+        if media in names and (row := _first_filled(path, media)) is not None:
+            why = f"row {row} has {media}, and scoring offline stores text only"
+            refuse(option, path, why, "score problems of text, or select while training (+gradalign=...)")
     return int(metadata.num_rows)
+
+
+def _first_filled(path: Path, column: str) -> int | None:
+    """Return the first row, counted from 1, in which the column holds something; read in parts, as images are large."""
+    start = 1
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_READ_TOGETHER, columns=[column]):
+        for place, value in enumerate(batch.column(0)):
+            if value.is_valid and not is_empty(value.as_py()):
+                return start + place
+        start += len(batch)
+    return None
 
 
 def verl_overrides(task: ScoringTask, model: Path, checkpoint: Checkpoint | None) -> list[str]:
