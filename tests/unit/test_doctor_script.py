@@ -90,7 +90,7 @@ def test_a_scripts_arguments_are_those_that_bash_makes(run, tmp_path):
         "nohup python3 -m verl.trainer.main_ppo a=1 & wait",
         "srun --nodes=2 bash -c 'python3 -m verl.trainer.main_ppo a=1'",
         f"{sys.executable} -m verl.trainer.main_ppo a=1",
-        "CMD=(python3 -m verl.trainer.main_ppo a=1); \"${CMD[@]}\"",
+        'CMD=(python3 -m verl.trainer.main_ppo a=1); "${CMD[@]}"',
         "n=$(python3 -c 'print(3 - 2)'); python3 -m verl.trainer.main_ppo a=$n",
         "until ray status; do sleep 100; done; sleep 100; pip install x; python3 -m verl.trainer.main_ppo a=1",
     ],

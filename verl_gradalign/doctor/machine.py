@@ -153,9 +153,7 @@ def examine_folders(findings: Findings, ray_folder: str | None = None) -> None:
     longest = len(os.fsencode(str(Path(folder).absolute()))) + len(RAY_SOCKET)
     if longest > MAX_SOCKET_PATH:
         most = MAX_SOCKET_PATH - len(RAY_SOCKET)
-        text = (
-            f"{name} is too long: Ray cannot start, as paths of sockets end at {MAX_SOCKET_PATH} bytes ({longest})"
-        )
+        text = f"{name} is too long: Ray cannot start, as paths of sockets end at {MAX_SOCKET_PATH} bytes ({longest})"
         findings.add("hardware", "warning", text, f"set RAY_TMPDIR to a path of {most - len('/ray')} bytes or less")
     if version_of("datasets") is not None:
         import datasets

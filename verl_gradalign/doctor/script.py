@@ -40,7 +40,7 @@ OTHERS = (
     "pip pip3 hf huggingface-cli modelscope wandb swanlab git curl wget ssh scp rsync apt apt-get sudo sleep rm rmdir "
     "mv cp ln chmod chown pkill killall kill sglang vllm nvidia-smi npu-smi rocm-smi"
 ).split()
-STAND_IN = '''#!{python} -SE
+STAND_IN = """#!{python} -SE
 import json, os, subprocess, sys
 name, argv = os.path.basename(sys.argv[0]), sys.argv[1:]
 code = argv[argv.index("-c") + 1] if name.startswith("python") and "-c" in argv[:-1] else None
@@ -56,14 +56,14 @@ with open({calls!r}, "a") as file:
     file.write(json.dumps(call) + "\\n")
 if name.endswith("-smi"):
     sys.exit(1)
-'''
-SITE = '''import json, os, sys
+"""
+SITE = """import json, os, sys
 if any("main_ppo" in word for word in sys.orig_argv[1:]):
     with open({calls!r}, "a") as file:
         call = {{"name": "python", "argv": sys.orig_argv[1:], "folder": os.getcwd(), "variables": dict(os.environ)}}
         file.write(json.dumps(call) + "\\n")
     os._exit(0)
-'''
+"""
 # Functions come before whatever an activated environment puts first on PATH.
 PROFILE = 'source() {{ if [ -f "$1" ]; then builtin source "$@"; fi; }}\nulimit() {{ :; }}\n{functions}\n'
 OWN_VARIABLES = {"PATH", "HOME", "PWD", "OLDPWD", "SHLVL", "_", "BASH_ENV", "PYTHONPATH"}
