@@ -33,6 +33,7 @@ from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
+from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.versions import version_of
@@ -58,13 +59,20 @@ def examine_configuration(
 ) -> Cost | None:
     """Add findings on what verl's entry point would be given; return the cost of a step, where it is known."""
     verl_config = _composed(overrides, primary or Primary(), findings)
-    if verl_config is None:
+    return None if verl_config is None else examine_composed(verl_config, machine, findings, response_tokens)
+
+
+def examine_composed(
+    verl_config: DictConfig, machine: Machine, findings: Findings, response_tokens: float | None = None
+) -> Cost | None:
+    """As `examine_configuration`, of a configuration with everything resolved."""
+    if _lacks_values(verl_config, findings):
         return None
     is_elsewhere = _check_machine(verl_config, machine, findings)
     _check_verl(verl_config, is_elsewhere, findings)
     examine_named(verl_config, findings)
     _check_logging(verl_config, findings)
-    _check_folders(verl_config, findings)
+    can_resume = _check_folders(verl_config, findings)
     config = _own_config(verl_config, findings)
     if config is None:
         return None
@@ -86,8 +94,9 @@ def examine_configuration(
         _check_left(verl_config, config, data.num_problems, findings)
     if findings.num_errors == num_before:
         findings.add(AREA, "ok", f"score {config.score} with schedule {config.schedule} can be measured and planned")
-    with findings.refusals("folders"):
-        check_resume(identity(config, verl_config), verl_config)
+    if can_resume:
+        with findings.refusals("folders"):
+            check_resume(identity(config, verl_config), verl_config)
     if data is not None:
         _check_steps(verl_config, config, data.num_problems, findings)
     if model is not None and data is not None:
@@ -119,12 +128,16 @@ def _composed(overrides: Sequence[str], primary: Primary, findings: Findings) ->
         remedy = "correct the override; keys that verl lacks need a + before them"
         findings.refusal(AREA, ValueError(str(error)), remedy)
         return None
-    # Elsewhere verl has mandatory keys that matter only where their part is switched on.
-    missing = sorted(OmegaConf.missing_keys(config.actor_rollout_ref))
+    return config
+
+
+def _lacks_values(verl_config: DictConfig, findings: Findings) -> bool:
+    """Return whether the actor's mandatory keys lack values; elsewhere some matter only where they are switched on."""
+    missing = sorted(OmegaConf.missing_keys(verl_config.actor_rollout_ref))
     for key in missing:
         remedy = f"set {key}" + ("=vllm" if key == "actor_rollout_ref.rollout.name" else "")
         findings.add(AREA, "error", f"{key} has no value, and verl has no default for it", remedy)
-    return None if missing else config
+    return bool(missing)
 
 
 def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig | None:
@@ -133,9 +146,14 @@ def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig 
     if OmegaConf.select(verl_config, "gradalign") is None:
         findings.add(AREA, "error", "selection is not switched on: there is no gradalign block", remedy)
         return None
+    key = "trainer.v1.trainer_mode"
     if not str(mode).startswith("gradalign"):
-        text = f"trainer.v1.trainer_mode={mode} does not select: the gradalign block has no effect"
-        findings.add(AREA, "error", text, "set trainer.v1.trainer_mode=gradalign")
+        text = f"{key}={mode} does not select: the gradalign block has no effect"
+        own = "gradalign_colocate_async" if mode == "colocate_async" else "gradalign"
+        findings.add(AREA, "error", text, f"set {key}={own}")
+    elif mode == "gradalign_separate_async":
+        text, _, remedy_for_mode = SEPARATE_ASYNC_REFUSED.partition("Remedy: ")
+        findings.add(AREA, "error", f"{key}={mode}: {text.strip()}", remedy_for_mode or f"set {key}=gradalign")
     if not verl_config.trainer.use_v1:
         findings.add(AREA, "error", "trainer.use_v1=False: the old trainer cannot select", "set trainer.use_v1=True")
     try:
@@ -218,8 +236,8 @@ def _has_wandb_login() -> bool:
         return False
 
 
-def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
-    """Whether checkpoints and log can be written, and whether the run would go on from a checkpoint."""
+def _check_folders(verl_config: DictConfig, findings: Findings) -> bool:
+    """Whether checkpoints and log can be written. Returns whether what the run would go on from is in order."""
     for key in ("trainer.default_local_dir", "gradalign.log.dir"):
         folder = OmegaConf.select(verl_config, key)
         if folder is None:
@@ -233,8 +251,10 @@ def _check_folders(verl_config: DictConfig, findings: Findings) -> None:
         except OSError as error:
             text = f"{key}={folder}: {there} cannot be written ({error.strerror})"
             findings.add("folders", "error", text, f"set {key} to another folder")
+    num_errors = findings.num_errors
     with findings.refusals("folders", "set trainer.resume_mode=disable"):
         _check_resumed(verl_config, findings)
+    return findings.num_errors == num_errors
 
 
 def _check_resumed(verl_config: DictConfig, findings: Findings) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.doctor.files import (
@@ -140,18 +141,16 @@ def _reward_trial(verl_config: DictConfig, tokenizer: Any, findings: Findings) -
     if verl_config.reward.reward_model.enable:
         findings.add(AREA, "note", "a reward model gives the rewards; it is not asked")
         return None
+    function, manager = verl_config.reward.get("custom_reward_function") or {}, verl_config.reward.reward_manager
+    shown = f"{FUNCTION}: path={function.get('path')}, name={function.get('name')}"
     try:
+        get_custom_reward_fn(verl_config)
+        shown = f"reward.reward_manager: name={manager.name}, source={manager.source}"
         return RewardTrial(verl_config, tokenizer)
     except Exception as error:
-        where = FUNCTION if OmegaConf.select(verl_config, f"{FUNCTION}.path") else "reward.reward_manager"
-        chosen = OmegaConf.select(verl_config, FUNCTION)
-        if where != FUNCTION or "reward manager" in str(error):
-            where, chosen = "reward.reward_manager", OmegaConf.select(verl_config, "reward.reward_manager")
         cause = f" <- {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
-        text = f"{where}: path={chosen.get('path')}, name={chosen.get('name')} cannot be loaded"
-        if where != FUNCTION:
-            text = f"{where}: name={chosen.get('name')} (source {chosen.get('source')}) cannot be loaded"
-        findings.add(AREA, "error", f"{text} ({type(error).__name__}: {error}{cause})", f"correct {where}")
+        why = " ".join(f"{type(error).__name__}: {error}{cause}".split())
+        findings.add(AREA, "error", f"{shown} cannot be loaded ({why})", f"correct {shown.partition(':')[0]}")
         return None
 
 

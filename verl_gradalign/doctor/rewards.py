@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import copy
 import math
+import re
 import threading
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from ray import cloudpickle
 from tensordict import TensorDict
 from verl import DataProto
@@ -83,13 +84,13 @@ class RewardTrial:
     """
 
     def __init__(self, verl_config: DictConfig, tokenizer: Any) -> None:
-        self._config, self._tokenizer = copy.deepcopy(verl_config), tokenizer or _TextTokenizer()
+        self._config, self._tokenizer = verl_config, tokenizer or _TextTokenizer()
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(_DaemonThreads())
         threading.Thread(target=self._run, daemon=True).start()
-        with open_dict(self._config):
-            if self._config.reward.reward_manager.name == "remote":  # the same, each call in a process of Ray
-                self._config.reward.reward_manager.name = "naive"
+        if verl_config.reward.reward_manager.name == "remote":  # the same, each call in a process of Ray
+            self._config = copy.deepcopy(verl_config)
+            self._config.reward.reward_manager.name = "naive"
         self._manager = self._wait(self._build())
         known = self._manager.tokenizer
         if known.decode(known.encode("#### 1", add_special_tokens=False)) != "#### 1":
@@ -150,8 +151,8 @@ def _one(value: Any) -> np.ndarray:
 class _Seen:
     """What the answers to the rows of an area brought."""
 
-    faults: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    """Places by (what is wrong, remedy)."""
+    faults: dict[str, tuple[str, str, list[str]]] = field(default_factory=dict)
+    """What is wrong, the remedy and the places, by the kind of fault."""
     num_results: int = 0
     not_finite: list[str] = field(default_factory=list)
     keys: Counter[tuple[str, ...]] = field(default_factory=Counter)
@@ -165,8 +166,9 @@ class _Seen:
     of_source: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Rows whose truth could be tried, and those graded as right, by source."""
 
-    def fault(self, what: str, remedy: str, place: str) -> None:
-        self.faults.setdefault((what, remedy), []).append(place)
+    def fault(self, kind: str, what: str, remedy: str, place: str) -> None:
+        """Note a fault; of one kind the first is shown, as texts differ from row to row."""
+        self.faults.setdefault(kind, (re.sub(r" at 0x[0-9a-f]+", "", what), remedy, []))[2].append(place)
 
 
 def examine_rewards(
@@ -261,20 +263,20 @@ def _try(row: Mapping[str, Any], answer: str, kind: str, place: str, trial: Rewa
         result = trial(row, answer)
     except concurrent.futures.TimeoutError:
         what = f"the reward of the {kind} takes more than {MAX_CALL_S:.0f} s, and a rollout waits for it"
-        seen.fault(what, "make the reward function quicker, or give it a time limit of its own", place)
+        seen.fault("time", what, "make the reward function quicker, or give it a time limit of its own", place)
         return None
     except Exception as error:
         if not trial.is_own and isinstance(error, NotImplementedError):  # verl's way to say so
             seen.unknown.append(str(row.get("data_source")))
         elif isinstance(error, KeyError) and error.args == ("score",):
-            seen.fault("the reward function returns a dictionary without 'score'", RETURNS, place)
+            seen.fault("key", "the reward function returns a dictionary without 'score'", RETURNS, place)
         else:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             remedy = "mend the reward function, or the ground truth of this source"
-            seen.fault(f"the reward of the {kind} fails: {text}", remedy, place)
+            seen.fault(type(error).__name__, f"the reward of the {kind} fails: {text}", remedy, place)
         return None
     if trouble := unusable(result):
-        seen.fault(f"the reward function returns {trouble}", RETURNS, place)
+        seen.fault("result", f"the reward function returns {trouble}", RETURNS, place)
         return None
     score = float(result["reward_score"])
     seen.num_results += 1
@@ -310,7 +312,7 @@ def unusable(result: Mapping[str, Any]) -> str:
 
 
 def _say_faults(frame: Frame, seen: _Seen, findings: Findings) -> None:
-    for (what, remedy), places in seen.faults.items():
+    for what, remedy, places in seen.faults.values():
         others = f" (and {len(places) - 1} more data sources)" if len(places) > 1 else ""
         findings.add(AREA, "error", f"{places[0]}: {what}{others}", remedy)
     if seen.unknown:
