@@ -17,12 +17,13 @@ from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from tests.distributed.engines import build_engine, train_without_clipping
@@ -45,8 +46,10 @@ from tests.distributed.setups import (
     exact_setups,
     neutral_setups,
 )
+from tests.numerics.kernels import bound_norm, norms_of, wrapped
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
+from verl_gradalign.integration.engine import scoring_mode
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.call import pool_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
@@ -188,6 +191,24 @@ def measure_refusals(root: Path) -> dict[str, Any]:
     return measured
 
 
+def measure_kernels(root: Path, strategy: str) -> dict[str, Any]:
+    """Return the scores with kernels bound to norms and a wrapped head, and what a hook on the head is answered."""
+    engine = build_engine(root, Setup(strategy, is_checkpointed=True))
+    for norm in norms_of(engine.module):
+        norm.forward = MethodType(bound_norm(), norm)
+    head = engine.module.get_output_embeddings()
+    head.forward = wrapped(head)
+    measured = {name: score(engine, name) for name in ("ghost", "output_layer")}
+    head.register_forward_hook(lambda *call: 2 * call[-1])
+    with scoring_mode(engine):
+        try:
+            ESTIMATORS["ghost"]().check(engine.module)
+            message = ""
+        except ValueError as error:
+            message = str(error)
+    return {**measured, "is_unit": isinstance(head, FSDPModule), "messages": gather(message)}
+
+
 def measure_public_function(root: Path, model: str) -> dict[str, Any]:
     """Return what `score_problems` finds on a plain model and on the same model under FSDP1 and FSDP2."""
 
@@ -240,6 +261,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     for model in VISION_MODELS:
         for part in ("whole", "text", "all"):
             cases[f"images-{model}-{part}"] = partial(measure_images, root, model, part)
+        cases[f"kernels-{strategy}"] = partial(measure_kernels, root, strategy)
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")

@@ -158,6 +158,28 @@ def test_an_offloaded_direction_gives_identical_scores(results: dict[str, Any], 
     assert str(case[estimator]) == str(case[f"{estimator}-on-cpu"])
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_kernels_bound_to_norms_and_a_wrapped_head_are_scored_exactly(
+    results: dict[str, Any], oracle: Oracle, strategy: str
+) -> None:
+    case = case_of(results, f"kernels-{strategy}")
+    for estimator, expected in (("ghost", oracle("qwen3")), ("output_layer", oracle("qwen3", part="lm_head.weight"))):
+        errors = largest_errors(case[estimator], expected)
+        assert max(errors.values()) <= RTOL_FLOAT64, errors
+        assert case[estimator]["ranks_agree"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_hook_between_a_tap_and_a_layer_that_fsdp_shards_by_itself_is_refused(
+    results: dict[str, Any], world_size: int, strategy: str
+) -> None:
+    case = case_of(results, f"kernels-{strategy}")
+    # FSDP2's hooks are on the layer itself; FSDP1's are on a wrapper around it.
+    assert case["is_unit"] == (strategy == "fsdp2")
+    words = "lm_head has a forward hook (measure_kernels.<locals>.<lambda>), which may change its output"
+    assert [message.startswith(words) for message in case["messages"]] == [strategy == "fsdp2"] * world_size
+
+
 @pytest.mark.parametrize("foreign", ["fsdp", "wide"])
 @pytest.mark.parametrize("estimator", ["ghost", "backward", "finite_difference", "low_rank", "output_layer"])
 def test_a_direction_of_another_sharding_or_model_is_refused_by_name(

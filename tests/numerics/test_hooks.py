@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from tests.numerics.cases import CANDIDATES, TRUSTED, errors, expect, score
+from tests.numerics.kernels import bound_norm, norms_of, wrapped
 from tests.numerics.models import make_model
 from tests.numerics.problems import VOCABULARY
 from tests.numerics.test_refusals import refused, with_layers
@@ -100,20 +100,6 @@ def test_a_gradient_hook_of_a_parameter_is_refused_and_backward_heeds_it(estimat
     assert_exact(model, "backward")
 
 
-def bound_norm(offset: float = 0.0, factor: float = 1.0) -> Callable[[nn.Module, Tensor], Tensor]:
-    """As a kernel computes it, bound to each norm in place of its class's forward."""
-
-    def forward(self: Any, hidden: Tensor) -> Tensor:
-        size = hidden.square().mean(-1, keepdim=True).add(self.eps).rsqrt()
-        return factor * hidden * size * (self.weight + offset)
-
-    return forward
-
-
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-
-
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
 def test_norms_by_a_kernel_that_is_bound_to_each_are_scored_exactly(name: str) -> None:
     model = make_model(name)
@@ -163,23 +149,12 @@ def test_a_weight_made_of_other_parameters_is_refused_at_once() -> None:
         ESTIMATORS["ghost"]().check(model)
 
 
-def wrapped(layer: nn.Module, factor: float) -> Callable[..., Tensor]:
-    """As activation offload wraps layers."""
-    inner = layer.forward
-
-    @functools.wraps(inner)
-    def outer(_: nn.Module, *args: Tensor) -> Tensor:
-        return factor * inner(*args)
-
-    return types.MethodType(outer, layer)
-
-
 @pytest.mark.parametrize("estimator", ["ghost", "output_layer"])
 def test_a_wrapper_that_says_what_it_wraps_is_looked_through(estimator: str) -> None:
     model = make_model("qwen2-untied")
     plain = score(estimator, model, TRUSTED, CANDIDATES)
-    model.lm_head.forward = wrapped(model.lm_head, 1.0)
-    model.lm_head.forward = wrapped(model.lm_head, 1.0)
+    model.lm_head.forward = wrapped(model.lm_head)
+    model.lm_head.forward = wrapped(model.lm_head)
     through = score(estimator, model, TRUSTED, CANDIDATES)
     assert torch.equal(through.dot_P, plain.dot_P)
     changing = make_model("qwen2-untied")

@@ -11,6 +11,7 @@ best = scores.cosine_P.argsort(descending=True)
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _require_options(
         rule = "must be a finite number above 0: the one that the responses were sampled at"
         remedy = "give 1.0 for responses that were sampled greedily"
         raise ValueError(f"temperature={temperature!r}: {rule}. Remedy: {remedy}.")
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+    if not (isinstance(max_tokens, Integral) and is_number(max_tokens)) or max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens!r}: must be a whole number above 0. Remedy: leave it out.")
     if autocast_dtype not in (None, torch.bfloat16, torch.float16):
         rule = "must be None, torch.bfloat16 or torch.float16"

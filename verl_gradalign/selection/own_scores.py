@@ -113,7 +113,7 @@ def one_number_each(name: str, result: Any, num_problems: int) -> Tensor:
         _refuse(name, f"returned {_shown(result)}{hint}", f"{FORM}.")
     try:
         # Of a list, which may hold numbers and tensors of one number.
-        values = result if isinstance(result, Tensor) else torch.as_tensor(_array(result))
+        values = result.to_dense() if isinstance(result, Tensor) else torch.as_tensor(_array(result))
     except (TypeError, ValueError, RuntimeError) as error:
         _refuse(name, f"returned {_shown(result)}, which is no array of numbers ({error})", f"{FORM}.")
     if values.dtype.is_complex:
