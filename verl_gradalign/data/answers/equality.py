@@ -71,11 +71,12 @@ def are_same(left: Value, right: Value) -> bool:
 
 
 def _same_quantities(left: Quantity, right: Quantity) -> bool:
-    if not do_units_agree(left.unit, right.unit):
+    is_one_percent = left.is_percent != right.is_percent
+    if not do_units_agree(left.unit, right.unit) or (is_one_percent and (left.unit or right.unit)):
         return False
     if are_equal(left.node, right.node):
         return True
-    if left.is_percent == right.is_percent:
+    if not is_one_percent:
         return False
     percent, other = (left, right) if left.is_percent else (right, left)
     return are_equal(divide(percent.node, number(100)), other.node)
