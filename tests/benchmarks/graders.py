@@ -27,12 +27,11 @@ from tests.benchmarks.answer_pairs import NOT_PAID, Pair, gsm8k_pairs, made_up_p
 from verl_gradalign.data.rewards import RULES
 
 OURS = "verl-gradalign"
-PREFACE = (
-    "Whether an answer is right is known by how it is made. The kinds are those that this package means to understand, so "
-    "the table says where the rules differ, not how often they err on a model's responses. verl's math_reward reads boxes "
-    "alone, math_dapo compares what follows `Answer:` as text, and its rule for GSM8K text right behind `#### `: most of "
-    "what these do not pay is written otherwise."
-)
+PREFACE = """\
+Whether an answer is right is known by how it is made. The kinds are those that this package means to understand, so the
+table says where the rules differ, not how often they err on a model's responses. verl's math_reward reads boxes alone,
+math_dapo compares what follows `Answer:` as text, and the rule for GSM8K what stands right behind `#### ` as text: most
+of what these do not pay is written otherwise."""
 Grader = Callable[[str, str], bool]
 # Why a right answer that another rule pays is not paid here, by kind of the made-up pairs.
 REASONS: dict[str, str] = {}
