@@ -163,10 +163,11 @@ def main() -> None:
     parser.add_argument("--title", default="Confusion of graders")
     parser.add_argument("--output", type=Path, help="a markdown file; printed without")
     arguments = parser.parse_args()
+    made_by = how_made(arguments)  # before the grading, during which the checkout may move on
     pairs = list(made_up_pairs(arguments.problems, arguments.seed))
     if arguments.gsm8k:
         pairs += gsm8k_pairs(arguments.gsm8k, arguments.gsm8k_problems, arguments.seed)
-    text = page(grade(pairs), arguments.title, how_made(arguments))
+    text = page(grade(pairs), arguments.title, made_by)
     arguments.output.write_text(text, encoding="utf-8") if arguments.output else print(text)
 
 
