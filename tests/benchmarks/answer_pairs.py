@@ -270,6 +270,8 @@ NOT_PAID = {
     "slash before a product": ("1/ab may be 1/a times b", "1/ab", r"\frac{1}{ab}"),
     "equation in its unknown": ("2x+3=5 says that x is 1", "2x+3=5", "5"),
     "decimal comma": ("3,5 is a list of 3 and 5", "3,5", "3.5"),
+    "ratio as a fraction": ("3:20 may be a ratio or a time of day", "3:20", r"\frac{3}{20}"),
+    "unknown function": ("f(x) may be a value of f or a product, and is only compared as text", "f(x)+1", "1+f(x)"),
     "base left out": ("digits without a base are decimal", "1011", "1011_2"),
 }
 

@@ -14,9 +14,11 @@ import contextlib
 import io
 import logging
 import os
+import subprocess
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("VERL_PLATFORM", "cpu")
@@ -25,6 +27,11 @@ from tests.benchmarks.answer_pairs import NOT_PAID, Pair, gsm8k_pairs, made_up_p
 from verl_gradalign.data.rewards import RULES
 
 OURS = "verl-gradalign"
+PREFACE = """\
+Whether an answer is right is known by how it is made. The kinds are those that this package means to understand, so the
+table says where the rules differ, not how often they err on a model's responses. verl's math_reward reads boxes alone,
+math_dapo compares what follows `Answer:` as text, and the rule for GSM8K what stands right behind `#### ` as text: most
+of what these do not pay is written otherwise."""
 Grader = Callable[[str, str], bool]
 # Why a right answer that another rule pays is not paid here, by kind of the made-up pairs.
 REASONS: dict[str, str] = {}
@@ -72,14 +79,24 @@ def grade(pairs: Iterable[Pair]) -> list[tuple[Pair, dict[str, bool]]]:
     return verdicts
 
 
-def page(verdicts: Sequence[tuple[Pair, dict[str, bool]]], title: str) -> str:
+def page(verdicts: Sequence[tuple[Pair, dict[str, bool]]], title: str, made_by: str = "") -> str:
     """Return the confusion tables as markdown: over all, by kind, and what others pay and this package does not."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}", "", *([made_by, ""] if made_by else []), PREFACE, ""]
     for rule, what in (("math", "Made-up answers like MATH's"), ("last_number", "GSM8K")):
         of_rule = [(pair, paid) for pair, paid in verdicts if pair.rule == rule]
         if of_rule:
             lines += [f"## {what}", "", *_confusion(of_rule), "", *_by_kind(of_rule), ""]
     return "\n".join([*lines, *_not_paid(verdicts)]) + "\n"
+
+
+def how_made(arguments: argparse.Namespace) -> str:
+    """Return the command, without folders, and the commit."""
+    given = {"gsm8k": arguments.gsm8k and arguments.gsm8k.name, "problems": arguments.problems}
+    given |= {"gsm8k-problems": arguments.gsm8k_problems, "seed": arguments.seed}
+    options = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("verl", "math-verify"))
+    return f"    python -m tests.benchmarks.graders {options}\n\nCommit {done.stdout.strip() or 'unknown'}; {versions}."
 
 
 def _confusion(verdicts: Sequence[tuple[Pair, dict[str, bool]]]) -> list[str]:
@@ -120,7 +137,8 @@ def paid_by_others_alone(verdicts: Sequence[tuple[Pair, dict[str, bool]]]) -> di
 def _not_paid(verdicts: Sequence[tuple[Pair, dict[str, bool]]]) -> list[str]:
     found = paid_by_others_alone(verdicts)
     num = sum(map(len, found.values()))
-    lines = [f"## Right ones that another rule pays and this package does not: {num}", ""]
+    lines = [f"## Right ones that another rule pays and this package does not: {num}"]
+    lines += [""] if num else []
     for kind, pairs in found.items():
         pair, names = pairs[0]
         lines.append(
@@ -145,10 +163,11 @@ def main() -> None:
     parser.add_argument("--title", default="Confusion of graders")
     parser.add_argument("--output", type=Path, help="a markdown file; printed without")
     arguments = parser.parse_args()
+    made_by = how_made(arguments)  # before the grading, during which the checkout may move on
     pairs = list(made_up_pairs(arguments.problems, arguments.seed))
     if arguments.gsm8k:
         pairs += gsm8k_pairs(arguments.gsm8k, arguments.gsm8k_problems, arguments.seed)
-    text = page(grade(pairs), arguments.title)
+    text = page(grade(pairs), arguments.title, made_by)
     arguments.output.write_text(text, encoding="utf-8") if arguments.output else print(text)
 
 

@@ -71,11 +71,12 @@ def are_same(left: Value, right: Value) -> bool:
 
 
 def _same_quantities(left: Quantity, right: Quantity) -> bool:
-    if not do_units_agree(left.unit, right.unit):
+    is_one_percent = left.is_percent != right.is_percent
+    if not do_units_agree(left.unit, right.unit) or (is_one_percent and (left.unit or right.unit)):
         return False
     if are_equal(left.node, right.node):
         return True
-    if left.is_percent == right.is_percent:
+    if not is_one_percent:
         return False
     percent, other = (left, right) if left.is_percent else (right, left)
     return are_equal(divide(percent.node, number(100)), other.node)
@@ -105,7 +106,7 @@ def _same_items(left: Items, right: Items) -> bool:
             for one, others in ((left, right), (right, left))
             for value in one.values
         )
-    if kinds == {"{}", ""}:
+    if kinds == {"{}", ""} and not any(isinstance(value, Relation) for value in (*left.values, *right.values)):
         return _same_in_any_order(left.values, right.values)
     if "" in kinds and any(isinstance(value, Relation) for value in (*left.values, *right.values)):
         return _same_regions(left, right)
@@ -146,15 +147,26 @@ def _relation_says(relation: Relation, value: Value) -> bool:
 
 
 def _value_said(relation: Relation) -> Value | None:
-    """The last side if the first is a name, an expression in several variables, a function, or equal to the last."""
+    """The last side if the first is a name, made of several variables alone, a function, or equal to the last.
+
+    So `x+y = 5` says 5, and an ellipse does not say 1.
+    """
     first, last = relation.sides[0], relation.sides[-1]
     if relation.names[0] or not isinstance(first, Quantity):
         return last if relation.names[0] else None
     if relation.names[-1] and len(relation.sides) == 2:
         return first
-    has_several = len(symbols_of(first.node)) > 1
+    has_several = len(symbols_of(first.node)) > 1 and _is_of_variables(first.node)
     is_function = first.node.op in FUNCTIONS | {"ln"}
     return last if last and (has_several or is_function or are_same(first, last)) else None
+
+
+def _is_of_variables(node: Node) -> bool:
+    """Whether there are no numbers but exponents and signs."""
+    if node.op == "number":
+        return node.value == -1
+    args = node.args[:1] if node.op == "power" else node.args
+    return node.op in ("symbol", "add", "multiply", "divide", "power") and all(map(_is_of_variables, args))
 
 
 def _same_relations(left: Relation, right: Relation) -> bool:

@@ -103,8 +103,10 @@ class Parser:
         return self._factor()
 
     def _starts_factor(self) -> bool:
-        """Whether a factor starts here that may follow another one without a sign; a number may not."""
+        """Whether a factor starts here that may follow another one without a sign; a number only as in `2!3!`."""
         text, kind = self._peek(), self._kind()
+        if kind == "number":
+            return self._peek(-1) == "!"
         if kind == "command":
             name = text[1:]
             return name in CALLED or name in ACCENTS or name in ("sqrt", "frac", "pi", "binom", "lfloor", "lceil")

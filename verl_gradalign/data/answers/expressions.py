@@ -12,6 +12,8 @@ All work is bounded: what is too large raises `Unclear`.
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -104,7 +106,7 @@ def are_equal(left: Node, right: Node) -> bool:
         num_equal = 0
         try:
             for point in range(num_points):
-                with _computer(precision, max_bits, point) as computer:
+                with _computing(precision, max_bits, point) as computer:
                     try:
                         difference = computer.value(subtract(left, right))
                     except ZeroDivisionError:
@@ -154,7 +156,7 @@ def sign_of(node: Node) -> int | None:
     """Return -1, 0 or 1 for an expression without variables; None if it is not real, or unclear."""
     for precision, max_bits in PRECISIONS:
         try:
-            with _computer(precision, max_bits, 0) as computer:
+            with _computing(precision, max_bits, 0) as computer:
                 value = computer.value(node) if not symbols_of(node) else None
                 return None if value is None or computer.is_complex(value) else (value > 0) - (value < 0)
         except TooFine:
@@ -169,7 +171,7 @@ def exact_value(node: Node) -> Fraction | None:
     if symbols_of(node):
         return None
     try:
-        with _computer(*PRECISIONS[0], 0) as computer:
+        with _computing(*PRECISIONS[0], 0) as computer:
             value = computer.value(node)
     except (TooFine, *FAILURES):
         return None
@@ -182,18 +184,10 @@ _lock = threading.Lock()
 _contexts: dict[int, Any] = {}
 
 
-class _computer:
-    """Holds the lock while a `_Computer` of the given precision is used."""
-
-    def __init__(self, precision: int, max_bits: int, point: int) -> None:
-        self.arguments = precision, max_bits, point
-
-    def __enter__(self) -> "_Computer":
-        _lock.acquire()
-        return _Computer(*self.arguments)
-
-    def __exit__(self, *_: object) -> None:
-        _lock.release()
+@contextmanager
+def _computing(precision: int, max_bits: int, point: int) -> Iterator["_Computer"]:
+    with _lock:
+        yield _Computer(precision, max_bits, point)
 
 
 class _Computer:

@@ -112,9 +112,7 @@ def _item(tokens: Tokens) -> Value:
     if not tokens:
         raise Unclear("nothing")
     sides, signs = _split_relation(tokens)
-    if signs:
-        return _relation(sides, signs)
-    return _plain(tokens)
+    return _relation(sides, signs) if signs else _plain(sides[0])
 
 
 def _split_relation(tokens: Tokens) -> tuple[list[Tokens], list[str]]:
@@ -127,7 +125,11 @@ def _split_relation(tokens: Tokens) -> tuple[list[Tokens], list[str]]:
 def _relation(sides: list[Tokens], signs: list[str]) -> Value:
     if r"\approx" in signs:  # what is exact stands before the sign
         cut = signs.index(r"\approx")
-        return _relation(sides[: cut + 1], signs[:cut]) if cut else _plain(sides[0])
+        if cut:
+            return _relation(sides[: cut + 1], signs[:cut])
+        if len(sides) > 2 or not _name(sides[0]):
+            return _plain(sides[0])
+        signs = ["="]
     names = tuple(_name(side) for side in sides)
     values: list[Value | None] = []
     for side, name in zip(sides, names, strict=True):
@@ -208,12 +210,29 @@ def _bracketed(tokens: Tokens) -> Value:
     opening, closing = tokens[0].text.lstrip("\\"), tokens[-1].text.lstrip("\\")
     parts, _ = _split(tokens[1:-1], lambda token: token.text in (",", ";"))
     if opening + closing == "{}":
+        if (condition := _condition(tokens[1:-1])) is not None:
+            return condition
         return Items("{}", tuple(v for part in parts for v in _with_both_signs(part, _item)))
     if opening not in "([" or closing not in ")]":
         raise Unclear(f"{opening} closed by {closing}")
     if len(parts) == 1:
         return _quantity(tokens) if opening + closing == "()" else Items(opening + closing, (_item(parts[0]),))
     return Items(opening + closing, tuple(_item(part) for part in parts))
+
+
+def _condition(tokens: Tokens) -> Value | None:
+    r"""What `x | x > 2` and `x \in \mathbb{R} : x > 2` say of the set's members; None if it lists them."""
+    parts, bars = _split(tokens, lambda token: token.text in ("|", ":"))
+    if len(bars) != 1 or parts[0][0].kind != "symbol":
+        return None
+    if len(parts[0]) > 1 and "".join(token.text for token in parts[0][1:]) != r"\in\mathbb{R}":
+        return None
+    condition = _list(parts[1])
+    return (
+        condition
+        if isinstance(condition, Relation) or (isinstance(condition, Items) and not condition.brackets)
+        else None
+    )
 
 
 def _quantity(tokens: Tokens) -> Quantity:

@@ -123,6 +123,7 @@ WRAPPER = re.compile(
 )
 LETTER_FONTS = {"mathbf", "mathit", "mathsf", "mathtt", "mathnormal", "boldsymbol", "bm", "underline"}
 WORD_INSIDE = re.compile(r"[A-Za-z][A-Za-z .,'/\-]*")
+QUOTED = re.compile(r"(?P<quote>[\"'`])(?P<inside>[^\"'`]*)(?P=quote)")
 MARKED_WORD = re.compile(r"\\text\{([^{}]*)\}")
 SEPARATOR = re.compile(r"(?:and|or)", re.IGNORECASE)
 
@@ -141,7 +142,9 @@ def spell(text: str) -> str:
         if not num_changed:
             break
     text = MARK.sub(r"\\text{\1}", text)
-    return re.sub(r"\s+", " ", text).strip("\"`' ").rstrip(".\\ ")
+    text = re.sub(r"\s+", " ", text).strip()
+    text = quoted["inside"] if (quoted := QUOTED.fullmatch(text)) else text
+    return text.removesuffix(NEW_LINE.strip()).rstrip(".\\ ").strip()
 
 
 def flatten(text: str) -> str:
@@ -207,7 +210,7 @@ def _spell_character(character: str) -> str:
         return "-"
     if category in ("Zs", "Zl", "Zp", "Cc"):
         return " "
-    if category == "Nd":
+    if character.isdecimal():
         return str(unicodedata.decimal(character))
     if category == "Cf" or "\ufe00" <= character <= "\ufe0f":  # joiners, text directions and the like have no look
         return ""
@@ -221,6 +224,6 @@ def _spell_character(character: str) -> str:
         return "".join(map(_spell_character, plain)) if len(plain) < 20 else plain
     name = unicodedata.name(character, "")
     if name.startswith("GREEK ") and " LETTER " in name and " WITH " not in name:
-        letter = name.rpartition(" ")[2].lower().replace("lamda", "lambda")
+        letter = "lambda" if character in "\u039b\u03bb" else name.rpartition(" ")[2].lower()
         return f"\\{letter if 'SMALL' in name else letter.capitalize()} "
     return character

@@ -69,9 +69,9 @@ SCALES = {
 }
 # Words that make another number of the one before them; what they mean is not worked out.
 CHANGING = set(
-    "than times more less fewer below above under over minus plus negative squared cubed point factorial mod not half "
+    "than more less fewer below above under over minus plus negative squared cubed point factorial mod not half "
     "halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth score gross to or and "
-    "approximately about cosine sine through between except if when where but".split()
+    "is are was were no none nor wrong incorrect approximately about through between except if when where but".split()
 )
 
 
