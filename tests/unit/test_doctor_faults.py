@@ -152,8 +152,8 @@ NAMED = {
     "tools": (["actor_rollout_ref.rollout.multi_turn.tool_config_path=/nowhere/tools.yaml"], ["tool_config_path=/nowhere/tools.yaml"], []),
     "callback": (["trainer.checkpoint_callback_class=my.Callback"], ["trainer.checkpoint_callback_class=my.Callback"], []),
     "external library": ([f"{MODEL}.external_lib=no_such_module"], ["no_such_module"], []),
-    "data set file": (["data.custom_cls.path=/nowhere/data.py", "data.custom_cls.name=Mine"], ["/nowhere/data.py"], []),
-    "data set class": (lambda p: [f"data.custom_cls.path={p.write('plain.py', 'class Mine: pass')}", "data.custom_cls.name=Mine"], ["Mine", "torch.utils.data.Dataset"], []),
+    "data set file": (["data.custom_cls.path=/nowhere/data.py", "data.custom_cls.name=Mine"], ["data.custom_cls=/nowhere/data.py Mine"], []),
+    "data set class": (lambda p: [f"data.custom_cls.path={p.write('plain.py', 'class Mine: pass')}", "data.custom_cls.name=Mine"], ["data.custom_cls=", "Mine", "torch.utils.data.Dataset"], []),
     "data set without a frame": (lambda p: [f"data.custom_cls.path={p.write('listed.py', LISTED)}", "data.custom_cls.name=Listed"], ["data.custom_cls.name=Listed", "dataframe"], []),
     "old reward key": (["custom_reward_function.path=mine.py"], ["custom_reward_function.path=mine.py is read by nothing"], []),
 }  # fmt: skip

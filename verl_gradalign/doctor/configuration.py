@@ -70,7 +70,7 @@ def examine_composed(
         return None
     is_elsewhere = _check_machine(verl_config, machine, findings)
     _check_verl(verl_config, is_elsewhere, findings)
-    examine_named(verl_config, findings)
+    has_data_set = examine_named(verl_config, findings)
     _check_logging(verl_config, findings)
     can_resume = _check_folders(verl_config, findings)
     config = _own_config(verl_config, findings)
@@ -86,8 +86,8 @@ def examine_composed(
     if model is not None:
         examine_positions(model.hf_config, None if tokenizer is None else len(tokenizer), verl_config, findings)
     num_of_data = findings.num_errors
-    data = examine_data(config, verl_config, tokenizer, findings)
-    if findings.num_errors == num_of_data:  # else what is wrong with the files is said already
+    data = examine_data(config, verl_config, tokenizer, findings) if has_data_set else None
+    if has_data_set and findings.num_errors == num_of_data:  # else what is wrong with the files is said already
         with findings.refusals("data"), _warnings_of_checks(findings):
             check_data(config, verl_config)
     if data is not None and findings.num_errors == num_of_data:

@@ -19,7 +19,7 @@ from verl_gradalign.doctor.files import (
     read_frame,
 )
 from verl_gradalign.doctor.prompts import MAX_READ, Prompts, examine_prompts
-from verl_gradalign.doctor.rewards import AREA, FUNCTION, RewardTrial, examine_rewards
+from verl_gradalign.doctor.rewards import AREA, FUNCTION, Graded, RewardTrial, grade, report
 from verl_gradalign.findings import Findings
 from verl_gradalign.selection.scores import score_of
 
@@ -77,12 +77,16 @@ def examine_data(
     """
     trial = _reward_trial(verl_config, tokenizer, findings)
     train: Prompts | None = None
+    graded: list[Graded] = []
     num_trusted = responses = 0
     for source in sources_of(config, verl_config):
-        examined = _examine(source, tokenizer, trial, config, verl_config, findings)
+        examined = _examine(source, tokenizer, verl_config, findings)
         if examined is None:
             continue
         frame, prompts, distinct = examined
+        if trial is not None and len(prompts.kept):
+            positions = prompts.kept if len(frame) <= MAX_READ else frame.taken
+            graded.append(grade(frame, positions, trial, config.success_threshold, findings))
         if source.area == TRAIN:
             train = prompts
             _check_labels(frame, config, findings)
@@ -90,6 +94,7 @@ def examine_data(
             _noise(source.name, min(distinct, prompts.num_left), source.n, findings)
             num_trusted, responses = num_trusted + prompts.num_left, responses + prompts.num_left * source.n
     if trial is not None:
+        report(graded, trial, config.success_threshold, findings)
         trial.close()
     if train is None or not train.num_left:
         return None
@@ -97,12 +102,7 @@ def examine_data(
 
 
 def _examine(
-    source: Source,
-    tokenizer: Any,
-    trial: RewardTrial | None,
-    config: GradAlignConfig,
-    verl_config: DictConfig,
-    findings: Findings,
+    source: Source, tokenizer: Any, verl_config: DictConfig, findings: Findings
 ) -> tuple[Frame, Prompts, int] | None:
     """Return the rows of one key, what the length filter leaves of them, and how many are distinct."""
     where = (source.area, source.key, source.files, verl_config)
@@ -124,9 +124,6 @@ def _examine(
     else:
         prompts = examine_prompts(frame, tokenizer, verl_config, findings)
         distinct = examine_repeats(frame, verl_config, findings, _remedy_for_repeats(source))
-    if trial is not None and len(prompts.kept):
-        positions = prompts.kept if len(frame) <= MAX_READ else frame.taken
-        examine_rewards(frame, positions, trial, config.success_threshold, findings)
     return frame, prompts, distinct
 
 

@@ -315,7 +315,7 @@ def frame_of_own_class(
     """Return the rows of data.custom_cls, made as verl makes it; None with a finding if that fails."""
     names = [str(name) for name in ([files] if isinstance(files, str) else files or ())]
     remedy = "derive the class from verl.utils.dataset.rl_dataset.RLHFDataset, or mend it"
-    with findings.refusals(area, remedy):
+    with findings.refusals("data", remedy):
         own = get_dataset_class(verl_config.data)
         made: Any = own(
             data_files=names, tokenizer=tokenizer, processor=None, config=verl_config.data, max_samples=max_samples

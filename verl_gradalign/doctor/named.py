@@ -3,7 +3,7 @@
 
     examine_named(verl_config, findings)
 
-The data set's class is loaded with the data (`doctor.files`), reward function and manager are with the rewards.
+Reward function and manager are loaded with the rewards.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.experimental.agent_loop import agent_loop
 from verl.tools.tool_registry import load_all_tools
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils.dataset.rl_dataset import get_dataset_class
 from verl.utils.import_utils import load_class_from_fqn, load_extern_object, resolve_config_path
 from verl.utils.tracking import Tracking
 from verl.workers.rollout.replica import RolloutReplicaRegistry
@@ -47,13 +48,18 @@ LEGACY = {
 """Blocks that earlier versions of verl read, and what this one reads."""
 
 
-def examine_named(verl_config: DictConfig, findings: Findings) -> None:
-    """Add findings on what cannot be loaded."""
+def examine_named(verl_config: DictConfig, findings: Findings) -> bool:
+    """Add findings on what cannot be loaded; return whether the data set's class, if it is the user's, can be."""
+    num_errors = findings.num_errors
+    with findings.refusals(AREA):
+        _data_set(verl_config)
+    has_data_set = findings.num_errors == num_errors
     checks = (_sampler, _agent_loops, _tools, _callback, _external_lib, _rollout, _loggers)
     for check in checks:
         with findings.refusals(AREA, "correct the name"):
             check(verl_config)
     _legacy(verl_config, findings)
+    return has_data_set
 
 
 def _loading(key: str, value: Any, load: Callable[[], Any], remedy: str) -> Any:
@@ -63,6 +69,14 @@ def _loading(key: str, value: Any, load: Callable[[], Any], remedy: str) -> Any:
     except Exception as error:
         cause = f" <- {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
         refuse(key, value, f"cannot be loaded ({type(error).__name__}: {error}{cause})", remedy)
+
+
+def _data_set(verl_config: DictConfig) -> None:
+    own: Any = verl_config.data.get("custom_cls") or {}
+    if own.get("path"):
+        remedy = "give path and name of a class derived from verl.utils.dataset.rl_dataset.RLHFDataset"
+        load = partial(get_dataset_class, verl_config.data)
+        _loading("data.custom_cls", f"{own['path']} {own.get('name')}", load, remedy)
 
 
 def _sampler(verl_config: DictConfig) -> None:

@@ -2,7 +2,7 @@
 """Rewards, tried as a run computes them: verl's own reward manager, called with answers to problems of every source.
 
     trial = RewardTrial(verl_config, tokenizer)
-    examine_rewards(frame, positions, trial, threshold, findings)
+    report([grade(frame, positions, trial, threshold, findings)], trial, threshold, findings)
     trial.close()
 
 Each source's own truth is given as the answer, in the forms in which models write one; then a wrong answer, and none.
@@ -148,9 +148,11 @@ def _one(value: Any) -> np.ndarray:
 
 
 @dataclass
-class _Seen:
+class Graded:
     """What the answers to the rows of an area brought."""
 
+    area: str
+    num_sources: int = 0
     faults: dict[str, tuple[str, str, list[str]]] = field(default_factory=dict)
     """What is wrong, the remedy and the places, by the kind of fault."""
     num_results: int = 0
@@ -158,9 +160,8 @@ class _Seen:
     keys: Counter[tuple[str, ...]] = field(default_factory=Counter)
     unknown: list[str] = field(default_factory=list)
     """Data sources that verl has no reward function for."""
-    rows: int = 0
-    right: int = 0
-    wrong: int = 0
+    num_rows: int = 0
+    num_wrong: int = 0
     """Rows whose wrong answer was graded as right."""
     scores: set[float] = field(default_factory=set)
     of_source: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -170,25 +171,22 @@ class _Seen:
         """Note a fault; of one kind the first is shown, as texts differ from row to row."""
         self.faults.setdefault(kind, (re.sub(r" at 0x[0-9a-f]+", "", what), remedy, []))[2].append(place)
 
+    @property
+    def truths(self) -> tuple[int, int]:
+        """Rows whose truth could be tried, and those graded as right."""
+        return sum(num for num, _ in self.of_source.values()), sum(right for _, right in self.of_source.values())
 
-def examine_rewards(
-    frame: Frame, positions: np.ndarray, trial: RewardTrial, threshold: float, findings: Findings
-) -> None:
-    """Add findings on the rewards of an area's rows."""
-    seen, began = _Seen(), time.monotonic()
-    by_source = _rows_by_source(frame, positions)
+
+def grade(frame: Frame, positions: np.ndarray, trial: RewardTrial, threshold: float, findings: Findings) -> Graded:
+    """Return what the rewards of an area's rows are; `report` makes findings of it."""
+    by_source, until = _rows_by_source(frame, positions), time.monotonic() + MAX_AREA_S
+    graded = Graded(frame.area, len(by_source))
     for source in list(by_source)[:MAX_SOURCES]:
         if not trial.is_own and source in RUNS_CODE:
             findings.add(AREA, "note", f"{frame.area}: data source {source} runs programs; its reward was not tried")
             continue
-        _try_source(frame, source, by_source[source], trial, threshold, seen, began + MAX_AREA_S)
-    _say_faults(frame, seen, findings)
-    _say_scores(frame, seen, threshold, len(by_source), findings)
-    if (metric := trial.filter_metric) and any(metric not in keys for keys in seen.keys):
-        text = f"algorithm.filter_groups.metric={metric}: the reward function does not return it"
-        known = ", ".join(sorted({key for keys in seen.keys for key in keys}))
-        remedy = f"set algorithm.filter_groups.metric={FILTER_GROUPS_REWARD_METRIC}, or to one of {known}"
-        findings.add(AREA, "error", f"{frame.area}: {text}", remedy)
+        _try_source(frame, source, by_source[source], trial, threshold, graded, until)
+    return graded
 
 
 def _rows_by_source(frame: Frame, positions: np.ndarray) -> dict[str, list[int]]:
@@ -213,7 +211,7 @@ def _try_source(
     positions: Sequence[int],
     trial: RewardTrial,
     threshold: float,
-    seen: _Seen,
+    seen: Graded,
     until: float,
 ) -> None:
     """Try rows of one source, until something is wrong with it or the time is over; one row at least."""
@@ -244,8 +242,8 @@ def _try_source(
         empty = None if wrong is None else _try(row, "", "empty answer", place, trial, seen)
         if wrong is None or empty is None:
             return
-        seen.rows += 1
-        seen.wrong += wrong > threshold
+        seen.num_rows += 1
+        seen.num_wrong += wrong > threshold
 
 
 def truths_of(reward_model: Any) -> list[str]:
@@ -257,7 +255,7 @@ def truths_of(reward_model: Any) -> list[str]:
     return [str(value) for value in values if isinstance(value, str | int | float) and str(value).strip()]
 
 
-def _try(row: Mapping[str, Any], answer: str, kind: str, place: str, trial: RewardTrial, seen: _Seen) -> float | None:
+def _try(row: Mapping[str, Any], answer: str, kind: str, place: str, trial: RewardTrial, seen: Graded) -> float | None:
     """Return the score of an answer; None, with a fault, if verl could not use what comes back, or nothing does."""
     try:
         result = trial(row, answer)
@@ -311,41 +309,66 @@ def unusable(result: Mapping[str, Any]) -> str:
     return ""
 
 
-def _say_faults(frame: Frame, seen: _Seen, findings: Findings) -> None:
-    for what, remedy, places in seen.faults.values():
-        others = f" (and {len(places) - 1} more data sources)" if len(places) > 1 else ""
-        findings.add(AREA, "error", f"{places[0]}: {what}{others}", remedy)
-    if seen.unknown:
-        text = f"{frame.area}: verl has no reward function for data source {', '.join(seen.unknown[:10])}"
-        findings.add(AREA, "error", text, f"name yours in {FUNCTION}.path and .name")
-    if seen.not_finite:
-        num, of = len(seen.not_finite), seen.num_results
-        text = f"{seen.not_finite[0]}; {num} of {of} rewards tried are not finite. Such groups are never kept"
-        level = "error" if num == of else "warning"
-        findings.add(AREA, level, text, "return 0.0 where a response cannot be graded")
-    if len(seen.keys) > 1:
-        first, second = (", ".join(keys) for keys in list(seen.keys)[:2])
-        text = f"{frame.area}: the reward function returns other keys for other answers ({first}; {second})"
+def report(areas: Sequence[Graded], trial: RewardTrial, threshold: float, findings: Findings) -> None:
+    """Add findings on the rewards of all areas; what is wrong in several of them is said once."""
+    _say_faults(areas, findings)
+    _say_scores(areas, threshold, findings)
+    known = {keys for graded in areas for keys in graded.keys}
+    if len(known) > 1:
+        first, second = (", ".join(keys) for keys in sorted(known)[:2])
+        text = f"the reward function returns other keys for other answers ({first}; {second})"
         findings.add(AREA, "warning", text, "return the same keys always")
+    if (metric := trial.filter_metric) and any(metric not in keys for keys in known):
+        text = f"algorithm.filter_groups.metric={metric}: the reward function does not return it"
+        remedy = f"set algorithm.filter_groups.metric={FILTER_GROUPS_REWARD_METRIC}"
+        others = sorted({key for keys in known for key in keys})
+        findings.add(AREA, "error", text, f"{remedy}, or to one of {', '.join(others)}" if others else remedy)
 
 
-def _say_scores(frame: Frame, seen: _Seen, threshold: float, num_sources: int, findings: Findings) -> None:
+def _say_faults(areas: Sequence[Graded], findings: Findings) -> None:
+    for kind in dict.fromkeys(kind for graded in areas for kind in graded.faults):
+        having = [graded for graded in areas if kind in graded.faults]
+        what, remedy, places = having[0].faults[kind]
+        more = [f"{len(places) - 1} more data sources"] if len(places) > 1 else []
+        more += [f"the {graded.area}" for graded in having[1:]]
+        others = f" (so do {', '.join(more)})" if more else ""
+        findings.add(AREA, "error", f"{places[0]}: {what}{others}", remedy)
+    if unknown := list(dict.fromkeys(source for graded in areas for source in graded.unknown)):
+        where = " and ".join(graded.area for graded in areas if graded.unknown)
+        text = f"{where}: verl has no reward function for data source {', '.join(unknown[:10])}"
+        findings.add(AREA, "error", text, f"name yours in {FUNCTION}.path and .name")
+    for graded in [graded for graded in areas if graded.not_finite][:1]:
+        num, of = (sum(counts) for counts in zip(*((len(g.not_finite), g.num_results) for g in areas), strict=True))
+        text = f"{graded.not_finite[0]}; {num} of {of} rewards tried are not finite. Such groups are never kept"
+        findings.add(AREA, "error" if num == of else "warning", text, "return 0.0 where a response cannot be graded")
+
+
+def _say_scores(areas: Sequence[Graded], threshold: float, findings: Findings) -> None:
     """Say how often the own truth, and how often a wrong answer, scores above the threshold."""
-    if seen.faults or not seen.rows:
-        return
     above = f"above gradalign.success_threshold={threshold:g}"
-    remedy = "grade some right answers by hand: compare the form that your prompts ask for with what the function reads"
-    tried = {source: counts for source, counts in seen.of_source.items() if counts[0]}
-    for source, (num, num_right) in tried.items():
-        if num_right < LOW_SHARE * num:
-            scores = ", ".join(f"{score:g}" for score in sorted(seen.scores)[:5])
-            text = f"{frame.area}: data source {source!r}: the own truth scores {above} in {num_right} of {num} rows"
-            text += f", as text, boxed, after ####, after Answer: and in <answer> (scores seen: {scores})"
-            findings.add(AREA, "warning", text, remedy)
-    if seen.wrong > MAX_WRONG_SHARE * seen.rows:
-        text = f"{frame.area}: {WRONG!r} scores {above} in {seen.wrong} of {seen.rows} rows"
+    usable = [graded for graded in areas if graded.num_rows and any(map(math.isfinite, graded.scores))]
+    suspected = [
+        (graded.area, source, num, num_right)
+        for graded in usable
+        for source, (num, num_right) in graded.of_source.items()
+        if num_right < LOW_SHARE * num
+    ]
+    if suspected:
+        shown = "; ".join(f"{area}, {source}: {right} of {num} rows" for area, source, num, right in suspected[:6])
+        seen = sorted({score for graded in usable for score in graded.scores if math.isfinite(score)})
+        scores = ", ".join(f"{score:g}" for score in seen[:5])
+        forms = "as text, boxed, after ####, after Answer: and in <answer>"
+        text = f"the own truth ({forms}) seldom scores {above}: {shown}. Scores seen: {scores}"
+        remedy = "grade some right answers by hand: compare the form that your prompts ask for with what is read"
+        findings.add(AREA, "warning", text, remedy)
+    wrong = [graded for graded in usable if graded.num_wrong > MAX_WRONG_SHARE * graded.num_rows]
+    if wrong:
+        shown = ", ".join(f"{graded.num_wrong} of {graded.num_rows} rows of the {graded.area}" for graded in wrong)
+        text = f"{WRONG!r} scores {above} in {shown}"
         findings.add(AREA, "warning", text, "see whether the reward tells right from wrong")
-    num, num_right = (sum(counts[i] for counts in tried.values()) for i in (0, 1))
-    share = f"the own truth scores {above} in {num_right} of {num} rows" if num else "the truths are no texts to try"
-    of = f"{num_sources - len(seen.unknown)} of {num_sources} data sources have a reward function that runs"
-    findings.add(AREA, "ok", f"{frame.area}: {of}; {share}, a wrong answer in {seen.wrong} of {seen.rows}")
+    for graded in usable:
+        num, right = graded.truths
+        share = f"the own truth scores {above} in {right} of {num} rows" if num else "the truths are no texts to try"
+        known = f"{graded.num_sources - len(set(graded.unknown))} of {graded.num_sources} data sources"
+        text = f"{graded.area}: {known} have a reward function that runs; {share}"
+        findings.add(AREA, "ok", f"{text}, a wrong answer in {graded.num_wrong} of {graded.num_rows}")
