@@ -2,8 +2,10 @@
 """What is read from finished rollouts, with TransferQueue replaced by one table."""
 
 import math
+import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import rollouts as groups
@@ -173,6 +176,42 @@ def test_whatever_the_rewards_what_is_stored_is_finite_and_only_groups_of_number
         assert not (group.is_failed and group.is_live)
     for call in shelf.stored:
         assert all(row.isfinite().all() for row in call["fields"][groups.COEFFICIENTS].unbind())
+
+
+NUMBERS = st.floats() | st.integers() | st.booleans() | st.floats(width=32).map(np.float32)
+REWARDS = st.recursive(
+    st.none() | NUMBERS | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=2) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner, max_size=2),
+)
+
+
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")), deadline=None)
+@given(st.lists(REWARDS, min_size=4, max_size=4))
+def test_whatever_a_reward_function_returns_no_group_is_kept_without_finite_numbers(rewards):
+    """As verl stores it, or fails to: a response whose reward cannot be stored fails its group."""
+    with pytest.MonkeyPatch.context() as patch:
+        shelf, failed = shelved(patch), set()
+        for key, reward in zip(KEYS, rewards, strict=True):
+            output = AgentLoopOutput(
+                prompt_ids=[1], response_ids=[2, 3], response_mask=[1, 1], metrics=AgentLoopMetrics()
+            )
+            output.reward_score = reward
+            try:
+                stored = output.as_dict().get("rm_scores")
+            except Exception:
+                failed.add(key[0])
+                continue
+            with_rewards(shelf, **{key: None if stored is None else stored[-1]})
+        config = GradAlignConfig.from_mapping(SCORES["measured"])
+        found = read_groups(PROBLEMS, BATCH, failed, config, verl_config("grpo"))
+    for group in found:
+        mine = (
+            [float(r) for r, key in zip(rewards, KEYS, strict=True) if key[0] == group.problem.uid]
+            if (not group.is_failed)
+            else []
+        )
+        assert all(math.isfinite(reward) for reward in (*mine, *group.rewards))
+        assert not (group.is_failed and (group.is_live or group.rewards))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

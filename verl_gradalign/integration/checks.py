@@ -249,7 +249,7 @@ def _check_rollout_correction(_: GradAlignConfig, verl_config: DictConfig) -> No
     for name, off in (("rollout_is", "null"), ("rollout_rs", "null"), ("bypass_mode", "False")):
         if correction.get(name):
             why = "training weighs or masks tokens by how far rollout and actor differ, and scores do not"
-            remedy = f"set it to {off}, or use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}"
+            remedy = f"use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}, or set it to {off}"
             refuse(f"algorithm.rollout_correction.{name}", correction[name], why, remedy)
 
 
