@@ -7,6 +7,7 @@ share the processes of one series; a launch of its own is for what processes are
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import Qwen3MoeConfig
 
 from tests.e2e import comparisons, offline
 from tests.e2e.runs import OWN_LOOP, REPOSITORY, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
@@ -378,9 +380,17 @@ def alone(workplace: Workplace) -> Path:
 
 @launch
 def bad_configuration(workplace: Workplace) -> Run:
-    """Return a launch that names a trusted set that is not there."""
+    """Return a launch that names a trusted set that is not there, and a model of experts, by its config alone."""
     missing = gradalign("cosine", {"trusted": workplace.root / "no_such_file.parquet"})
-    return workplace.run("bad_configuration", *missing, TWO_STEPS, may_fail=True)
+    folder = workplace.root / "experts"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    kind = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 8}
+    experts = Qwen3MoeConfig(**sizes, **heads, **kind)
+    shutil.copytree(workplace.model, folder)
+    experts.save_pretrained(folder)
+    model = f"actor_rollout_ref.model.path={folder}"
+    return workplace.run("bad_configuration", *missing, model, TWO_STEPS, may_fail=True)
 
 
 # What only `make test-all` starts.

@@ -63,7 +63,9 @@ def test_workers_get_their_share_of_a_busy_machine(series: dict[str, Run]) -> No
 def test_a_bad_configuration_is_refused_before_any_worker_starts(bad_configuration: Run) -> None:
     run = bad_configuration
     assert run.returncode != 0
-    assert "gradalign.validation.files=" in run.output and "no such file" in run.output and "Remedy" in run.output
+    assert "2 things must be changed before this can run" in run.output
+    assert "no layer rule covers model.layers.0.mlp" in run.output and "Remedy: set gradalign.estimator" in run.output
+    assert "gradalign.validation.files=" in run.output and "no such file" in run.output
     assert "WorkerDict" not in run.output
 
 
