@@ -398,3 +398,48 @@ def test_a_fault_is_named_and_its_remedy_leaves_none(place, name):
 
 def test_there_are_faults_of_every_kind():
     assert len(FAULTS) >= 100
+
+
+def warnings_of(place, overrides):
+    found = place.findings(overrides)
+    assert not [f for f in found if f.level == "error"], found
+    return " | ".join(f.message for f in found if f.level == "warning")
+
+
+def test_a_grader_that_rejects_right_answers_is_a_warning(place):
+    assert "the own truth" in warnings_of(place, graded("return 0.0")(place))
+    # One that asks for a form of its own is none.
+    assert warnings_of(place, graded("return {'score': solution_str == f'#### {ground_truth}'}")(place)) == ""
+
+
+def test_a_grader_that_accepts_anything_is_a_warning(place):
+    assert "'I do not know' scores above" in warnings_of(place, graded("return float(bool(solution_str))")(place))
+
+
+def test_rewards_that_are_nan_now_and_then_are_a_warning(place):
+    found = warnings_of(place, graded(f"if not solution_str: return float('nan')\n{RIGHT}")(place))
+    assert "nan for the empty answer" in found and "Such groups are never kept" in found
+
+
+def test_other_keys_for_other_answers_are_a_warning(place):
+    assert "returns other keys" in warnings_of(
+        place,
+        graded("right = float(solution_str == ground_truth)\nreturn {'score': right, 'right': 1} if right else right")(
+            place
+        ),
+    )
+
+
+def test_a_function_that_changes_what_it_is_given_changes_its_own_copy(place):
+    body = "assert extra_info['family']\nextra_info.clear()\nreturn float(solution_str == ground_truth)"
+    assert warnings_of(place, graded(body)(place)) == ""
+
+
+@pytest.mark.parametrize(
+    "returned", ["1.0", "True", "1", "np.float64(1)", "torch.tensor(1.0)", "{'score': 1.0, 'pred': 'a', 'acc': None}"]
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_rewards_that_verl_can_use_are_no_fault(place, returned, kind):
+    head = f"{kind} compute_score(data_source, solution_str, ground_truth, extra_info=None):"
+    body = f"return {returned} if solution_str.strip() == ground_truth else 0.0"
+    assert place.errors(graded(body, head, before="import numpy as np, torch")(place)) == []

@@ -8,7 +8,6 @@
 Columns are looked at as Arrow holds them, so that millions of rows take seconds.
 """
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils.dataset.rl_dataset import get_dataset_class
 
 from verl_gradalign.findings import Findings
+from verl_gradalign.integration.prompt_texts import prompt_texts
 from verl_gradalign.integration.prompts import PROBLEM_ID
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -284,8 +284,8 @@ def examine_repeats(frame: Frame, verl_config: DictConfig, findings: Findings, r
     # Pictures of the same question are other problems.
     if any(data.get(key, default) in frame.columns for key, default in MEDIA):
         return len(frame)
-    texts = np.fromiter((hash(text) for chunk in frame.chunks(column) for text in _texts(chunk)), dtype=np.int64)
-    _, counts = np.unique(texts[frame.taken], return_counts=True)
+    hashes = np.fromiter(map(hash, prompt_texts(frame.table, column)), dtype=np.int64, count=len(frame.table))
+    _, counts = np.unique(hashes[frame.taken], return_counts=True)
     repeats = len(frame) - len(counts)
     if repeats:
         most = f"one of them {counts.max():,} times"
@@ -296,17 +296,6 @@ def examine_repeats(frame: Frame, verl_config: DictConfig, findings: Findings, r
 
 
 MEDIA = (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios"))
-
-
-def _texts(chunk: pa.Array) -> Iterator[str]:
-    """Yield each row's messages as one text, with case, width and white space made equal."""
-    contents = pc.struct_field(chunk.flatten(), "content")
-    words = contents.to_pylist()
-    start = 0
-    for length in pc.fill_null(pc.list_value_length(chunk), 0).to_pylist():
-        text = " ".join(map(str, words[start : start + length]))
-        start += length
-        yield " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def frame_of_own_class(

@@ -74,7 +74,7 @@ def examine_positions(hf_config: Any, tokenizer_size: int | None, verl_config: D
     longest = data.max_prompt_length + data.max_response_length
     if isinstance(most, int) and longest > most:
         text = f"data.max_prompt_length + data.max_response_length = {longest}, more than the model's {most} positions"
-        remedy = f"set data.max_response_length={max(most - data.max_prompt_length, 1)}, or scale its rope"
+        remedy = f"lower the two to {most} together, or scale the model's rope"
         findings.add(AREA, "warning", text, remedy)
 
 
