@@ -33,7 +33,6 @@ from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
-from verl_gradalign.integration.sampler import SEPARATE_ASYNC_REFUSED
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.versions import version_of
@@ -142,20 +141,10 @@ def _lacks_values(verl_config: DictConfig, findings: Findings) -> bool:
 
 def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig | None:
     """Return the `gradalign` block, or None with a finding if selection is off or the block is wrong."""
-    mode, remedy = verl_config.trainer.v1.trainer_mode, "add +gradalign=cosine gradalign.validation.files=<file>"
+    remedy = "add +gradalign=cosine gradalign.validation.files=<file>"
     if OmegaConf.select(verl_config, "gradalign") is None:
         findings.add(AREA, "error", "selection is not switched on: there is no gradalign block", remedy)
         return None
-    key = "trainer.v1.trainer_mode"
-    if not str(mode).startswith("gradalign"):
-        text = f"{key}={mode} does not select: the gradalign block has no effect"
-        own = "gradalign_colocate_async" if mode == "colocate_async" else "gradalign"
-        findings.add(AREA, "error", text, f"set {key}={own}")
-    elif mode == "gradalign_separate_async":
-        text, _, remedy_for_mode = SEPARATE_ASYNC_REFUSED.partition("Remedy: ")
-        findings.add(AREA, "error", f"{key}={mode}: {text.strip()}", remedy_for_mode or f"set {key}=gradalign")
-    if not verl_config.trainer.use_v1:
-        findings.add(AREA, "error", "trainer.use_v1=False: the old trainer cannot select", "set trainer.use_v1=True")
     try:
         return read_config(verl_config)
     except Exception as error:
