@@ -89,7 +89,7 @@ def _refuse_old_trainer(_module: ModuleType) -> None:
     if {"gradalign", "regime"} & set(groups) or any(key.lstrip("+").startswith("gradalign.") for key in overrides):
         from verl_gradalign.integration.trainer_modes import OLD_TRAINER
 
-        raise ValueError(f"trainer.use_v1=False: {OLD_TRAINER}. Remedy: set it to True.")
+        raise ValueError(f"trainer.use_v1=False: {OLD_TRAINER}. Remedy: set trainer.use_v1=True.")
 
 
 def register_import_hooks() -> None:

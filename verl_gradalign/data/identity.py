@@ -43,12 +43,13 @@ def problem_identity(prompt: Any, media: Iterable[Any] = ()) -> str:
             raise ValueError("a prompt that is no list of messages with role and content")
     # An empty column and a missing one are the same; which column something stands in is not.
     shown += [f"{place} {_hash(value)}" for place, value in enumerate(media) if not is_empty(value)]
-    return "\n".join([_normalised(" ".join(texts)), *shown])
+    return "\n".join([normalised(" ".join(texts)), *shown])
 
 
 @lru_cache(maxsize=1 << 15)  # the hub's DAPO-Math-17k holds every problem 100 times
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def normalised(text: str) -> str:
+    """Return a text with case, width and white space made equal."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def _hash(value: Any) -> str:

@@ -152,7 +152,7 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
 
 def _check_version(_: GradAlignConfig, verl_config: DictConfig) -> None:
     if not verl_config.trainer.get("use_v1", True):
-        refuse("trainer.use_v1", False, OLD_TRAINER, "set it to True")
+        refuse("trainer.use_v1", False, OLD_TRAINER, "set trainer.use_v1=True")
 
 
 def _check_num_responses(config: GradAlignConfig, verl_config: DictConfig) -> None:

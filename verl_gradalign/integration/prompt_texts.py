@@ -5,12 +5,13 @@ for text in prompt_texts(datasets.load_dataset(...), "prompt"):
     ...
 """
 
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from verl_gradalign.data.identity import normalised
 
 
 def prompt_texts(table: Any, column: str) -> Iterator[str]:
@@ -27,6 +28,18 @@ def prompt_texts(table: Any, column: str) -> Iterator[str]:
             raise ValueError(f"row {row} has no {column} (null)")
         yield from (normalised(text) for text in _texts(chunk))
         first += len(chunk)
+
+
+def is_plain_text(table: Any, column: str) -> bool:
+    """Return whether every message of the prompts is text, and none is missing: no parts, no pictures."""
+    contents = table.data.column(column)
+    kind = contents.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
+        if kind.value_type.get_field_index("content") < 0:
+            return False
+        contents = pa.chunked_array([pc.struct_field(chunk.flatten(), "content") for chunk in contents.chunks])
+    is_text = pa.types.is_string(contents.type) or pa.types.is_large_string(contents.type)
+    return bool(is_text and not contents.null_count)
 
 
 def _texts(chunk: pa.Array) -> Iterator[str]:
@@ -47,8 +60,3 @@ def _joined(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return " ".join(str(message.get("content") if isinstance(message, dict) else message) for message in prompt)
-
-
-def normalised(text: str) -> str:
-    """Return a text with case, width and white space made equal."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())

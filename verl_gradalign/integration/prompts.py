@@ -20,6 +20,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from verl_gradalign.data.identity import MEDIA_KEYS, ROWS_READ_TOGETHER, problem_identity
 from verl_gradalign.errors import refuse
+from verl_gradalign.integration.prompt_texts import is_plain_text, prompt_texts
 from verl_gradalign.selection.groups import Problem
 
 logger = logging.getLogger(__name__)
@@ -155,15 +156,31 @@ def _identities_of_file(key: str, name: str, data: DictConfig) -> Iterator[str]:
         why = f"has no column {prompt_key!r} (data.prompt_key)"
         refuse(key, name, why, "add the column or set data.prompt_key")
     media_keys = [data.get(media, column) for media, column in MEDIA_KEYS.items()]
-    columns = [prompt_key, *(media for media in media_keys if media in rows.column_names)]
+    shown = [media for media in media_keys if media in rows.column_names]
+    try:
+        yield from _identities(rows, prompt_key, media_keys, shown)
+    except ValueError as error:
+        refuse(key, name, f"{error} in its column {prompt_key!r}", "fill it in or remove the row")
+
+
+def _identities(
+    rows: datasets.Dataset, prompt_key: str, media_keys: Sequence[str], shown: Sequence[str]
+) -> Iterator[str]:
+    """Yield each row's identity. Raises: ValueError that names the row, from 1 on."""
+    if not shown and is_plain_text(rows, prompt_key):
+        for number, text in enumerate(prompt_texts(rows, prompt_key), start=1):
+            if not text:
+                raise ValueError(f"row {number} has no prompt")
+            yield text
+        return
     # As Arrow has them: datasets would decode every picture.
-    batches = rows.select_columns(columns).with_format("arrow").iter(ROWS_READ_TOGETHER)
+    batches = rows.select_columns([prompt_key, *shown]).with_format("arrow").iter(ROWS_READ_TOGETHER)
     values = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(values, start=1):
         try:
             yield problem_identity(row[prompt_key], [row.get(media) for media in media_keys])
         except ValueError as error:
-            refuse(key, name, f"row {number} has {error} in its column {prompt_key!r}", "fill it in or remove the row")
+            raise ValueError(f"row {number} has {error}") from error
 
 
 def rows_in_files(dataframe: Any) -> list[int]:
