@@ -34,6 +34,7 @@ setup(
         "typer>=0.15,<1",
         "matplotlib>=3.8",
         "jinja2>=3.1",
+        "huggingface-hub",
         "omegaconf>=2.3",
         "packaging",
         "pillow",

@@ -75,6 +75,7 @@ def run_as_written(command: Command, place: Path, patch: pytest.MonkeyPatch) -> 
 def examine(command: Command, place: Path, patch: pytest.MonkeyPatch) -> None:
     """`doctor` may find that this machine is not what the configuration is for; all else must be in order."""
     words = words_of(command.text)[1]
+    (place / "run.sh").write_text(f'python3 -m {ENTRY_POINT} {OVERRIDES} "$@"\n', encoding="utf-8")
     found = json.loads(invoke([words[1], "--json", *words[2:]], 0, 1).stdout)["findings"]
     errors = [finding for finding in found if finding["level"] == "error"]
     assert found and {error["area"] for error in errors} <= OF_THE_MACHINE, errors

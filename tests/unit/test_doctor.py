@@ -133,15 +133,18 @@ def test_what_is_wrong_and_the_cost_are_shown_and_everything_if_asked(command):
 def test_a_script_and_a_whole_command_are_examined_as_their_overrides_are(command, tmp_path, monkeypatch):
     words = " ".join(command.overrides()[:-1])
     (tmp_path / "place").mkdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "doctors_grader.py").write_text("from verl_gradalign.data.rewards import compute_score")
     script = tmp_path / "run.sh"
     script.write_text(
-        f"set -eu\nexport VERL_PLATFORM=cpu WANDB_MODE=offline\ncd {tmp_path}/place\n"
+        f"set -eu\nexport VERL_PLATFORM=cpu WANDB_MODE=offline PYTHONPATH={tmp_path}/lib\ncd {tmp_path}/place\n"
         f"RUN=$(python3 -c 'print(\"run\" * 2)')\n"
         f'python3 -m verl.trainer.main_ppo {words} trainer.default_local_dir=$RUN trainer.logger=[wandb] "$@"\n',
         encoding="utf-8",
     )
     monkeypatch.delenv("VERL_PLATFORM")
-    result = runner.invoke(app, ["doctor", "--json", "--", "bash", str(script), "algorithm.use_kl_in_reward=true"])
+    further = ("algorithm.use_kl_in_reward=true", "reward.custom_reward_function.path=pkg://doctors_grader")
+    result = runner.invoke(app, ["doctor", "--json", "--", "bash", str(script), *further])
     answer = json.loads(result.stdout)
     only_error(answer, "algorithm.use_kl_in_reward=True")
     assert "trainer.default_local_dir=runrun can be written" in texts(answer, "folders", "ok")

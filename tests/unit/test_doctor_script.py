@@ -78,7 +78,13 @@ def test_a_scripts_arguments_are_those_that_bash_makes(run, tmp_path):
         "+gradalign=cosine",
     )
     assert launch.folder == str(tmp_path / "logs") and launch.variables["WANDB_MODE"] == "offline"
-    assert not {"PATH", "HOME", "PYTHONPATH", "http_proxy"} & set(launch.variables)
+    assert not {"PATH", "HOME", "BASH_ENV", "http_proxy"} & set(launch.variables)
+
+
+def test_modules_are_found_where_the_script_has_them_found(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/own")
+    assert "PYTHONPATH" not in run(f"{MAIN} a=1").variables
+    assert run(f"export PYTHONPATH=/lib:$PYTHONPATH\n{MAIN} a=1").variables["PYTHONPATH"] == "/lib:/own"
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,17 @@ def doctor(
 
 @contextmanager
 def in_place_of(launch: Launch) -> Iterator[None]:
-    """Take the folder and the variables of a launch for the time of the body."""
-    folder, variables = os.getcwd(), dict(os.environ)
+    """Take the folder, the variables and the modules of a launch for the time of the body."""
+    folder, variables, modules = os.getcwd(), dict(os.environ), list(sys.path)
     os.environ.update(launch.variables)
     os.chdir(launch.folder or folder)
+    # `python -m` finds modules in the folder that it starts in.
+    own = launch.variables.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [os.getcwd(), *(os.path.abspath(part) for part in own if part)]
     try:
         yield
     finally:
+        sys.path[:] = modules
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(variables)

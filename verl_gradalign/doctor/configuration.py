@@ -67,6 +67,8 @@ def examine_composed(
     """As `examine_configuration`, of a configuration with everything resolved."""
     if _lacks_values(verl_config, findings):
         return None
+    if _has_wrong_sizes(verl_config, findings):
+        return None
     is_elsewhere = _check_machine(verl_config, machine, findings)
     _check_verl(verl_config, is_elsewhere, findings)
     has_data_set = examine_named(verl_config, findings)
@@ -113,7 +115,10 @@ def _check_verl(verl_config: DictConfig, is_elsewhere: bool, findings: Findings)
             findings.add(AREA, "note", "verl's validation asks for vllm, which is not installed here")
             return
         text = " ".join(str(error).split()) or type(error).__name__
-        findings.add(AREA, "error", f"verl refuses the configuration: {text}", "set the keys that it names")
+        remedy = "set the keys that it names"
+        if "full_key: critic.model" in text:
+            remedy = f"set critic.model.path={verl_config.actor_rollout_ref.model.path}, or another model"
+        findings.add(AREA, "error", f"verl refuses the configuration: {text}", remedy)
         return
     findings.add(AREA, "ok", "verl accepts the configuration")
 
@@ -137,6 +142,33 @@ def _lacks_values(verl_config: DictConfig, findings: Findings) -> bool:
         remedy = f"set {key}" + ("=vllm" if key == "actor_rollout_ref.rollout.name" else "")
         findings.add(AREA, "error", f"{key} has no value, and verl has no default for it", remedy)
     return bool(missing)
+
+
+def _has_wrong_sizes(verl_config: DictConfig, findings: Findings) -> bool:
+    """Return whether a size leaves nothing to train on; say where the update's batches do not suit the ranks."""
+    actor_rollout = verl_config.actor_rollout_ref
+    of_data = ("data.train_batch_size", "data.max_prompt_length", "data.max_response_length")
+    wrong = False
+    for key in (*of_data, "actor_rollout_ref.rollout.n", "trainer.n_gpus_per_node", "trainer.nnodes"):
+        value = OmegaConf.select(verl_config, key)
+        if not isinstance(value, int) or value < 1:
+            findings.add(AREA, "error", f"{key}={value}: must be a whole number from 1 on", f"set {key} to 1 or more")
+            wrong = True
+    if wrong:
+        return True
+    key, mini = "actor_rollout_ref.actor.ppo_mini_batch_size", actor_rollout.actor.ppo_mini_batch_size
+    batch = verl_config.data.train_batch_size
+    num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
+    if actor_rollout.actor.strategy in ("fsdp", "fsdp2") and mini * actor_rollout.rollout.n % num_ranks:
+        rows = f"{mini} x {actor_rollout.rollout.n} (actor_rollout_ref.rollout.n) rows"
+        ulysses = OmegaConf.select(actor_rollout.actor, "ulysses_sequence_parallel_size") or 1
+        if mini * actor_rollout.rollout.n % max(num_ranks // ulysses, 1):
+            text = f"{key}={mini}: {rows} cannot be divided among {num_ranks} ranks, so verl's update stops"
+            findings.add(AREA, "error", text, f"set {key}={num_ranks * max(1, mini // num_ranks)}")
+    elif mini > batch:
+        text = f"{key}={mini} is more than data.train_batch_size={batch}: verl fills every update up with padding"
+        findings.add(AREA, "warning", text, f"set {key}={batch}")
+    return False
 
 
 def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig | None:
@@ -299,6 +331,11 @@ def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems:
     """Say how many steps the problems make, or that they make none."""
     trainer, batch = verl_config.trainer, verl_config.data.train_batch_size
     steps = total_steps(verl_config, num_problems)
+    for key in ("total_training_steps", "total_epochs"):
+        value = trainer[key]
+        if value is not None and value < 1:
+            findings.add("train files", "error", f"trainer.{key}={value}: no step is trained", f"set trainer.{key}=1")
+            return
     if steps < 1:
         text = f"{num_problems} problems make no batch of data.train_batch_size={batch}"
         findings.add("train files", "error", text, "lower data.train_batch_size")

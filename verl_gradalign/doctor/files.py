@@ -17,15 +17,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.dataset.rl_dataset import get_dataset_class
 
+from verl_gradalign.doctor.named import AGENT_FILE, known_agent_loops
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.prompt_texts import prompt_texts
 from verl_gradalign.integration.prompts import PROBLEM_ID
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 MESSAGES = "[{'role': 'user', 'content': '...'}]"
+MEDIA = (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios"))
 REPEATS_WORTH_A_WARNING = 0.01
 """Share of the rows that repeat another."""
 
@@ -123,15 +126,9 @@ def _table(area: str, key: str, name: str, findings: Findings) -> Any:
         remedy = "give the path of an existing file" if kind else "give files in verl's schema, in one of these formats"
         findings.add(area, "error", f"{key}={name}: {what}", remedy)
         return None
-    if kind == "parquet":
-        # An empty file of its own is none for `datasets`; verl stops at it.
-        try:
-            num_rows = pa.parquet.read_metadata(path).num_rows
-        except Exception:
-            num_rows = -1
-        if num_rows == 0:
-            findings.add(area, "error", f"{key}={name}: no rows", "leave it out, or write it with problems")
-            return None
+    if _is_empty_file(path, kind):
+        findings.add(area, "error", f"{key}={name}: no rows", "leave it out, or write it with problems")
+        return None
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train")
     except Exception as error:
@@ -141,6 +138,16 @@ def _table(area: str, key: str, name: str, findings: Findings) -> Any:
             remedy = f"set HF_HOME to a folder that can be written (now {datasets.config.HF_CACHE_HOME})"
         findings.add(area, "error", f"{key}={name}: cannot be read ({why})", remedy)
         return None
+
+
+def _is_empty_file(path: Path, kind: str) -> bool:
+    """Return whether a file has no rows, which `datasets` cannot read."""
+    if kind == "json":
+        return path.stat().st_size == 0
+    try:
+        return int(pq.read_metadata(path).num_rows) == 0
+    except (OSError, pa.ArrowException):  # said when it is read
+        return False
 
 
 def _difference(names: Sequence[str], tables: Sequence[Any]) -> str:
@@ -185,6 +192,9 @@ def examine_columns(frame: Frame, verl_config: DictConfig, findings: Findings) -
         findings.add(frame.area, "error", text, "add the column, or set data.prompt_key to the one with the prompts")
     elif not has_own_class(verl_config):
         _prompts(frame, prompt_key, findings)
+    _media(frame, verl_config, findings)
+    if "agent_name" in frame.columns:
+        _agent_names(frame, verl_config, findings)
     if "extra_info" in frame.columns:
         kind = frame.table.data.column("extra_info").type
         if not (pa.types.is_struct(kind) or pa.types.is_null(kind)):
@@ -192,6 +202,34 @@ def examine_columns(frame: Frame, verl_config: DictConfig, findings: Findings) -
             findings.add(frame.area, "error", text, "write it as a struct (a dictionary in every row), or leave it out")
     if reads_ground_truth(verl_config):
         _for_rewards(frame, verl_config, findings)
+
+
+def _media(frame: Frame, verl_config: DictConfig, findings: Findings) -> None:
+    """Whether there are pictures, videos or sounds for a model that takes none."""
+    folder = Path(str(verl_config.actor_rollout_ref.model.path))
+    if not folder.is_dir() or any(folder.glob("*processor_config.json")):
+        return
+    for key, default in MEDIA:
+        column = verl_config.data.get(key) or default
+        if column not in frame.columns:
+            continue
+        kind = frame.table.data.column(column).type
+        if not pa.types.is_list(kind):
+            continue
+        lengths = [pc.fill_null(pc.list_value_length(chunk), 0) for chunk in frame.chunks(column)]
+        has_some = _joined(pc.greater(length, 0) for length in lengths)
+        what = f"{column} is not empty, and the model at {folder} has no processor for it"
+        frame.report(has_some, what, "remove the column, or train a model that takes it", findings)
+
+
+def _agent_names(frame: Frame, verl_config: DictConfig, findings: Findings) -> None:
+    """Whether the agent loops that rows ask for are there."""
+    with findings.refusals(frame.area):
+        known = known_agent_loops(verl_config)
+        unknown = sorted({str(name) for name in frame.table.unique("agent_name")} - known)
+        if unknown:
+            remedy = f"use one of {', '.join(sorted(known))}, or name the file of yours in {AGENT_FILE}"
+            findings.add(frame.area, "error", f"{frame.key}: agent_name {unknown[0]!r} is no agent loop", remedy)
 
 
 def reads_ground_truth(verl_config: DictConfig) -> bool:
@@ -237,6 +275,8 @@ def _for_rewards(frame: Frame, verl_config: DictConfig, findings: Findings) -> N
 def _is_empty(values: pa.Array) -> pa.Array:
     is_null = values.is_null()
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    if pa.types.is_floating(values.type):  # as pandas writes what is missing
+        return pc.or_(is_null, pc.fill_null(pc.is_nan(values), True))
     return pc.or_(is_null, pc.fill_null(pc.equal(values, ""), True)) if is_text else is_null
 
 
@@ -293,9 +333,6 @@ def examine_repeats(frame: Frame, verl_config: DictConfig, findings: Findings, r
         is_many = repeats > REPEATS_WORTH_A_WARNING * len(frame)
         findings.add(frame.area, "warning" if is_many else "note", text, remedy if is_many else "")
     return len(counts)
-
-
-MEDIA = (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios"))
 
 
 def frame_of_own_class(

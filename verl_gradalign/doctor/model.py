@@ -171,7 +171,9 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
 def total_steps(verl_config: DictConfig, num_problems: int) -> int:
     """Return the steps that verl trains: as asked, else the epochs' batches."""
     trainer, batch = verl_config.trainer, verl_config.data.train_batch_size
-    return int(trainer.total_training_steps or trainer.total_epochs * (num_problems // batch))
+    if trainer.total_training_steps is not None:
+        return int(trainer.total_training_steps)
+    return int(trainer.total_epochs) * (num_problems // batch)
 
 
 def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Findings) -> None:

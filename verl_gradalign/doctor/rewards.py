@@ -85,6 +85,8 @@ class RewardTrial:
 
     def __init__(self, verl_config: DictConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = verl_config, tokenizer or _TextTokenizer()
+        self.forms = list(FORMS)
+        """The one that was right last comes first."""
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(_DaemonThreads())
         threading.Thread(target=self._run, daemon=True).start()
@@ -215,7 +217,6 @@ def _try_source(
     until: float,
 ) -> None:
     """Try rows of one source, until something is wrong with it or the time is over; one row at least."""
-    forms = list(FORMS)
     for number, position in enumerate(positions):
         if number and time.monotonic() > until:
             return
@@ -223,7 +224,7 @@ def _try_source(
         truths = truths_of(row.get("reward_model"))
         place = f"{frame.place(position)} (data source {source!r})"
         right_form = None
-        for form in forms if truths else ():
+        for form in list(trial.forms) if truths else ():
             is_right = False
             for truth in truths[:3]:
                 score = _try(row, form.format(truth), "own truth", place, trial, seen)
@@ -234,7 +235,7 @@ def _try_source(
                 right_form = form
                 break
         if right_form is not None:
-            forms.sort(key=lambda form: form != right_form)  # most likely the next row's too
+            trial.forms.sort(key=lambda form: form != right_form)  # most likely the next row's too
         if truths:
             num, num_right = seen.of_source.get(source, (0, 0))
             seen.of_source[source] = (num + 1, num_right + (right_form is not None))

@@ -303,4 +303,8 @@ def _put_back(call: Call, home: str, given: Mapping[str, str], changed: Mapping[
             continue
         if value.replace(home, real) != os.environ.get(name):
             new[name] = value.replace(home, real)
+    site = changed["PYTHONPATH"].split(os.pathsep)[0]
+    folders = [part for part in call["variables"].get("PYTHONPATH", "").split(os.pathsep) if part and part != site]
+    if (modules := os.pathsep.join(folders).replace(home, real)) != os.environ.get("PYTHONPATH", ""):
+        new["PYTHONPATH"] = modules
     call["variables"] = new

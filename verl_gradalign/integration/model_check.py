@@ -118,11 +118,14 @@ def _built(hf_config: Any, model: DictConfig) -> nn.Module:
     )
     if model.lora_rank <= 0:  # as verl: an adapter's path alone adds none
         return module
-    adapter_path = model.get("lora_adapter_path")
     from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
 
-    if adapter_path:
-        adapters: Any = PeftConfig.from_pretrained(str(adapter_path))
+    if adapter_path := model.get("lora_adapter_path"):
+        try:
+            adapters: Any = PeftConfig.from_pretrained(str(adapter_path))
+        except Exception as error:
+            remedy = "give the folder of an adapter of PEFT, or leave it out"
+            refuse(f"{MODEL}.lora_adapter_path", adapter_path, _first_line(error), remedy)
         adapters.inference_mode = False
     else:
         names = ("target_modules", "target_parameters", "exclude_modules")
