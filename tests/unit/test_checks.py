@@ -82,7 +82,7 @@ def test_a_good_configuration_passes(verl_config):
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {"gradalign.loss_agg_mode": "seq-mean-token-mean"}),
         ("algorithm.rollout_correction.rollout_is", "token", {}),
         ("algorithm.rollout_correction.rollout_rs", "seq_max_k2", {}),
-        ("algorithm.rollout_correction.bypass_mode", True, {}),
+        ("algorithm.rollout_correction.rollout_is", "token", {"algorithm.rollout_correction.bypass_mode": True}),
         ("distillation.distillation_loss.use_task_rewards", False, {"distillation.enabled": True}),
         ("trainer.use_v1", False, {}),
         ("trainer.use_v1", False, {"gradalign.score": "random"}),
@@ -121,6 +121,7 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
         {"actor_rollout_ref.actor.policy_loss.loss_mode": "sapo"},
         {"actor_rollout_ref.actor.policy_loss.loss_mode": "clip_cov", "gradalign.loss_agg_mode": "token-mean"},
         {"algorithm.rollout_correction.rollout_is": "token", "gradalign.score": "accuracy_greedy"},
+        {"algorithm.rollout_correction.bypass_mode": True},
         {"distillation.enabled": True, "distillation.distillation_loss.use_task_rewards": True},
         {
             "distillation.enabled": True,

@@ -245,11 +245,12 @@ def _check_loss(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 
 def _check_rollout_correction(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    """`bypass_mode` alone stands: it takes the rollout's log-probs for the old ones, and the ratio for 1 as we do."""
     correction = verl_config.algorithm.get("rollout_correction") or {}
-    for name, off in (("rollout_is", "null"), ("rollout_rs", "null"), ("bypass_mode", "False")):
+    for name in ("rollout_is", "rollout_rs"):
         if correction.get(name):
             why = "training weighs or masks tokens by how far rollout and actor differ, and scores do not"
-            remedy = f"use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}, or set it to {off}"
+            remedy = f"use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}, or set it to null"
             refuse(f"algorithm.rollout_correction.{name}", correction[name], why, remedy)
 
 
