@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import time
 from functools import partial
 
 import pyarrow as pa
@@ -413,6 +414,13 @@ def warnings_of(place, overrides):
     found = place.findings(overrides)
     assert not [f for f in found if f.level == "error"], found
     return " | ".join(f.message for f in found if f.level == "warning")
+
+
+def test_a_grader_that_does_not_return_is_given_up_once(place, monkeypatch):
+    monkeypatch.setattr(rewards, "MAX_CALL_S", 0.5)
+    began = time.monotonic()
+    found = warnings_of(place, graded("import time\ntime.sleep(60)")(place))
+    assert "takes more than" in found and time.monotonic() - began < 20
 
 
 def test_a_grader_that_rejects_right_answers_is_a_warning(place):

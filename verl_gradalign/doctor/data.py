@@ -19,7 +19,7 @@ from verl_gradalign.doctor.files import (
     read_frame,
 )
 from verl_gradalign.doctor.prompts import MAX_READ, Prompts, examine_prompts
-from verl_gradalign.doctor.rewards import AREA, FUNCTION, Graded, RewardTrial, grade, report
+from verl_gradalign.doctor.rewards import AREA, FUNCTION, TIME, Graded, RewardTrial, grade, report
 from verl_gradalign.findings import Findings
 from verl_gradalign.selection.scores import score_of
 
@@ -84,7 +84,7 @@ def examine_data(
         if examined is None:
             continue
         frame, prompts, distinct = examined
-        if trial is not None and len(prompts.kept):
+        if trial is not None and len(prompts.kept) and not any(TIME in earlier.faults for earlier in graded):
             positions = prompts.kept if len(frame) <= MAX_READ else frame.taken
             graded.append(grade(frame, positions, trial, config.success_threshold, findings))
         if source.area == TRAIN:

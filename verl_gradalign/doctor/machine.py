@@ -82,7 +82,7 @@ def _packages(findings: Findings) -> None:
     else:
         text = "neither vllm nor sglang is installed: rollouts on GPUs need one of them"
         remedy = "pip install 'verl[vllm]' (or 'verl[sglang]'); on a CPU +platform=cpu needs none"
-        findings.add("environment", "warning", text, remedy)
+        findings.add("environment", "note" if asks_for_cpu() else "warning", text, remedy)
     optional = {"flash-attn": "packed rows (use_remove_padding=true) need it", "wandb": "trainer.logger wandb needs it"}
     for package, why in optional.items():
         version = version_of(package)

@@ -41,7 +41,9 @@ WRONG = "I do not know"
 RUNS_CODE = ("codecontests", "apps", "codeforces", "taco")
 """Data sources whose default reward runs programs; they are not tried."""
 MAX_SOURCES, ROWS_OF_SOURCE = 40, 16
-MAX_CALL_S, MAX_AREA_S = 30.0, 10.0
+MAX_CALL_S, MAX_AREA_S = 20.0, 10.0
+TIME = "time"
+"""The kind of fault of a function that does not return."""
 LOW_SHARE = 0.5
 """Of the rows whose own truth is graded as right, below which a grader is suspected."""
 MAX_WRONG_SHARE = 0.1
@@ -109,8 +111,14 @@ class RewardTrial:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=MAX_CALL_S)
 
     def close(self) -> None:
-        """End the thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """End the thread, and with it calls that have not returned."""
+
+        def end() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.call_soon(self._loop.stop)
+
+        self._loop.call_soon_threadsafe(end)
 
     @property
     def is_own(self) -> bool:
@@ -188,6 +196,8 @@ def grade(frame: Frame, positions: np.ndarray, trial: RewardTrial, threshold: fl
             findings.add(AREA, "note", f"{frame.area}: data source {source} runs programs; its reward was not tried")
             continue
         _try_source(frame, source, by_source[source], trial, threshold, graded, until)
+        if TIME in graded.faults:  # each further call might take as long
+            break
     return graded
 
 
@@ -262,7 +272,7 @@ def _try(row: Mapping[str, Any], answer: str, kind: str, place: str, trial: Rewa
         result = trial(row, answer)
     except concurrent.futures.TimeoutError:
         what = f"the reward of the {kind} takes more than {MAX_CALL_S:.0f} s, and a rollout waits for it"
-        seen.fault("time", what, "make the reward function quicker, or give it a time limit of its own", place)
+        seen.fault(TIME, what, "make the reward function quicker, or give it a time limit of its own", place)
         return None
     except Exception as error:
         if not trial.is_own and isinstance(error, NotImplementedError):  # verl's way to say so
@@ -333,7 +343,8 @@ def _say_faults(areas: Sequence[Graded], findings: Findings) -> None:
         more = [f"{len(places) - 1} more data sources"] if len(places) > 1 else []
         more += [f"the {graded.area}" for graded in having[1:]]
         others = f" (so do {', '.join(more)})" if more else ""
-        findings.add(AREA, "error", f"{places[0]}: {what}{others}", remedy)
+        # One that asks a judge may be slow, and right.
+        findings.add(AREA, "warning" if kind == TIME else "error", f"{places[0]}: {what}{others}", remedy)
     if unknown := list(dict.fromkeys(source for graded in areas for source in graded.unknown)):
         where = " and ".join(graded.area for graded in areas if graded.unknown)
         text = f"{where}: verl has no reward function for data source {', '.join(unknown[:10])}"
