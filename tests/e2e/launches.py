@@ -220,9 +220,7 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
         runs[f"whole_{schedule}"] = scheduled(workplace, schedule)
         for part, num_steps in enumerate((*pauses, NUM_STEPS)):
             runs[f"paused_{schedule}@{part}"] = scheduled(workplace, schedule, num_steps)
-    # Without the plugin's words: what they set of the processes is set here.
-    unlimited = "transfer_queue.backend.SimpleStorage.total_storage_size=null"
-    runs["stateless@0"] = ["trainer.save_freq=1", "trainer.total_training_steps=1", unlimited]
+    runs["stateless@0"] = ["trainer.save_freq=1", "trainer.total_training_steps=1"]
     runs["stateless"] = scheduled(workplace, "step", 2)
     changed = ["gradalign.oversample=3", f"data.train_files={files['pool']}"]
     runs["paused_step@other"] = [*scheduled(workplace, "step"), *changed]

@@ -57,20 +57,20 @@ def require_no_gradients(module: nn.Module) -> None:
 
 def require_no_dropout(module: nn.Module) -> None:
     """Raise ValueError, naming the modules, if any dropout probability of the model is above 0."""
-    active = [
-        f"{name or type(submodule).__name__} ({attribute}={p})"
+    active = {
+        f"{name or type(submodule).__name__} ({attribute}={p})": attribute
         for name, submodule in module.named_modules()
         for attribute, p in vars(submodule).items()
         if isinstance(p, int | float) and not isinstance(p, bool) and p > 0
         # torch's own modules, and the probabilities that models hand to functions.
         if CHANCE.search(attribute) or (attribute == "p" and "Dropout" in type(submodule).__name__)
-    ]
+    }
     if active:
-        remedy = (
-            "Remedy: set it to 0 in the model's configuration "
-            "(verl: +actor_rollout_ref.model.override_config.attention_dropout=0)"
-        )
-        raise ValueError(f"dropout is active in {', '.join(active[:5])}: gradients would depend on chance. {remedy}")
+        # What a torch Dropout's p is called in the model's configuration is not known here.
+        keys = sorted({attribute for attribute in active.values() if attribute != "p"}) or ["attention_dropout"]
+        settings = " ".join(f"+actor_rollout_ref.model.override_config.{key}=0" for key in keys)
+        trouble = f"dropout is active in {', '.join(list(active)[:5])}: gradients would depend on chance"
+        raise ValueError(f"{trouble}. Remedy: set it to 0 in the model's configuration (verl: {settings})")
 
 
 @contextmanager
