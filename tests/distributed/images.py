@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,8 +35,10 @@ from tests.distributed.scoring import report
 from tests.distributed.setups import WIDE, Setup
 from tests.numerics.problems import TEMPERATURE
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
+from verl_gradalign.integration import engine as engine_module
 from verl_gradalign.integration.engine import COEFFICIENTS, VerlEngine, scoring_mode
-from verl_gradalign.probe.direction import compute_direction
+from verl_gradalign.probe.audit import audited_scores
+from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.types import ProblemRows
@@ -186,7 +191,18 @@ def measure_images(root: Path, name: str, part: str) -> dict[str, Any]:
     measured: dict[str, Any] = {"refusal": refusal, "reference": reference(engine, rows)}
     for estimator in ("backward", "finite_difference", *(() if refusal else ("ghost",))):
         measured[estimator] = report(scores_of(engine, rows, estimator))
+    if not refusal:
+        measured["canary"] = canary(engine, rows)
+        with mock.patch.object(engine_module, "MODEL_INPUTS", ("input_ids", "position_ids")):
+            measured["blind_canary"] = canary(engine, rows)
     return measured
+
+
+def canary(engine: CpuFSDPEngineWithLMHead, rows: dict[str, list[dict[str, Any]]]) -> float:
+    """Return the error of ghost's scores that verl's own pass over the same rows finds."""
+    with scored(engine, rows, "ghost") as (on_rank, candidates, direction):
+        scores = audited_scores(on_rank, candidates, direction, ESTIMATORS["ghost"](), audited=(0, 1))
+    return scores.diagnostics["canary/relative_error"]
 
 
 def reference(engine: CpuFSDPEngineWithLMHead, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -221,7 +237,16 @@ def ratio_loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any = N
 
 
 def scores_of(engine: CpuFSDPEngineWithLMHead, rows: dict[str, list[dict[str, Any]]], estimator: str) -> Any:
-    """Return the scores of the candidates along the trusted problem's gradient, rows dealt as the trainer does."""
+    """Return the scores of the candidates along the trusted problem's gradient."""
+    with scored(engine, rows, estimator) as (on_rank, candidates, direction):
+        return ESTIMATORS[estimator](None).score(on_rank, candidates, direction)
+
+
+@contextmanager
+def scored(
+    engine: CpuFSDPEngineWithLMHead, rows: dict[str, list[dict[str, Any]]], estimator: str
+) -> Iterator[tuple[VerlEngine, list[ProblemRows], Direction]]:
+    """Yield the engine in scoring mode, the candidates as dealt by the trainer, and the trusted gradient."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     table: list[dict[str, Any]] = []
     problems = {}
@@ -237,4 +262,4 @@ def scores_of(engine: CpuFSDPEngineWithLMHead, rows: dict[str, list[dict[str, An
     with scoring_mode(engine):
         rows_of_rank = VerlEngine(engine, sent, TEMPERATURE, TokenBudget(WIDE, is_padded=True))
         direction = compute_direction(rows_of_rank, [problems.pop("trusted")])
-        return ESTIMATORS[estimator](None).score(rows_of_rank, list(problems.values()), direction)
+        yield rows_of_rank, list(problems.values()), direction

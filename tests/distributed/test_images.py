@@ -43,6 +43,14 @@ def test_adapters_of_the_text_model_are_scored_exactly_beside_images(results: di
         assert_scores(case[estimator], case["reference"], RTOL)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_canary_is_verls_pass_over_whole_rows_and_sees_what_the_estimator_leaves_out(
+    results: dict[str, Any], model: str
+) -> None:
+    case = case_of(results, f"images-{model}-text")
+    assert case["canary"] < 1e-4 < 0.05 < case["blind_canary"]
+
+
 @pytest.mark.parametrize("part", ["whole", "all"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_trained_vision_tower_is_refused_by_name(results: dict[str, Any], model: str, part: str) -> None:

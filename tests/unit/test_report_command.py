@@ -47,6 +47,13 @@ def test_one_file_is_written_where_it_is_asked_for(run_dir, tmp_path):
     assert [path.name for path in run_dir.iterdir()] == ["gradalign"]
 
 
+def test_a_folder_as_output_is_refused_with_the_file_to_name(run_dir, tmp_path):
+    result = report(run_dir, "--output", tmp_path)
+    said = result.output.replace("\n", "")
+    assert result.exit_code == 2 and f"--output {tmp_path}: is a folder. Remedy: name a file in it" in said
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
 def test_the_file_needs_nothing_from_outside(made):
     _, _, page = made
     assert page.startswith("<!DOCTYPE html>")

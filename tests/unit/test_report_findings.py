@@ -9,7 +9,7 @@ import pytest
 
 from tests.benchmarks.report_logs import LogPlan, write_log
 from verl_gradalign.log.parts import parts_of
-from verl_gradalign.report.findings import findings_of, headline_of
+from verl_gradalign.report.findings import findings_of, headline_of, summary_of
 from verl_gradalign.report.run import find_runs, read_run
 
 PLAN = {"num_steps": 20, "num_candidates": 48, "num_problems": 120, "num_samples": 1}
@@ -105,6 +105,18 @@ def test_dead_and_failed_groups_are_counted(tmp_path):
 
     found = verdicts(run_with(tmp_path, change=spoil))
     assert found["dead groups"] == "watch" and found["failed groups"] == "problem"
+
+
+def test_rewards_that_are_not_numbers_are_named_as_that_and_not_as_difficulty(tmp_path):
+    def spoil(table):
+        reasons = ["reward_not_finite" if i % 10 == 0 else "top" for i in range(len(table))]
+        return table.set_column(table.column_names.index("reason"), "reason", pa.array(reasons))
+
+    run = run_with(tmp_path, change=spoil)
+    assert verdicts(run)["rewards that are not numbers"] == "problem" and "dead groups" not in verdicts(run)
+    said = finding(run, "rewards that are not numbers")
+    assert "nan, infinite or missing" in said.message and "verl-gradalign doctor" in said.remedy
+    assert summary_of(run)["reasons"]["reward_not_finite"] > 0
 
 
 def test_what_selection_prefers_and_avoids_is_named_with_shares(tmp_path):

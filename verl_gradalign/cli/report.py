@@ -30,11 +30,14 @@ def report(
     top: Annotated[int, Option(help="Suspicious problems shown with their texts, per run.", min=0)] = 30,
 ) -> None:
     """Write one self-contained HTML file: summary, curves, composition, cost, comparison, suspicious problems."""
+    from verl_gradalign.errors import refuse
     from verl_gradalign.report.findings import summary_of
     from verl_gradalign.report.html import write_report
     from verl_gradalign.report.run import find_runs, read_run
     from verl_gradalign.report.visible_text import short, visible
 
+    if output is not None and output.is_dir():
+        refuse("--output", output, "is a folder", f"name a file in it, such as {output / 'report.html'}")
     # What is for people goes to stderr where stdout is for machines.
     console = Console(stderr=as_json, soft_wrap=True)
     found = find_runs(run_dirs)
