@@ -9,8 +9,8 @@ from setuptools import find_packages, setup
 VERL = "verl>=0.9.1,<0.10"
 # Parts of verl 0.9.1 that its v1 trainer imports but its base distribution does not ask for.
 VERL_V1_TRAINER = ["TransferQueue>=0.1.10,<0.2", "pyzmq", "msgspec", "cachetools", "fastapi", "uvicorn"]
-# Compares mathematical answers. Its extras only pick an ANTLR runtime, and Hydra, which verl needs, works with 4.9.3
-# alone; asked for by name, as pip does not find the extra under the name that it is published by.
+# What our answers are compared with. Its extras only pick an ANTLR runtime, and Hydra, which verl needs, works with
+# 4.9.3 alone; asked for by name, as pip does not find the extra under the name that it is published by.
 MATH_VERIFY = ["math-verify>=0.9,<0.10", "antlr4-python3-runtime==4.9.3"]
 
 setup(
@@ -40,7 +40,6 @@ setup(
         "pillow",
         "psutil>=5.9",
         "mpmath>=1.3",
-        *MATH_VERIFY,
     ],
     extras_require={
         # 2.13.0 is the version every number of the CPU tiers was measured with.
@@ -52,6 +51,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "codespell>=2.3",
+            *MATH_VERIFY,
         ],
         # Not with vLLM, which pins some of what these need.
         "dev": [

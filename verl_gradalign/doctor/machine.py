@@ -26,7 +26,6 @@ REQUIRED = {
     "transformers": "",
     "tensordict": "",
     "pyarrow": ">=19",
-    "math-verify": ">=0.9,<0.10",
 }
 """As setup.py asks for; tests/unit/test_doctor.py compares the two."""
 ENGINES = ("vllm", "sglang")
