@@ -258,10 +258,10 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)
+        cases[f"kernels-{strategy}"] = partial(measure_kernels, root, strategy)
     for model in VISION_MODELS:
         for part in ("whole", "text", "all"):
             cases[f"images-{model}-{part}"] = partial(measure_images, root, model, part)
-        cases[f"kernels-{strategy}"] = partial(measure_kernels, root, strategy)
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")

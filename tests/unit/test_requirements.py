@@ -80,4 +80,5 @@ def test_an_undeclared_import_is_found(declared, tmp_path):
 
 
 def test_the_antlr_runtime_is_the_one_that_hydra_works_with(declared):
-    assert importlib.metadata.version("antlr4-python3-runtime") == "4.9.3" and "antlr4-python3-runtime" in declared["test"]
+    name = "antlr4-python3-runtime"
+    assert importlib.metadata.version(name) == "4.9.3" and name in declared["test"]
