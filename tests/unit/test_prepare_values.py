@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from verl_gradalign.cli import app
@@ -314,6 +314,8 @@ prompts = values | st.lists(turns, min_size=1, max_size=3)
 
 
 @settings(deadline=None, max_examples=NUM_EXAMPLES)
+@example("dapo", [{"\ud800": None}], None, False)
+@example("dapo", [{"role": "user", "content": "1 + 1?", "\ud800": "x"}], "2", False)
 @given(st.sampled_from(["amc23", "gsm8k", "dapo", "webinstruct"]), prompts, values, st.booleans())
 def test_whatever_stands_in_a_row_it_is_refused_by_place_or_graded_by_its_own_truth(
     tmp_path_factory, name, question, answer, is_marked

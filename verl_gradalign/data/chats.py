@@ -9,7 +9,7 @@ its context. What is no such chat is refused.
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from verl_gradalign.data.values import (
@@ -79,15 +79,20 @@ def _read_chat_text(text: str, column: str) -> Any:
     return chat
 
 
+def _names(keys: Iterable[Any]) -> str:
+    """Return the names of keys as a message can be printed: half of a character cannot be."""
+    return ", ".join(map(str, keys)).encode("utf-8", "backslashreplace").decode()
+
+
 def _read_turn(message: Any, column: str) -> tuple[Turn, set[str]]:
     remedy = "write each message as an object with role and content"
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        keys = f" with {', '.join(map(str, message))}" if isinstance(message, Mapping) else ""
+        keys = f" with {_names(message)}" if isinstance(message, Mapping) else ""
         raise ValueError(f"in {column!r} a message that is {type(message).__name__}{keys}; {remedy}")
     if message["role"] not in ROLES:
         raise ValueError(f"in {column!r} a message of role {message['role']!r}; use one of {', '.join(ROLES)}")
     if more := sorted(str(k) for k, v in message.items() if k not in ("role", "content") and not is_empty(v)):
-        raise ValueError(f"in {column!r} a message with {', '.join(more)}, which would be lost; {remedy} alone")
+        raise ValueError(f"in {column!r} a message with {_names(more)}, which would be lost; {remedy} alone")
     content, repairs = message["content"], set()
     content = content.tolist() if hasattr(content, "tolist") else content
     if isinstance(content, list | tuple):
