@@ -55,6 +55,12 @@ def test_a_loss_has_the_token_weights_that_are_measured_of_it(composed, loss_mod
         assert set(found) <= (BY_RESPONSE if loss_agg_mode in BY_RESPONSE else {loss_agg_mode})
 
 
+def test_measuring_a_loss_that_draws_at_random_leaves_the_runs_own_draws_alone(composed):
+    state = torch.get_rng_state()
+    matching_modes(actor_with(composed, "clip_cov", "token-mean"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_scores_weigh_tokens_as_the_loss_does_unless_told_otherwise(composed):
     plain, named = GradAlignConfig(), GradAlignConfig(loss_agg_mode="token-sum")
     assert loss_weights(plain, actor_with(composed, "gspo", "token-mean")) == "token-mean"

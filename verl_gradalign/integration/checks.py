@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
-from verl_gradalign.integration.policy_loss import loss_mode_of, loss_weights, matching_modes
+from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.storage import check_storage
@@ -230,15 +230,14 @@ def _check_group_size(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_loss(config: GradAlignConfig, verl_config: DictConfig) -> None:
     actor = verl_config.actor_rollout_ref.actor
-    mode, modes = loss_mode_of(actor), matching_modes(actor)
-    wanted = loss_weights(config, actor)
-    if wanted in modes:
+    mode, modes, wanted = loss_mode_of(actor), matching_modes(actor), config.loss_agg_mode
+    if wanted in modes or (wanted is None and modes):  # unnamed, scores take the loss's own (`loss_weights`)
         return
     key = "actor_rollout_ref.actor.policy_loss.loss_mode"
     if modes:
         why = f"weighs tokens as loss_agg_mode={modes[0]} does, and scores would weigh them as {wanted}"
         refuse(key, mode, why, f"set gradalign.loss_agg_mode={modes[0]}")
-    if config.loss_agg_mode is None:
+    if wanted is None:
         why = "its token weights are those of no loss_agg_mode (measured at the sampling policy)"
         refuse(key, mode, why, "name the weights to score with in gradalign.loss_agg_mode")
     logger.warning("%s=%s: scores weigh tokens by gradalign.loss_agg_mode=%s, training does not", key, mode, wanted)

@@ -32,8 +32,10 @@ def loss_mode_of(actor: DictConfig) -> str:
 
 def loss_weights(config: GradAlignConfig, actor: DictConfig) -> str:
     """Return the loss_agg_mode by which scores weigh tokens: the configured one, else the policy loss's own."""
-    modes = matching_modes(actor)
-    return config.loss_agg_mode or (actor.loss_agg_mode if actor.loss_agg_mode in modes or not modes else modes[0])
+    if config.loss_agg_mode is not None:
+        return config.loss_agg_mode
+    modes, named = matching_modes(actor), str(actor.loss_agg_mode)
+    return named if named in modes or not modes else modes[0]
 
 
 def matching_modes(actor: DictConfig) -> list[str]:
@@ -53,13 +55,15 @@ def matching_modes(actor: DictConfig) -> list[str]:
     config.global_batch_info.update(loss_scale_factor=config.loss_scale_factor)
     loss_fn = get_policy_loss_fn(loss_mode_of(actor))
     try:
-        first_RT, second_RT = (_derivative(loss_fn, config, log_prob_RT, advantage_RT, mask_RT) for _ in range(2))
+        # A loss that draws at random must not draw from what the run draws from.
+        with torch.random.fork_rng(devices=[]):
+            first_RT, second_RT = (_derivative(loss_fn, config, log_prob_RT, advantage_RT, mask_RT) for _ in range(2))
     except Exception:  # a loss of a user's own may want anything
+        return []
+    if not torch.equal(first_RT, second_RT):
         return []
     scale = float(max(LENGTHS))
     wanted = {mode: token_coefficients(advantage_RT, mask_RT, mode, scale) for mode in LOSS_AGG_MODES}
-    if not torch.equal(first_RT, second_RT):
-        return []
     return [mode for mode, coefficient_RT in wanted.items() if _are_parallel(first_RT, coefficient_RT)]
 
 
