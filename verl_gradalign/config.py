@@ -2,72 +2,26 @@
 """The configuration: one frozen dataclass tree, mirrored by configs/gradalign/base.yaml key for key.
 
 Every field is followed by its meaning, range, default and reason. What can be checked without data, a model or a score
-is checked here, once, with messages that name the key, the value and the remedy; `integration/checks.py` checks the
-rest. A key must be the same when a run is resumed, unless its field is marked `neutral`: it does not decide what is
-selected.
+is checked here, once, with messages that name the key, the value and the remedy (`config_fields.py`);
+`integration/checks.py` checks the rest. A key must be the same when a run is resumed, unless its field is marked
+`neutral`: it does not decide what is selected.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from verl_gradalign.errors import require, require_choice
+from verl_gradalign.config_fields import Block, build, key, neutral
+from verl_gradalign.errors import require
 
-SCHEDULES = ("step", "round", "once", "staged")
+SCHEDULES = ("step", "round", "once", "staged", "forecast")
 # Literals, as this module imports neither torch nor the probe; tests/unit/test_config.py holds them equal to it.
 ESTIMATORS = ("ghost", "backward", "finite_difference", "low_rank", "output_layer")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-
-T = TypeVar("T")
-
-
-def key(default: T, *, one_of: tuple[str, ...] = (), least: float | None = None, is_neutral: bool = False) -> T:
-    """Return a field with the values that it allows; None is always allowed where it is the default.
-
-    `is_neutral`: a resumed run may change it.
-    """
-    return field(default=default, metadata={"one_of": one_of, "least": least, "is_neutral": is_neutral})
-
-
-def neutral(default: T, *, one_of: tuple[str, ...] = (), least: float | None = None) -> T:
-    """Return a field that a resumed run may change."""
-    return key(default, one_of=one_of, least=least, is_neutral=True)
-
-
-def decisive(config: Any) -> dict[str, Any]:
-    """Return the values of a configuration that must be the same when its run is resumed, as a nested dictionary."""
-    named = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("is_neutral")}
-    return {name: decisive(value) if is_dataclass(value) else value for name, value in named.items()}
-
-
-class Block:
-    """A block of keys, checked when it is built: its fields' own bounds, then what `_check` adds."""
-
-    _prefix = ""
-
-    def __init_subclass__(cls, name: str = "") -> None:
-        """`name`: the block's, as in gradalign.<name>.<key>; none for the outermost."""
-        cls._prefix = f"{name}." if name else ""
-
-    def __post_init__(self) -> None:
-        this: Any = self
-        for f in fields(this):
-            value, name = getattr(self, f.name), f"{self._prefix}{f.name}"
-            one_of, least = f.metadata.get("one_of"), f.metadata.get("least")
-            if value is None:
-                continue
-            if one_of:
-                require_choice(name, value, one_of)
-            if least is not None:
-                remedy = f"leave it out, or set {least} or more" if f.default is None else f"set {least} or more"
-                require(value >= least, name, value, f"must be at least {least}", remedy)
-        self._check()
-
-    def _check(self) -> None:
-        """Raise ValueError for what a bound of one field does not say."""
+FEATURES = ("source", "prompt", "text")
 
 
 @dataclass(frozen=True)
@@ -195,9 +149,25 @@ class ValidationConfig(Block, name="validation"):
 class DirectionConfig(Block, name="direction"):
     """How the direction is kept up to date."""
 
-    refresh_interval: int = key(1, least=1)
-    """Steps between two directions made from fresh rollouts of the trusted set. 1: every step, the default, because
-    the policy moves every step; larger values save the trusted rollouts."""
+    refresh_interval: int | None = key(None, least=1)
+    """Steps in which the whole trusted set is rolled out once; the policy moves every step, larger values save trusted
+    responses. None: 10 with schedule forecast, else 1."""
+    rolling: bool | None = None
+    """Whether every step rolls out its share of the trusted problems, a tenth of them where refresh_interval is 10,
+    instead of all of them in one step. Then, and where `replay` is above 1, v is made anew in every step from responses
+    that are kept. None: true with schedule forecast, else false."""
+    replay: int | None = key(None, least=1)
+    """Turns of the trusted set whose responses are kept, and read again at the present policy: importance ratios
+    truncated at 2, a response left out once its effective sample is below half. None: 5 with schedule forecast, else 1.
+    """
+    part: float = 0.25
+    """Where responses are kept: how many of them v is made from in a step, at random, as a share of the rows of an
+    update; above 0. A small part that changes beats a large one that is held."""
+    train_on_trusted: bool = False
+    """Whether the trusted responses generated in a step are trained on too, in the place of as many others."""
+    audit: float = 0.1
+    """train_on_trusted: the share of the trusted problems, at random, that enters neither v nor training, from 0 to
+    below 1. The gap of their accuracy to the others' tells how far the trusted set is learnt by heart."""
     on_degenerate: str = key("previous", one_of=("previous", "random", "stop"))
     """What to do in a step whose trusted groups give no direction (all right, all wrong, all failed, or not finite):
     `previous` uses the last good one (`random` while there is none, as after a resume if none is saved), `random`
@@ -219,6 +189,48 @@ class DirectionConfig(Block, name="direction"):
 
     def _check(self) -> None:
         require(0 <= self.ema < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off")
+        require(0 < self.part < math.inf, "direction.part", self.part, "must be above 0", "set 0.25")
+        require(0 <= self.audit < 1, "direction.audit", self.audit, "must be from 0 to below 1", "set 0.1")
+
+    @property
+    def keeps_responses(self) -> bool:
+        """Whether v is made in every step from kept responses, not in some steps from those just generated."""
+        return bool(self.rolling) or (self.replay or 1) > 1
+
+
+@dataclass(frozen=True)
+class ForecastConfig(Block, name="forecast"):
+    """schedule=forecast: which problems are chosen before anything is generated, and by what."""
+
+    floor: float = 0.125
+    """Share of every batch that is drawn uniformly, from 0 to 1. It keeps measuring what the forecast avoids, and shows
+    by comparison whether the forecast pays; 1 is plain random training, measured."""
+    memory: float = 20.0
+    """Steps after which a measurement weighs a third: the policy moves. Above 1."""
+    features: tuple[str, ...] = ("source", "prompt")
+    """What a problem is known by before it was ever measured. `source`: data_source and log.columns. `prompt`: the
+    policy's own hidden states over the prompt, one forward pass without generation. `text`: hashed n-grams of the
+    prompt, no model. Or your function of a problem's row, `path/to/file.py:function`, that returns numbers."""
+    num_features: int = key(32, least=1)
+    """Numbers that `prompt`, `text` or a function's values are projected to, each, at least 1."""
+    feature_interval: int | None = key(None, least=1)
+    """prompt: steps after which a problem's hidden states are taken anew. None: never."""
+    rest: int = key(5, least=0)
+    """Steps before a problem may be trained on again, 0 or more; fewer where the pool is too small for that."""
+    per: str = key("response", one_of=("response", "token"))
+    """What the forecast is divided by: nothing, or the predicted length of the problem's responses, for alignment by
+    generated token."""
+    on_no_lift: str = key("keep", one_of=("keep", "uniform"))
+    """What to do while the measured lift of forecast problems over uniform ones may be 1 (its interval contains it):
+    `keep` goes on, `uniform` draws all but a few uniformly until these show a lift again."""
+
+    def _check(self) -> None:
+        require(0 <= self.floor <= 1, "forecast.floor", self.floor, "must be from 0 to 1", "set 0.125")
+        require(1 < self.memory < math.inf, "forecast.memory", self.memory, "must be above 1", "set 20")
+        unknown = [name for name in self.features if name not in FEATURES and ":" not in name]
+        remedy = f"use {', '.join(FEATURES)}, or name a function as path/to/file.py:function"
+        is_known = not unknown and len(set(self.features)) == len(self.features)
+        require(is_known, "forecast.features", list(self.features), "holds an unknown name, or one twice", remedy)
 
 
 @dataclass(frozen=True)
@@ -309,10 +321,15 @@ class GradAlignConfig(Block):
     schedule: str = key("step", one_of=SCHEDULES)
     """When candidates are scored. `step`: every step scores its own candidates and trains on the best. `round`: every
     curriculum.steps_per_round steps. `once`: after curriculum.warmup_steps, the whole pool. `staged`: at
-    curriculum.stages, the problems not yet released."""
+    curriculum.stages, the problems not yet released. `forecast`: none are rolled out that are not trained on; problems
+    are chosen by a forecast of their score, which every step's measurements improve."""
+    measure: str = key("before", one_of=("before", "update"))
+    """When gradients are measured. `before`: in a pass between rollout and update. `update`: in passing, by the update
+    that is made anyway; with schedule forecast, for scores of dot products and derivatives (no norms)."""
     oversample: float = 4.0
-    """Candidates rolled out per problem trained on, at least 1. The rollout cost of a step grows with it; 4 keeps
-    the top quarter, the share of the published noisy-reward experiment."""
+    """Candidates looked at per problem trained on, at least 1. schedule forecast only forecasts them; the others roll
+    them out, and the rollout cost of a step grows with it. 4 keeps the top quarter, the share of the published
+    noisy-reward experiment."""
     dead_groups: str = key("drop", one_of=("drop", "rank"))
     """Groups without a non-zero advantage, or whose advantages cancel over equal responses. `drop`: trained on only
     where live groups do not fill the batch. `rank`: they score 0 and are ranked, so they beat every negatively aligned
@@ -337,6 +354,7 @@ class GradAlignConfig(Block):
     """Seconds between two looks at the rollouts still running, above 0. verl's own replay buffer waits 2.0 s."""
     score_options: ScoreOptions = field(default_factory=ScoreOptions)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     direction: DirectionConfig = field(default_factory=DirectionConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -348,6 +366,29 @@ class GradAlignConfig(Block):
         remedy = "set 1 or more; 4 keeps a quarter of the candidates"
         require(1 <= self.oversample < math.inf, "oversample", self.oversample, rule, remedy)
         require(self.poll_interval_s > 0, "poll_interval_s", self.poll_interval_s, "must be above 0", "set 0.5")
+        rule, remedy = "needs schedule forecast: others choose by what is measured", "set gradalign.measure=before"
+        require(self.measure == "before" or self.is_forecast, "measure", self.measure, rule, remedy)
+        self._fill_in_direction()
+
+    @property
+    def is_forecast(self) -> bool:
+        return self.schedule == "forecast"
+
+    @property
+    def measures_in_update(self) -> bool:
+        return self.measure == "update"
+
+    def _fill_in_direction(self) -> None:
+        """Fill in the keys of `direction` whose default depends on the schedule."""
+        own = self.direction
+        interval, rolling, replay = (10, True, 5) if self.is_forecast else (1, False, 1)
+        filled = replace(
+            own,
+            refresh_interval=own.refresh_interval or interval,
+            rolling=rolling if own.rolling is None else own.rolling,
+            replay=own.replay or replay,
+        )
+        object.__setattr__(self, "direction", filled)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> GradAlignConfig:
@@ -355,34 +396,4 @@ class GradAlignConfig(Block):
 
         Raises: ValueError for unknown keys, values of the wrong type and whatever the fields forbid.
         """
-        return _build(cls, values, prefix="gradalign")
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    """Build dataclass `cls` from a nested mapping, recursing into nested dataclasses."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix}={values!r}: must be a block of keys. Remedy: set {prefix}.<key>=<value> instead.")
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{prefix}.{key}={value!r}: unknown key. Remedy: use one of {', '.join(sorted(known))}.")
-    return cls(**{key: _convert(hints[key], value, f"{prefix}.{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Return `value` as the type `hint` asks for, or raise ValueError naming the key."""
-    if is_dataclass(hint):
-        return _build(hint, {} if value is None else value, key)
-    allowed = [t for t in getattr(hint, "__args__", (hint,)) if t is not Ellipsis]
-    if getattr(hint, "__origin__", None) is tuple:
-        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        return tuple(_convert(allowed[0], item, key) for item in items)
-    if value is None and type(None) in allowed:
-        return None
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, tuple(allowed)) and not (isinstance(value, bool) and bool not in allowed):
-        return value
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-    raise ValueError(f"{key}={value!r}: must be {names}. Remedy: remove the override to use the default.")
+        return build(cls, values, prefix="gradalign")

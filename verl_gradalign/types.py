@@ -173,3 +173,33 @@ class Selection:
     """Positions, int64, best first."""
     reason_P: np.ndarray
     """Index into `selection.select.REASONS` of every candidate, int8."""
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The problems that a forecast chose for a step, one entry each, and what was forecast of them at that time."""
+
+    problem_id_P: np.ndarray
+    """Rows in the train files, int64, none twice, in the order in which they are rolled out."""
+    mean_P: np.ndarray
+    """Forecast score, float64."""
+    deviation_P: np.ndarray
+    """Standard deviation of the forecast, float64."""
+    is_uniform_P: np.ndarray
+    """Whether the problem was drawn uniformly, whatever its forecast: a random sample of what may be drawn."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What a step measured of the problems that it rolled out, for the forecast; one entry per problem."""
+
+    problem_id_P: np.ndarray
+    """Rows in the train files, int64."""
+    value_P: np.ndarray
+    """The score, float64; 0 for a dead group; nan where nothing was learnt of the problem: its group failed, or the
+    measurement is not finite."""
+    error_P: np.ndarray
+    """Standard error of the score, from the spread of the responses, float64; nan where it is not known, as for a dead
+    group."""
+    response_tokens_P: np.ndarray
+    """Mean length of the responses, float64; nan where there are none."""

@@ -11,7 +11,8 @@ import pytest
 
 from tests.docs.documents import ROOT, documentation
 from tests.docs.running import OVERRIDES, validate
-from verl_gradalign.config import GradAlignConfig, decisive
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config_fields import decisive
 from verl_gradalign.integration import run_identity as integration_checkpoint
 from verl_gradalign.integration.run_identity import DECISIVE_OF_VERL
 from verl_gradalign.metrics import CATALOGUE, metric_of

@@ -9,14 +9,15 @@ import pytest
 from omegaconf import OmegaConf
 
 import verl_gradalign.config
-from verl_gradalign.config import GradAlignConfig, decisive
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config_fields import decisive
 from verl_gradalign.integration.checks import read_config
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.objective import LOSS_AGG_MODES
 from verl_gradalign.selection.scores import SCORES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "gradalign"
-SCORE_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+SCORE_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "forecast"))
 
 
 def load(path):
@@ -44,6 +45,8 @@ def built(values):
 def test_base_yaml_has_exactly_the_keys_and_defaults_of_the_dataclasses():
     defaults = as_lists(dataclasses.asdict(GradAlignConfig(score="random")))
     defaults["score"] = next(f.default for f in dataclasses.fields(GradAlignConfig) if f.name == "score")
+    # Filled in by the schedule when the whole is built.
+    defaults["direction"] = as_lists(dataclasses.asdict(verl_gradalign.config.DirectionConfig()))
     base = load(CONFIGS / "base.yaml")
     assert keys_and_types(base) == keys_and_types(defaults)
     assert base == defaults
@@ -60,6 +63,24 @@ def test_base_yaml_builds_the_default_configuration():
     values["validation"]["files"] = "trusted.parquet"
     config = built(values)
     assert config == GradAlignConfig(validation=verl_gradalign.config.ValidationConfig(files=("trusted.parquet",)))
+
+
+def test_the_directions_upkeep_follows_the_schedule_where_it_is_left_open():
+    by_schedule = {name: built({"score": "random", "schedule": name}).direction for name in ("step", "forecast")}
+    kept = {name: (d.refresh_interval, d.rolling, d.replay, d.keeps_responses) for name, d in by_schedule.items()}
+    assert kept == {"step": (1, False, 1, False), "forecast": (10, True, 5, True)}
+    own = {"schedule": "forecast", "direction": {"refresh_interval": 3, "rolling": False, "replay": 1}}
+    assert not built({"score": "random", **own}).direction.keeps_responses
+
+
+def test_the_word_forecast_is_the_cheap_schedule():
+    config = built(load(CONFIGS / "forecast.yaml") | {"validation": {"files": ["trusted.parquet"]}})
+    assert (config.score, config.schedule, config.measure, config.estimator) == (
+        "dot",
+        "forecast",
+        "update",
+        "low_rank",
+    )
 
 
 def test_an_empty_mapping_with_a_trusted_set_gives_the_defaults():
@@ -102,6 +123,22 @@ def nested(key, value):
         ("probe.sketch_rank", 3),
         ("probe.sketch_rank", 0),
         ("score_options.band_low", 0.9),
+        ("measure", "update"),
+        ("measure", "after"),
+        ("direction.replay", 0),
+        ("direction.part", 0.0),
+        ("direction.audit", 1.0),
+        ("forecast.floor", -0.1),
+        ("forecast.floor", 1.1),
+        ("forecast.floor", float("nan")),
+        ("forecast.memory", 1.0),
+        ("forecast.features", ["colour"]),
+        ("forecast.features", ["source", "source"]),
+        ("forecast.num_features", 0),
+        ("forecast.feature_interval", 0),
+        ("forecast.rest", -1),
+        ("forecast.per", "word"),
+        ("forecast.on_no_lift", "stop"),
         ("score_options.z", -1.0),
         ("curriculum.keep", 0.0),
         ("curriculum.keep", 1.5),
@@ -241,7 +278,7 @@ def test_every_field_is_followed_by_its_documentation():
         if isinstance(node, ast.ClassDef)
     ]
     blocks = {f.name for f in dataclasses.fields(GradAlignConfig) if dataclasses.is_dataclass(f.default_factory)}
-    assert len(classes) == len(blocks) + 3 and len(blocks) == 7
+    assert len(classes) == len(blocks) + 2 and len(blocks) == 8
     for node in classes:
         assert ast.get_docstring(node), node.name
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):

@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 HOSTS = {"verl", "ray", "transfer_queue"}
 KNOW_VERL = {"integration", "doctor", "cpu", "plugin"}
 
-LEAVES = {"errors", "files", "markdown", "types", "metrics", "rank_correlation", "versions"}
+LEAVES = {"config_fields", "errors", "files", "markdown", "types", "metrics", "rank_correlation", "versions"}
 SPINE = LEAVES | {"config", "findings"}
 # What may be imported, by folder or module of the package, besides the part itself: a row for each.
 ALLOWED_PARTS = {
@@ -30,7 +30,8 @@ ALLOWED_PARTS = {
     "metrics": set(),
     "rank_correlation": set(),
     "findings": set(),
-    "config": {"errors"},
+    "config": {"errors", "config_fields"},
+    "config_fields": {"errors"},
     "reference": {"config", "files", "markdown", "metrics", "selection"},
     "plugin": {"integration", "cpu"},
     "data": {"files", "errors"},

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from verl_gradalign.config import GradAlignConfig, decisive
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config_fields import decisive
 from verl_gradalign.errors import refuse
 from verl_gradalign.files import file_fingerprint
 from verl_gradalign.selection.state_file import read_identity, require_same
