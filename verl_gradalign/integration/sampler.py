@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from omegaconf import DictConfig, open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.trainer_modes import refused_mode
 
+SAMPLER_PATH = "pkg://verl_gradalign.integration.sampler"
 TRAINER = "gradalign_trainer"
 """The key of sampler_kwargs by which a trainer of this package makes itself known."""
 Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
@@ -174,3 +176,23 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
         trusted = self._in_flight.trusted()
         self._taken = [*uids, *(sorted(trusted) if trusted <= sampleable_keys else ())]
         return self._taken, snapshot, steps
+
+
+def use_own_sampler(
+    verl_config: DictConfig, trainer: str, sampler_class: type[_Selecting], poll_interval_s: float
+) -> None:
+    """Fill in verl's sampler keys, so that the trainer mode alone is enough. What the user has set stays."""
+    sampler = verl_config.trainer.v1.sampler
+    filter_groups: Any = verl_config.algorithm.get("filter_groups") or {}
+    own: dict[str, Any] = {"poll_interval_s": poll_interval_s, TRAINER: trainer}
+    if filter_groups.get("enable"):
+        own |= {
+            "filter_groups_metric": str(filter_groups.metric),
+            "train_batch_size": verl_config.data.train_batch_size,
+            "max_inflight_gen_batches": filter_groups.get("max_inflight_gen_batches", 1),
+        }
+    with open_dict(sampler):
+        custom = sampler.custom_sampler
+        if not (custom.path and custom.name) or (custom.path, custom.name) == (SAMPLER_PATH, "GradAlignSampler"):
+            custom.update({"path": SAMPLER_PATH, "name": sampler_class.__name__})
+        sampler.sampler_kwargs = {**own, **(sampler.sampler_kwargs or {})}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transfer_queue as tq
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_dataset
@@ -34,10 +34,10 @@ from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems
 from verl_gradalign.integration.requests import build_requests
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.rollouts import add_values, keep_rows, needs_completion, read_responses, read_step
-from verl_gradalign.integration.sampler import TRAINER, GradAlignAsyncSampler, GradAlignSampler
+from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.trainer_modes import refused_mode
-from verl_gradalign.integration.worker import use_own_workers
+from verl_gradalign.integration.worker import load_direction, use_own_workers
 from verl_gradalign.log.columns import StepSeconds
 from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.metrics import named
@@ -55,8 +55,6 @@ else:
     _Trainer = object
 
 logger = logging.getLogger(__name__)
-
-SAMPLER_PATH = "pkg://verl_gradalign.integration.sampler"
 
 
 class SelectionTrainer(_Trainer):
@@ -107,12 +105,7 @@ class SelectionTrainer(_Trainer):
             for s in self.gradalign.validation.trusted_sets()
             if self._score.needs_direction
         }
-        batch_size = self.config.data.train_batch_size
-        is_plain = self._score.rank is None and self.gradalign.schedule == "step"
-        self._curriculum = None
-        if not is_plain:
-            chooses = self._score.rank is not None
-            self._curriculum = Curriculum(self.gradalign, self._pool.problem_ids, batch_size, chooses=chooses)
+        self._curriculum = self._new_curriculum()
         folder = Path(self.config.trainer.default_local_dir) / "gradalign"
         has_wandb = "wandb" in self.config.trainer.logger
         self._notes = RunNotes(
@@ -120,6 +113,13 @@ class SelectionTrainer(_Trainer):
         )
         self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
         self.replay_buffer.attach(self._in_flight, self._choose, self._nothing_answered)
+
+    def _new_curriculum(self) -> Curriculum | None:
+        """Return what decides which problems a step rolls out. None: verl's own data loader does."""
+        chooses = self._score.rank is not None
+        if not chooses and self.gradalign.schedule == "step":
+            return None
+        return Curriculum(self.gradalign, self._pool.problem_ids, self.config.data.train_batch_size, chooses=chooses)
 
     def _decode(self, token_ids: Any) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -198,6 +198,22 @@ class SelectionTrainer(_Trainer):
         Raises: RuntimeError if no group can be trained on.
         """
         started = time.perf_counter()
+        groups, trusted = self._read(batch, uids, failed)
+        choice, metrics = self._select(batch, groups, trusted, step)
+        kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
+        if not kept.keys:
+            counts = Counter(REASONS[code] for code in choice.selection.reason_P)
+            raise RuntimeError(f"step {step}: {failures_in_words(counts, len(groups))} {self._ask_reward()}")
+        self._warn_of_failures(groups)
+        metrics |= self._selector.direction_age(step, self._draw.is_scored)
+        metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
+        metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
+        return kept, named(metrics)
+
+    def _read(
+        self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str]
+    ) -> tuple[list[Group], dict[str, list[Group]]]:
+        """Return the groups that the sampler took: candidates, and those of each trusted set."""
         taken = self._in_flight.take(uids)
         if self.verl_mode == "sync":
             self._in_flight.retain(())  # what was not taken has been evicted
@@ -205,21 +221,17 @@ class SelectionTrainer(_Trainer):
         if batch.keys and needs_completion(config, self.config, is_scored):
             self.free_rollout()
             self._complete(batch)
-        groups, trusted = read_step(taken, batch, failed, config, self.config, is_scored)
-        reply = self._measure_groups(batch, groups, trusted, step) if is_scored else None
+        return read_step(taken, batch, failed, config, self.config, is_scored)
+
+    def _select(
+        self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int
+    ) -> tuple[Choice, dict[str, float]]:
+        """Measure the candidates and choose among them; return the choice, noted in the log, and its metrics."""
+        reply = self._measure_groups(batch, groups, trusted, step) if self._draw.is_scored else None
         choice = self._selector.choose(groups, reply, self._draw, step, is_planned=self._curriculum is not None)
         # Before rows are cleared: the log shows some of the responses.
         read = partial(read_responses, batch.partition_id)
-        metrics = self._notes.record(step, read, groups, choice, reply, trusted)
-        kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
-        if not kept.keys:
-            counts = Counter(REASONS[code] for code in choice.selection.reason_P)
-            raise RuntimeError(f"step {step}: {failures_in_words(counts, len(groups))} {self._ask_reward()}")
-        self._warn_of_failures(groups)
-        metrics |= self._selector.direction_age(step, is_scored)
-        metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
-        metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
-        return kept, named(metrics)
+        return choice, self._notes.record(step, read, groups, choice, reply, trusted)
 
     def _nothing_answered(self) -> str:
         """Return the message for a step of which no group was answered."""
@@ -311,7 +323,11 @@ class SelectionTrainer(_Trainer):
         folder = run_identity.resume_folder(self.config)
         if folder is None or not self.global_steps or not run_identity.state_file(folder).exists():
             return
-        has_direction = self._score.needs_direction and self._needs_stored_direction() and self._load_direction(folder)
+        has_direction = (
+            self._score.needs_direction
+            and self._needs_stored_direction()
+            and load_direction(self.actor_rollout_wg, folder, self.gradalign.direction.offload)
+        )
         state = load_state(run_identity.state_file(folder))
         self._selector.restore(state, has_direction)
         if self._curriculum is not None:
@@ -321,23 +337,6 @@ class SelectionTrainer(_Trainer):
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
         self._in_flight.retain(restored)
         logger.info("resumed the selection of step %d from %s", self.global_steps, run_identity.state_file(folder))
-
-    def _load_direction(self, folder: Path) -> bool:
-        """Have every rank load its part of the direction; return whether there is one.
-
-        Raises: ValueError if some ranks have a part and others have none.
-        """
-        where = run_identity.direction_folder(folder)
-        # The workers' answer, not the driver's: their disks may be other disks.
-        loaded = self.actor_rollout_wg.gradalign_load_direction(str(where), self.gradalign.direction.offload)
-        if any(loaded) and not all(loaded):
-            missing = [rank for rank, is_loaded in enumerate(loaded) if not is_loaded]
-            raise ValueError(
-                f"{where} has no gradalign_direction file for ranks {missing} of {len(loaded)}, but has the others'. "
-                "Remedy: start the ranks on the machines that wrote them, as verl's own checkpoint asks for, or delete "
-                "the checkpoint's gradalign_direction files on all machines to make a new direction."
-            )
-        return all(loaded)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
@@ -358,21 +357,7 @@ class SelectionTrainer(_Trainer):
         return metrics
 
     def _use_own_sampler(self, verl_config: DictConfig) -> None:
-        """Fill in the sampler keys, so that trainer_mode alone is enough."""
-        sampler = verl_config.trainer.v1.sampler
-        filter_groups: Any = verl_config.algorithm.get("filter_groups") or {}
-        own: dict[str, Any] = {"poll_interval_s": self.gradalign.poll_interval_s, TRAINER: type(self).__name__}
-        if filter_groups.get("enable"):
-            own |= {
-                "filter_groups_metric": str(filter_groups.metric),
-                "train_batch_size": verl_config.data.train_batch_size,
-                "max_inflight_gen_batches": filter_groups.get("max_inflight_gen_batches", 1),
-            }
-        with open_dict(sampler):
-            custom = sampler.custom_sampler
-            if not (custom.path and custom.name) or (custom.path, custom.name) == (SAMPLER_PATH, "GradAlignSampler"):
-                custom.update({"path": SAMPLER_PATH, "name": self.sampler_class.__name__})
-            sampler.sampler_kwargs = {**own, **(sampler.sampler_kwargs or {})}
+        use_own_sampler(verl_config, type(self).__name__, self.sampler_class, self.gradalign.poll_interval_s)
 
 
 @register_trainer("gradalign")

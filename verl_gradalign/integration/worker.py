@@ -11,6 +11,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.run_identity import direction_folder
 from verl_gradalign.probe import direction_file
 from verl_gradalign.probe.call import ScoringReply, ScoringRequest, measure
 from verl_gradalign.probe.direction import Direction, on_cpu
@@ -76,3 +77,21 @@ def use_own_workers(role_worker_mapping: dict[Any, Any]) -> None:
     for role in role_worker_mapping:
         if "actor" in str(role):
             role_worker_mapping[role] = ray.remote(GradAlignWorker)
+
+
+def load_direction(workers: Any, folder: Path, offload: bool) -> bool:
+    """Have every rank load its part of a checkpoint's direction; return whether there is one.
+
+    Raises: ValueError if some ranks have a part and others have none.
+    """
+    where = direction_folder(folder)
+    # The workers' answer, not the driver's: their disks may be other disks.
+    loaded = workers.gradalign_load_direction(str(where), offload)
+    if any(loaded) and not all(loaded):
+        missing = [rank for rank, is_loaded in enumerate(loaded) if not is_loaded]
+        raise ValueError(
+            f"{where} has no gradalign_direction file for ranks {missing} of {len(loaded)}, but has the others'. "
+            "Remedy: start the ranks on the machines that wrote them, as verl's own checkpoint asks for, or delete "
+            "the checkpoint's gradalign_direction files on all machines to make a new direction."
+        )
+    return all(loaded)

@@ -20,10 +20,10 @@ from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates, tabulate
 from verl_gradalign.selection.groups import NON_FINITE, Group, measurements
 from verl_gradalign.selection.history import ProblemRecord
-from verl_gradalign.selection.reliability import Reliability, score_reliability
+from verl_gradalign.selection.reliability import Reliability, observations, score_reliability
 from verl_gradalign.selection.scores import score_of
-from verl_gradalign.selection.select import RANDOM, SCHEDULED, select_all, select_random, select_top
-from verl_gradalign.types import Measurements, ProblemScores, Selection
+from verl_gradalign.selection.select import RANDOM, SCHEDULED, select_all, select_picks, select_random, select_top
+from verl_gradalign.types import Measurements, Observations, ProblemScores, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Choice:
     selection: Selection
     candidates: Candidates
     metrics: Mapping[str, float] = field(default_factory=dict)
+    observations: Observations | None = None
+    """What a forecast learns of the step; None where nothing was measured."""
 
 
 class Chooser:
@@ -72,13 +74,26 @@ class Chooser:
             selection = self._fall_back(candidates, m, num_kept, seed)
         else:
             selection = select_top(candidates, num_kept, self._config.dead_groups, seed)
-        metrics = {
-            "reliability/scores_spearman": reliability.spearman,
-            "reliability/scores": reliability.corrected,
-            "reliability/scores_problems": float(reliability.num_problems),
-            "reliability/fallback": float(is_unreliable),
-        }
-        return Choice(selection, candidates, metrics)
+        return Choice(selection, candidates, _reliability_metrics(reliability, is_unreliable))
+
+    def take_picks(self, groups: Sequence[Group], scores: ProblemScores | None, is_uniform_P: np.ndarray) -> Choice:
+        """Keep every group that a forecast chose and that did not fail; `scores` are as for `choose`.
+
+        Without scores that are asked for, nothing is observed.
+        """
+        candidates = tabulate(groups, self._config.success_threshold)
+        live = [g for g in groups if g.is_live]
+        if self._score.needs_gradients and live and scores is None:
+            return Choice(select_picks(candidates, is_uniform_P), candidates)
+        assert self._score.rank is not None, "score random ranks nothing, and is refused"
+        m = measurements(live, scores, len(groups), self._config.success_threshold)
+        options = self._config.score_options
+        candidates = candidates.measured(m).of_live(score_P=self._score.rank(m, options).double().numpy())
+        # What the update has measured is trained on already.
+        usable = candidates if self._config.measures_in_update else self._usable(candidates)
+        metrics = _reliability_metrics(score_reliability(m, self._score, options), is_unreliable=False)
+        observed = observations(usable, m, self._score, options)
+        return Choice(select_picks(usable, is_uniform_P), usable, metrics, observed)
 
     def state(self) -> dict[str, Any]:
         """Return what later choices depend on, for the checkpoint."""
@@ -132,3 +147,12 @@ class Chooser:
             )
         logger.warning("%s; selecting at random in this step", message)
         return select_random(candidates, num_kept, (self._config.seed, step))
+
+
+def _reliability_metrics(reliability: Reliability, is_unreliable: bool) -> dict[str, float]:
+    return {
+        "reliability/scores_spearman": reliability.spearman,
+        "reliability/scores": reliability.corrected,
+        "reliability/scores_problems": float(reliability.num_problems),
+        "reliability/fallback": float(is_unreliable),
+    }

@@ -130,9 +130,12 @@ def measurements(
 
     derivatives, contributions = [], []
     if scores is not None and scores.response_derivative_PR is not None:
-        for g, by_session, derivative_R in zip(groups, sessions, scores.response_derivative_PR, strict=True):
-            derivative_K = derivative_R[: len(g.keys)]
-            contribution_K = torch.tensor(g.coefficients, dtype=torch.float64) * derivative_K
+        for place, (g, by_session) in enumerate(zip(groups, sessions, strict=True)):
+            derivative_K = scores.response_derivative_PR[place, : len(g.keys)]
+            if scores.contribution_PR is None:
+                contribution_K = torch.tensor(g.coefficients, dtype=torch.float64) * derivative_K
+            else:
+                contribution_K = scores.contribution_PR[place, : len(g.keys)]
             derivatives.append([derivative_K[keys].sum().item() for keys in by_session])
             contributions.append([contribution_K[keys].sum().item() for keys in by_session])
     pairs = list(zip(groups, sessions, strict=True))
