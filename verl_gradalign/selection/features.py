@@ -19,4 +19,5 @@ class Features:
     """float64; the same F numbers, in the same order, throughout a run."""
     prior_F: np.ndarray
     """How much of a score each feature may explain before anything was measured: the prior standard deviation of its
-    weight, in units of the scores' typical size; above 0. Wide for a source, narrow for a projection of prompts."""
+    weight, in units of the scores' typical size, their noise taken off; above 0. Wide for a source, narrow for a
+    projection of prompts."""
