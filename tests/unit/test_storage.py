@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from transfer_queue.storage.simple_storage import StorageUnitData
 
 from tests.unit.test_config import CONFIGS
-from verl_gradalign.config import CurriculumConfig, GradAlignConfig, ValidationConfig
-from verl_gradalign.integration.storage import KEY, check_storage
+from verl_gradalign.config import CurriculumConfig, DirectionConfig, GradAlignConfig, ValidationConfig
+from verl_gradalign.integration.storage import KEY, check_storage, trusted_rows
 
 TRUSTED = ValidationConfig(files=("trusted.parquet",))
 
@@ -55,6 +55,19 @@ def test_a_refusal_names_the_numbers_and_a_size_that_is_accepted():
         check_storage(of("once", keep=0.25), run(100_000, n=16), 17_000, 37)
     assert f"{KEY}=100000" in str(refusal.value) and "37 trusted ones" in str(refusal.value)
     assert fits(of("once", keep=0.25), run(272_037, n=16), 17_000, 37)
+
+
+@pytest.mark.parametrize(
+    ("direction", "num_rows"),
+    [
+        (DirectionConfig(), 50),
+        (DirectionConfig(refresh_interval=10, replay=3), 3 * 50 + 2 * 50),
+        (DirectionConfig(refresh_interval=10, replay=3, rolling=True), 3 * 50 + 2 * 5),
+        (DirectionConfig(refresh_interval=10, rolling=True), 50 + 2 * 5),
+    ],
+)
+def test_trusted_responses_that_are_kept_need_room_too(direction, num_rows):
+    assert trusted_rows(GradAlignConfig(direction=direction), 50) == num_rows
 
 
 @given(num_problems=st.integers(8, 10**7), n=st.integers(1, 256))

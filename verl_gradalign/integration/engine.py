@@ -10,7 +10,7 @@ Shape legend: R rows, T response tokens, N positions, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -29,24 +29,46 @@ from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
 from verl_gradalign.probe.passes import largest_of_ranks
+from verl_gradalign.probe.replay import ReplayTally
 from verl_gradalign.types import ProblemRows
 
 COEFFICIENTS = "gradalign_coefficients"
+STORED_LOG_PROBS = "old_log_probs"
+"""verl's column of the log-probs of a row's response at the policy that a step began with."""
 MULTI_MODAL = "multi_modal_inputs"
 MODEL_INPUTS = ("input_ids", "position_ids", MULTI_MODAL)
 """What verl makes a model's inputs of."""
 
 
 def coefficient_loss(
-    model_output: dict[str, Any], data: TensorDict, dp_group: Any = None
+    model_output: dict[str, Any], data: TensorDict, dp_group: Any = None, tally: ReplayTally | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return sum_t c_t log pi(y_t) over a micro-batch, as verl's loss functions do.
 
-    The factor dp_size undoes FSDP's averaging over the data-parallel group, as in verl's own losses.
+    With a tally each c_t is weighed by how far the policy has moved since the row's log-probs were stored. The factor
+    dp_size undoes FSDP's averaging over the data-parallel group, as in verl's own losses.
     """
     log_prob_RT = no_padding_2_padding(model_output["log_probs"], data)
     coefficient_RT = data[COEFFICIENTS].to_padded_tensor(0.0).to(log_prob_RT.dtype)
+    if tally is not None:
+        # A row whose coefficients are zero, as a spare one's, gives no gradient, so it is no response here.
+        mask_RT = data["response_mask"].to_padded_tensor(0).bool() & (coefficient_RT != 0).any(dim=1, keepdim=True)
+        stored_RT = data[STORED_LOG_PROBS].to_padded_tensor(0.0)
+        coefficient_RT = coefficient_RT * tally.weigh(log_prob_RT, stored_RT, mask_RT)
     return (coefficient_RT * log_prob_RT).sum() * data["dp_size"], {}
+
+
+def taken_apart(rows: TensorDict) -> dict[str, list[Any]]:
+    """Return, by column, what a pass may read of each row: every tensor, and images.
+
+    Not a choice of columns: what verl's pass reads of a row, a pass over it here must read too.
+    """
+    # As verl's workers: rows of images have positions of several axes, which the transport leaves damaged.
+    tu.maybe_fix_3d_position_ids(rows)
+    columns = {name: list(rows[name].unbind()) for name in rows.keys() if isinstance(rows.get(name), Tensor)}
+    if (images := rows.get(MULTI_MODAL, None)) is not None:
+        columns[MULTI_MODAL] = images.tolist()
+    return columns
 
 
 class VerlEngine:
@@ -59,21 +81,26 @@ class VerlEngine:
             others, because every rank must run the same number of micro-batches.
         temperature: the sampling temperature, at which log-probs are taken.
         budget: what a micro-batch of a forward pass may hold.
+        is_replayed: whether the rows are of earlier policies and come with STORED_LOG_PROBS. `backward` then weighs
+            their tokens by truncated importance ratios (`probe.replay`), which `forward` and the estimators do not.
     """
 
-    def __init__(self, engine: BaseEngine, rows: TensorDict, temperature: float, budget: TokenBudget) -> None:
+    def __init__(
+        self,
+        engine: BaseEngine,
+        rows: TensorDict,
+        temperature: float,
+        budget: TokenBudget,
+        is_replayed: bool = False,
+    ) -> None:
         self.budget = budget
         self._engine = engine
         self._temperature = temperature
-        # As verl's workers: rows of images have positions of several axes, which the transport leaves damaged.
-        tu.maybe_fix_3d_position_ids(rows)
-        # Taken apart once: selecting rows of a nested tensor takes all of it apart. Whole columns, not a choice of
-        # them: what verl's pass reads of a row, the pass over it here must read too.
-        self._rows: dict[str, list[Any]] = {
-            name: list(rows[name].unbind()) for name in rows.keys() if isinstance(rows.get(name), Tensor)
-        }
-        if (images := rows.get(MULTI_MODAL, None)) is not None and any(images.tolist()):
-            self._rows[MULTI_MODAL] = images.tolist()
+        self._tally = ReplayTally() if is_replayed else None
+        # Taken apart once: selecting rows of a nested tensor takes all of it apart.
+        self._rows = taken_apart(rows)
+        if not any(self._rows.get(MULTI_MODAL, ())):
+            self._rows.pop(MULTI_MODAL, None)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -155,7 +182,11 @@ class VerlEngine:
             ("use_dynamic_bsz", "max_token_len_per_gpu"),
             micro_batch_size_per_gpu=micro_batch_size,
         )
-        self._engine.forward_backward_batch(data, coefficient_loss)
+        self._engine.forward_backward_batch(data, partial(coefficient_loss, tally=self._tally))
+
+    def replay_shares(self) -> dict[str, float]:
+        """Return what was found of replayed rows, over all passes so far, by metric name. Collective."""
+        return {} if self._tally is None else self._tally.shares(self.data_group, self.device)
 
     def _settings(self, data: TensorDict, names: tuple[str, ...] = (), **further: Any) -> TensorDict:
         """Return the rows with what verl's engine reads beside them: the sampling temperature, keys of its own."""

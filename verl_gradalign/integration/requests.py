@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
-from verl_gradalign.probe.call import ScoringRequest
+from verl_gradalign.probe.call import DirectionRequest, ScoringRequest
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.passes import assign
@@ -133,20 +133,52 @@ def build_requests(
     length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
     names = list(request.set_weights)
     tables = [_table(groups, length) for groups in (*(trusted.get(name, ()) for name in names), candidates)]
-    dp_size = max(dp_rank_of) + 1
     owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
-    owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size))
+    owners.append(owners_of(tables[-1], request.estimator, request.budget, max(dp_rank_of) + 1))
+    metas, shares = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
+    requests = [
+        replace(request, trusted=dict(zip(names, mine[:-1], strict=True)), candidates=mine[-1]) for mine in shares
+    ]
+    return metas, requests
+
+
+def build_direction_requests(
+    batch: KVBatchMeta,
+    trusted: Mapping[str, Sequence[Group]],
+    dp_rank_of: Sequence[int],
+    request: DirectionRequest,
+) -> tuple[list[KVBatchMeta], list[DirectionRequest]]:
+    """Return what each worker receives to make the direction; as `build_requests`, without candidates.
+
+    At least one group must be live.
+    """
+    length = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    names = list(request.set_weights)
+    tables = [_table(trusted.get(name, ()), length) for name in names]
+    owners: list[list[int | None]] = [[None] * len(table) for table in tables]
+    metas, shares = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
+    return metas, [replace(request, trusted=dict(zip(names, mine, strict=True))) for mine in shares]
+
+
+def _deal(
+    partition_id: str,
+    tables: Sequence[Sequence[ProblemKeys]],
+    owners: Sequence[Sequence[int | None]],
+    length: Mapping[str, int],
+    dp_rank_of: Sequence[int],
+) -> tuple[list[KVBatchMeta], list[list[tuple[ProblemRows, ...]]]]:
+    """Return each worker's keys, the shortest row last, and its shares of every table's problems."""
+    dp_size = max(dp_rank_of) + 1
     assigned = [keys_by_rank(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
     spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
-    metas, requests = [], []
+    metas, shares = [], []
     for dp_rank in dp_rank_of:
         keys = [key for table in assigned for keys in table[dp_rank] for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
         # Every column, as in verl's update: a choice of them would be another pass than training's.
-        metas.append(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=batch.partition_id))
-        shares = [build_shares(table, mine[dp_rank], positions) for table, mine in zip(tables, assigned, strict=True)]
-        requests.append(replace(request, trusted=dict(zip(names, shares[:-1], strict=True)), candidates=shares[-1]))
-    return metas, requests
+        metas.append(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition_id))
+        shares.append([build_shares(t, mine[dp_rank], positions) for t, mine in zip(tables, assigned, strict=True)])
+    return metas, shares
 
 
 def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:

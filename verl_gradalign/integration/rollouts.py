@@ -116,7 +116,7 @@ def _finite_rows(
         keys = [key for of_group in members.values() for key in of_group]
         data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
         if "rm_scores" in data.keys():
-            odd = _odd_groups(data, members, fields)
+            odd = odd_groups(data, members, fields)
         else:
             odd = dict.fromkeys(without_reward(partition_id, members), REWARD_NOT_FINITE)
         if not odd:
@@ -139,7 +139,7 @@ def without_reward(partition_id: str, members: Mapping[str, list[str]]) -> set[s
     return {uid for uid, keys in members.items() if not have_rewards(keys)}
 
 
-def _odd_groups(data: TensorDict, members: Mapping[str, list[str]], fields: Sequence[str]) -> dict[str, str]:
+def odd_groups(data: TensorDict, members: Mapping[str, list[str]], fields: Sequence[str]) -> dict[str, str]:
     """Return the groups with a row in which a column is not finite, and what they fail by."""
     owners = [uid for uid, keys in members.items() for _ in keys]
     odd: dict[str, str] = {}

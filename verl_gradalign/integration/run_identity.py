@@ -54,6 +54,14 @@ def direction_folder(folder: Path) -> Path:
     return folder / "actor"
 
 
+def trusted_rows_file(folder: Path) -> Path:
+    """Return where the kept trusted responses lie in a checkpoint: in the actor's folder, on the driver's machine.
+
+    verl removes it when it is outdated.
+    """
+    return folder / "actor" / "gradalign_trusted.pt"
+
+
 def identity(config: GradAlignConfig, verl_config: DictConfig) -> dict[str, Any]:
     """Return what must be the same for a resumed run to select what the unbroken one does.
 

@@ -6,6 +6,8 @@ goes on and the problems count as failed. `+gradalign=...` lifts the limit (conf
 sets is checked here.
 """
 
+import math
+
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
@@ -19,8 +21,8 @@ KEY = "transfer_queue.backend.SimpleStorage.total_storage_size"
 def check_storage(config: GradAlignConfig, verl_config: DictConfig, num_problems: int, num_trusted: int) -> None:
     """Raise ValueError if the storage has a limit below the rows that a scored step needs at once.
 
-    `num_problems` are in the train files, `num_trusted` rows are those of the trusted sets. One row for each response;
-    agents that give several a response need as many times more.
+    `num_problems` are in the train files, `num_trusted` rows are those of the trusted sets, each problem answered once
+    by all its responses. One row for each response; agents that give several a response need as many times more.
     """
     limit = OmegaConf.select(verl_config, KEY)
     if limit is None or OmegaConf.select(verl_config, "transfer_queue.backend.storage_backend") != "SimpleStorage":
@@ -30,8 +32,20 @@ def check_storage(config: GradAlignConfig, verl_config: DictConfig, num_problems
     if score_of(config.score).rank is not None or config.schedule != "step":
         num = num_candidates(config, num_problems, batch_size)
         n = n if config.schedule == "step" else config.curriculum.n or n
+    num_trusted = trusted_rows(config, num_trusted)
     num_rows = num * n + num_trusted
     if num_rows > limit:
         parts = f"{num} candidates x {n} responses" + (f" and {num_trusted} trusted ones" if num_trusted else "")
         why = f"schedule {config.schedule} needs {num_rows} rows at once ({parts}); what does not fit would be lost"
         refuse(KEY, limit, why, f"set {KEY}=null (no limit), or {num_rows} or more")
+
+
+def trusted_rows(config: GradAlignConfig, num_trusted: int) -> int:
+    """Return the most trusted rows that are there at once: those of a step, and what `direction.replay` keeps."""
+    direction = config.direction
+    if not direction.keeps_responses:
+        return num_trusted
+    assert direction.replay is not None and direction.refresh_interval is not None
+    of_step = math.ceil(num_trusted / direction.refresh_interval) if direction.rolling else num_trusted
+    # A step's rows are copied before the oldest, and they themselves, are cleared.
+    return direction.replay * num_trusted + 2 * of_step

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FSDP worker with more remote calls: check that a model can be scored, score problems, keep the direction."""
+"""The FSDP worker with more remote calls: check that a model can be scored, make the direction, score problems."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, prompt_rows, reading_mode, scoring_mode
 from verl_gradalign.integration.run_identity import direction_folder
 from verl_gradalign.probe import direction_file
-from verl_gradalign.probe.call import ScoringReply, ScoringRequest, measure
+from verl_gradalign.probe.call import (
+    DirectionReply,
+    DirectionRequest,
+    ScoringReply,
+    ScoringRequest,
+    make_direction,
+    measure,
+)
 from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -49,8 +57,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
         with scoring_mode(self.actor.engine):
             engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget)
             reply, fresh = measure(engine, request, self._direction, self.actor.engine.optimizer)
-        if fresh is not None:
-            self._direction = on_cpu(fresh) if request.direction.offload else fresh
+        self._keep(fresh, request.direction.offload)
         return reply
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
@@ -59,6 +66,24 @@ class GradAlignWorker(ActorRolloutRefWorker):
         with reading_mode(self.actor.engine):
             engine = VerlEngine(self.actor.engine, prompt_rows(prompts), 1.0, budget)
             return prompt_states(engine, len(prompts)).numpy()
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def gradalign_make_direction(self, rows: TensorDict, request: DirectionRequest) -> DirectionReply:
+        """Make the direction of kept responses, read at the present policy, and store it. Collective.
+
+        `rows` as in `gradalign_score`, with the log-probs of the policy that answered. A call of `gradalign_score`
+        without trusted sets then scores along it. A degenerate one does not replace the one before.
+        """
+        with scoring_mode(self.actor.engine):
+            engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget, is_replayed=True)
+            reply, fresh = make_direction(engine, request, self._direction)
+            reply = replace(reply, shares=engine.replay_shares())
+        self._keep(fresh, request.direction.offload)
+        return reply
+
+    def _keep(self, fresh: Direction | None, offload: bool) -> None:
+        if fresh is not None:
+            self._direction = on_cpu(fresh) if offload else fresh
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_save_direction(self, folder: str, is_kept: bool) -> None:

@@ -68,6 +68,55 @@ class ScoringReply:
     """Between the fresh direction and the one before; nan without either."""
 
 
+@dataclass(frozen=True)
+class DirectionRequest:
+    """One rank's share of the rows that a direction is made of, apart from any scoring."""
+
+    direction: DirectionConfig
+    budget: TokenBudget
+    temperature: float
+    set_weights: Mapping[str, float]
+    """Weight of each trusted set; a set without live problems is left out."""
+    trusted: Mapping[str, tuple[ProblemRows, ...]] = field(default_factory=dict)
+    """Live problems of each trusted set, the same, in the same order, on all ranks."""
+
+
+@dataclass(frozen=True)
+class DirectionReply:
+    """What was found of a direction that was made. Fields as in `ScoringReply`. Identical on all ranks, but for the
+    seconds."""
+
+    is_fresh: bool
+    """Whether there is a direction; if not, the one before stays stored."""
+    reports: Mapping[str, SetReport]
+    direction_s: float
+    cosine_previous: float = math.nan
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """What was found of responses of earlier policies, by metric name."""
+
+    def with_scores(self, reply: ScoringReply | None) -> ScoringReply:
+        """Return one reply for the call that made the direction and the one that scored along it, if there was one."""
+        parts = self.is_fresh, self.reports, self.direction_s, self.cosine_previous
+        if reply is None:
+            return ScoringReply(None, parts[0], parts[1], parts[2], 0.0, parts[3])
+        # The scoring call's own time with the direction is that of its metric.
+        seconds = self.direction_s + reply.direction_s
+        return ScoringReply(reply.scores, parts[0], parts[1], seconds, reply.scores_s, parts[3])
+
+
+def make_direction(
+    engine: GradientEngine, request: DirectionRequest, stored: Direction | None
+) -> tuple[DirectionReply, Direction | None]:
+    """Return a reply, and the direction of the request's problems, None if it is degenerate. Collective.
+
+    It is returned without `direction.metric`, which is that of the step in which it is used (`in_metric`).
+    """
+    started = time.perf_counter()
+    fresh, reports = _fresh(engine, request, stored)
+    seconds = time.perf_counter() - started
+    return DirectionReply(fresh is not None, reports, seconds, _cosine(engine, fresh, stored)), fresh
+
+
 def measure(
     engine: GradientEngine, request: ScoringRequest, stored: Direction | None, optimizer: Any
 ) -> tuple[ScoringReply, Direction | None]:
@@ -80,9 +129,22 @@ def measure(
     direction_s = time.perf_counter() - started
     scores = None if direction is None else _scores(engine, request, direction)
     scores_s = time.perf_counter() - started - direction_s
-    # Here, where both are at hand: the caller puts the fresh one in the stored one's place.
-    cosine_previous = math.nan if fresh is None or stored is None else inner(engine, fresh.shards, stored.shards)
+    cosine_previous = _cosine(engine, fresh, stored)
     return ScoringReply(scores, fresh is not None, reports, direction_s, scores_s, cosine_previous), fresh
+
+
+def _cosine(engine: GradientEngine, fresh: Direction | None, stored: Direction | None) -> float:
+    """Return the cosine of the fresh direction with the one whose place it takes, nan without either. Collective."""
+    return math.nan if fresh is None or stored is None else inner(engine, fresh.shards, stored.shards)
+
+
+def _fresh(
+    engine: GradientEngine, request: ScoringRequest | DirectionRequest, stored: Direction | None
+) -> tuple[Direction | None, dict[str, SetReport]]:
+    """Return the direction of the request's trusted problems, None if it is degenerate, and reports. Collective."""
+    made, reports = trusted_direction(engine, request.trusted, request.set_weights, request.direction, stored)
+    # A degenerate direction is not kept: the last good one stays for the steps to come.
+    return None if made.is_degenerate else made, reports
 
 
 def _direction_for(
@@ -94,17 +156,31 @@ def _direction_for(
     fresh: Direction | None = None
     reports: dict[str, SetReport] = {}
     if request.set_weights:
-        made, reports = trusted_direction(engine, request.trusted, request.set_weights, request.direction, stored)
-        # A degenerate direction is not kept: the last good one stays for the steps to come.
-        fresh = None if made.is_degenerate else made
+        fresh, reports = _fresh(engine, request, stored)
     may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
     used = fresh or (stored if may_use_stored else None)
-    # `fresh` is kept without the metric, which is that of this step's moments or candidates.
-    if used is not None and request.direction.metric == "adam":
-        used = with_adam_metric(used, engine, optimizer)
-    elif used is not None and request.direction.metric == "candidates":
-        used = with_candidates_metric(used, engine, [request.candidates[i] for i in request.metric_on])
+    if used is not None:
+        measured_on = [request.candidates[i] for i in request.metric_on]
+        used = in_metric(engine, used, request.direction, optimizer, measured_on)
     return used, fresh, reports
+
+
+def in_metric(
+    engine: GradientEngine,
+    direction: Direction,
+    config: DirectionConfig,
+    optimizer: Any,
+    candidates: Sequence[ProblemRows] = (),
+) -> Direction:
+    """Return the direction in `direction.metric`: that of this step's moments, or of these candidates. Collective.
+
+    A direction is stored without it.
+    """
+    if config.metric == "adam":
+        return with_adam_metric(direction, engine, optimizer)
+    if config.metric == "candidates":
+        return with_candidates_metric(direction, engine, candidates)
+    return direction
 
 
 def _scores(engine: GradientEngine, request: ScoringRequest, direction: Direction) -> ProblemScores:
