@@ -8,8 +8,9 @@ import pytest
 
 from tests.benchmarks.report_logs import CLEAN, COIN_FLIP, MISLABELLED, LogPlan, write_log
 from verl_gradalign.report.run import find_runs, read_run
-from verl_gradalign.report.suspicious import find_suspects, student_t
+from verl_gradalign.report.suspicious import find_suspects
 from verl_gradalign.report.tallies import ProblemSums, Rows
+from verl_gradalign.student import Z_90, student_t
 
 
 def rows_of(problem_id, cosine, error, norm=1.0, freedom=15):
@@ -157,3 +158,5 @@ def test_interval_widths_are_students():
     # Quantiles of 0.975 from any table of Student's distribution.
     freedom = np.array([3.0, 5.0, 10.0, 30.0, 1e6])
     np.testing.assert_allclose(student_t(freedom), [3.182, 2.571, 2.228, 2.042, 1.960], rtol=1e-2)
+    # ... and of 0.95.
+    np.testing.assert_allclose(student_t(freedom, Z_90), [2.353, 2.015, 1.812, 1.697, 1.645], rtol=1e-2)

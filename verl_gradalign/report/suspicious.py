@@ -23,9 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from verl_gradalign.report.tallies import ProblemSums
+from verl_gradalign.student import Z_95, student_t
 
-Z = 1.959964
-"""Of a two-sided interval of 95%."""
 PRIOR_FREEDOM = 4
 """Of the mean variance of a run's problems, in a problem's own: a normal-gamma prior, fixed instead of fitted.
 Source: Smyth 2004, Linear models and empirical Bayes methods, eq. 3."""
@@ -83,7 +82,7 @@ def find_suspects(sums: ProblemSums, sources: Sequence[str]) -> Suspects:
     is_negative = high < 0
     is_noise = (typical > 0) & (low <= 0) & (high >= 0) & (high < typical)
     # In standard errors as a normal distribution has them: a small error that is poorly known counts for less.
-    distance = (mean - max(typical, 0.0)) / (error * width / Z) if len(mean) else mean
+    distance = (mean - max(typical, 0.0)) / (error * width / Z_95) if len(mean) else mean
     chosen = np.flatnonzero(is_negative | is_noise)
     chosen = chosen[np.argsort(distance[chosen], kind="stable")]
     found = {name: column_P[is_measured_P][chosen] for name, column_P in columns.items()}
@@ -105,19 +104,6 @@ def find_suspects(sums: ProblemSums, sources: Sequence[str]) -> Suspects:
     }
     expected = _expected(typical, mean, error, width)
     return Suspects(sums.is_cosine is not False, typical, expected, mean, pa.table(table))
-
-
-def student_t(freedom: np.ndarray) -> np.ndarray:
-    """Return the half width of a 95% interval in standard errors: Student's t, within 1% from 3 degrees of freedom on.
-
-    Source: Cornish and Fisher's expansion, Abramowitz and Stegun 26.7.5.
-    """
-    terms = (
-        (Z**3 + Z) / 4,
-        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
-        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
-    )
-    return np.asarray(Z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
 
 
 def _estimates(sums: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,7 +131,7 @@ def _expected(typical: float, mean: np.ndarray, error: np.ndarray, width: np.nda
     if not len(error) or not typical > 0:
         return 0.025 * len(error)
     # The estimated error makes it Student's t, which the interval's own width brings back to the normal, nearly.
-    variance = (error * width / Z) ** 2
+    variance = (error * width / Z_95) ** 2
     is_above = mean >= typical
     own = max(0.0, float(np.mean((mean[is_above] - typical) ** 2 - variance[is_above])))
     spread = np.sqrt(variance + own)
