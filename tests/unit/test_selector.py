@@ -19,8 +19,8 @@ from tests.unit.tables import candidates_of
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration import rollouts, selector
 from verl_gradalign.integration.in_flight import InFlight
+from verl_gradalign.integration.selection_trainer import SelectionTrainer
 from verl_gradalign.integration.selector import AlignmentSelector
-from verl_gradalign.integration.trainer import SelectionTrainer
 from verl_gradalign.log.columns import log_columns
 from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.log.selection_log import SelectionLog, read_selection_log

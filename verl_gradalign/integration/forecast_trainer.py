@@ -14,8 +14,10 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.integration.features import ProblemFeatures
 from verl_gradalign.integration.forecasting import Forecasting
+from verl_gradalign.integration.prompt_states import PromptStates, prompt_tokens
+from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.rollouts import read_responses
-from verl_gradalign.integration.trainer import SelectionTrainer
+from verl_gradalign.integration.selection_trainer import SelectionTrainer
 from verl_gradalign.integration.update_scores import scores_of_update
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import ScoringReply
@@ -49,13 +51,18 @@ class ForecastTrainer(SelectionTrainer):
     def _new_curriculum(self) -> Curriculum | Forecasting | None:
         if not self.gradalign.is_forecast:
             return super()._new_curriculum()
-        features = ProblemFeatures(self.gradalign, self._pool, self._prompt_states)
+        states = None
+        if "prompt" in self.gradalign.forecast.features:
+            tokens, budget = prompt_tokens(self.config), token_budget(self.gradalign.probe, self.config)
+            # The workers are started later than the pool is read.
+            states = lambda chats: PromptStates(tokens, self.actor_rollout_wg, budget)(chats)  # noqa: E731
+        features = ProblemFeatures(self.gradalign, self._pool, states)
         return Forecasting(self.gradalign, self._pool, self.config.data.train_batch_size, features)
 
     def on_init_end(self) -> None:
         """Make the first features while the rollout still sleeps: afterwards it holds the devices' memory."""
         if isinstance(self._curriculum, Forecasting):
-            self._curriculum.prepare(self.global_steps + 1, ())
+            self._curriculum.prepare(self.global_steps + 1)
         super().on_init_end()
 
     def _select(
@@ -67,13 +74,13 @@ class ForecastTrainer(SelectionTrainer):
         picks = self._curriculum.picks_of(groups)
         self.free_rollout()
         # In time for the next step, whose prompts are sent while the rollout is awake.
-        self._curriculum.prepare(step + 1, picks.problem_id_P.tolist())
+        self._curriculum.prepare(step + 1)
         reply = self._renew_direction(batch, trusted, step)
         rolled_out = RolledOut(step, batch.partition_id, groups, trusted, picks, reply)
         if self._updates_measure(step):
             self._unmeasured = rolled_out
             return self._selector.take_picks(groups, None, picks), {}
-        measured = self._measure_groups(batch, groups, {}, step)
+        measured = self._measure_step(batch, groups, trusted, step)
         return self._conclude(rolled_out, measured)
 
     def _updates_measure(self, step: int) -> bool:

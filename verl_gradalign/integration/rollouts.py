@@ -298,8 +298,8 @@ def _advantages(
     return data.batch["advantages"].float()
 
 
-def add_values(batch: KVBatchMeta, compute_values: Callable[..., Any], workers: Any, eos_token_id: int) -> None:
-    """Have the critic value all rows of the batch, by verl's own function, and store the values beside them.
+def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, eos_token_id: int) -> None:
+    """Call a function of verl's trainer that computes something of each row, and stores it beside them.
 
     Rows are split over ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
     """
@@ -307,7 +307,7 @@ def add_values(batch: KVBatchMeta, compute_values: Callable[..., Any], workers: 
     num_ranks = max(workers._query_dispatch_info("actor")) + 1
     whole = replace(batch, keys=list(batch.keys), tags=list(batch.tags))
     whole = upsample_batch_to_divisible_size(whole, num_ranks, eos_token_id)
-    compute_values(whole, metrics={})
+    compute(whole, metrics={})
     padding = [key for key in whole.keys if key not in keys]
     if padding:
         tq.kv_clear(keys=padding, partition_id=batch.partition_id)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.requests import audited_problems, drawn, token_budget
-from verl_gradalign.probe.call import ScoringReply, ScoringRequest
+from verl_gradalign.probe.call import DirectionReply, ScoringReply, ScoringRequest
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.chooser import Choice, Chooser
 from verl_gradalign.selection.curriculum import Draw
@@ -68,10 +68,11 @@ class AlignmentSelector:
         config = self._config
         live = [g for g in candidates if g.is_live]
         has_live_trusted = any(g.is_live for groups in trusted.values() for g in groups)
-        uses_stored = config.direction.on_degenerate == "previous" and self.has_direction
+        is_new = self._direction_step == step  # made of kept responses, in a call before
+        uses_stored = self.has_direction and (is_new or config.direction.on_degenerate == "previous")
         if not self._score.needs_gradients or not (live or has_live_trusted):
             return None
-        if trusted and not has_live_trusted and not uses_stored:
+        if self._score.needs_direction and not has_live_trusted and not uses_stored:
             return None
         weights = {s.name: s.weight for s in config.validation.trusted_sets()} if has_live_trusted else {}
         m = measurements(live, None, len(live), config.success_threshold)
@@ -114,6 +115,10 @@ class AlignmentSelector:
                 "Remedy: set gradalign.estimator=backward and report the model; in half precision raise the threshold "
                 "if errors are small and steady."
             )
+        self.note_direction(reply, step)
+
+    def note_direction(self, reply: ScoringReply | DirectionReply, step: int) -> None:
+        """Note the direction that a call of the actor has made, if it has made one."""
         if reply.is_fresh:
             self._direction_step, self._is_direction_lost = step, False
             self._chooser.note_direction(reply.reports[COMBINED].half_cosine)

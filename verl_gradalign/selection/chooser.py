@@ -20,7 +20,8 @@ from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates, tabulate
 from verl_gradalign.selection.groups import NON_FINITE, Group, measurements
 from verl_gradalign.selection.history import ProblemRecord
-from verl_gradalign.selection.reliability import Reliability, observations, score_reliability
+from verl_gradalign.selection.observations import observations
+from verl_gradalign.selection.reliability import Reliability, score_reliability
 from verl_gradalign.selection.scores import score_of
 from verl_gradalign.selection.select import RANDOM, SCHEDULED, select_all, select_picks, select_random, select_top
 from verl_gradalign.types import Measurements, Observations, ProblemScores, Selection

@@ -37,7 +37,7 @@ from verl_gradalign.integration.offline.store import (
 from verl_gradalign.integration.prompts import PromptTable, problems_of
 from verl_gradalign.integration.rollouts import read_step, without_reward
 from verl_gradalign.integration.sampler import GradAlignSampler
-from verl_gradalign.integration.trainer import SelectionTrainer
+from verl_gradalign.integration.selection_trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
 from verl_gradalign.selection.groups import Problem, keys_by_uid, natural_order
 
