@@ -46,6 +46,8 @@ from tests.distributed.setups import (
     exact_setups,
     neutral_setups,
 )
+from tests.distributed.update_rows import update_setups
+from tests.distributed.updates import measure_update, measure_update_neutrality
 from tests.numerics.kernels import bound_norm, norms_of, wrapped
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
@@ -267,6 +269,9 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")
     for name, setup in neutral_setups(world_size).items():
         cases[f"neutral-{name}"] = partial(measure_neutrality, root, setup)
+        cases[f"update-neutral-{name}"] = partial(measure_update_neutrality, root, setup)
+    for name, (setup, update) in update_setups(world_size).items():
+        cases[f"update-exact-{name}"] = partial(measure_update, root, setup, update)
     return cases
 
 

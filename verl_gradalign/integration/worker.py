@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import ray
 from tensordict import TensorDict
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
+from verl_gradalign.integration import update_measure
 from verl_gradalign.integration.engine import VerlEngine, prompt_rows, reading_mode, scoring_mode
 from verl_gradalign.integration.run_identity import direction_folder
+from verl_gradalign.integration.update_measure import MEASURE, UpdateReply, UpdateRequest, measured_update
 from verl_gradalign.probe import direction_file
 from verl_gradalign.probe.call import (
     DirectionReply,
@@ -34,10 +37,14 @@ class GradAlignWorker(ActorRolloutRefWorker):
     """verl's hybrid worker that can also measure alignment. Scoring leaves no trace in the actor."""
 
     _direction: Direction | None = None
+    _update_reply: UpdateReply | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def gradalign_check(self, estimator: str, probe: ProbeConfig) -> None:
+    def gradalign_check(self, estimator: str, probe: ProbeConfig, in_update: bool = False) -> None:
         """Raise ValueError, before anything is rolled out, if this actor cannot be scored by the estimator."""
+        if in_update:
+            update_measure.check(self.actor.engine.module, estimator, probe)
+            return
         require_no_dropout(self.actor.engine.module)
         ESTIMATORS[estimator](probe).check(self.actor.engine.module)
 
@@ -45,7 +52,29 @@ class GradAlignWorker(ActorRolloutRefWorker):
     def gradalign_reset(self) -> None:
         """Build the model anew from its folder, with a new optimizer, as a new run finds them."""
         self.actor.reset()
-        self._direction = None
+        self._direction = self._update_reply = None
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict | None:
+        """Update the actor as verl does; measure the rows in passing if the batch asks for it and there is a direction.
+
+        Returns verl's own output. What was measured is asked for by `gradalign_update_reply`: an output with a column
+        for each row would be stored, and verl's trainer would find no metrics in what it gets in its stead.
+        """
+        request: UpdateRequest | None = tu.pop(data, MEASURE, None)
+        self._update_reply = None
+        if request is None or self._direction is None:
+            return super().update_actor(data)
+        with measured_update(self.actor, self._direction, data, request) as measured:
+            output = super().update_actor(data)
+        self._update_reply = measured.reply(output)
+        return output
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def gradalign_update_reply(self) -> UpdateReply | None:
+        """Return what this rank measured in the last update, once; None if it did not measure."""
+        reply, self._update_reply = self._update_reply, None
+        return reply
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def gradalign_score(self, rows: TensorDict, request: ScoringRequest) -> ScoringReply:

@@ -166,9 +166,7 @@ def linear(call: LayerCall) -> LayerScores:
 def embedding(call: LayerCall) -> LayerScores:
     """Embeddings: the rows of delta, added up by token id. The padding index gets no gradient, as in torch."""
     module: Any = call.module
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if value := getattr(module, option, None):
-            raise ValueError(f"an embedding with {option}={value} has no layer rule; use the estimator backward")
+    require_plain_embedding(module)
     delta_NH = without_padding_index(call).to(call.dtype)
     product_N = (delta_NH * call.direction["weight"][call.input].to(call.dtype)).sum(dim=-1)
     derivative_R = row_sums(product_N, call.layout, call.dtype)
@@ -187,11 +185,9 @@ def embedding(call: LayerCall) -> LayerScores:
 @register_layer_rule(nn.RMSNorm)
 def rms_norm(call: LayerCall) -> LayerScores:
     """RMSNorm, also where the weight is an offset from one: gradient sum of delta times the normalised input."""
-    epsilon = _epsilon(call.module)
-    epsilon = torch.finfo(call.dtype).eps if epsilon is None else epsilon
     # In the accumulation dtype, as transformers computes its norms whatever they are given.
     input_ND = call.input.to(call.dtype)
-    factor_N = torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
+    factor_N = inverse_rms(call.module, input_ND)
     return vector_scores(input_ND * call.delta, call.direction["weight"], call, factor_N)
 
 
@@ -231,6 +227,20 @@ def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall, factor_
     grad_PF = grad_RF.new_zeros(call.layout.num_problems, grad_RF.shape[-1])
     grad_PF.index_add_(0, problem_R, grad_RF * call.scale_R.unsqueeze(-1))
     return LayerScores(grad_RF @ direction_F.to(call.dtype), grad_PF.square().sum(dim=-1))
+
+
+def require_plain_embedding(module: nn.Module) -> None:
+    """Raise ValueError if an embedding's option makes its gradient something else than rows of delta added up."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if value := getattr(module, option, None):
+            raise ValueError(f"an embedding with {option}={value} has no layer rule; use the estimator backward")
+
+
+def inverse_rms(module: nn.Module, input_ND: Tensor) -> Tensor:
+    """Return what an RMSNorm multiplies each position's input by, before its weight, (positions,)."""
+    epsilon = _epsilon(module)
+    epsilon = torch.finfo(input_ND.dtype).eps if epsilon is None else epsilon
+    return torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
 
 
 def without_padding_index(call: LayerCall) -> Tensor:

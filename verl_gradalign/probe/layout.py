@@ -135,6 +135,10 @@ def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Te
         if factor_N is None:
             return values_RTF.sum(dim=1, dtype=dtype)
         return (factor_N.view(layout.num_rows, 1, -1) @ values_RTF).squeeze(1)
+    if factor_N is None and values_NF.dim() == 1:
+        # One kernel: a pass has hundreds of layers, and a packed micro-batch some dozen rows.
+        length_R = torch.tensor(layout.row_bounds, device=values_NF.device).diff()
+        return torch.segment_reduce(values_NF.to(dtype), "sum", lengths=length_R)
     if factor_N is None:
         return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
     return torch.cat([factor_N[row].unsqueeze(0) @ values_NF[row] for row in layout.rows()])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taps on the layers of a model: they see each layer's input and output gradient, and let both pass unchanged.
 
-While tapped, all weights are frozen, so a backward pass computes activation gradients only; the graph opens at the
-first tapped layer. A layer's input is kept by autograd, not by a closure, so that checkpointed activations are freed.
+In a pass of its own all weights are frozen, so a backward pass computes activation gradients only; the graph opens at
+the first tapped layer. In a training pass nothing is frozen, and every gradient is bit for bit what it is without taps
+(`probe/update.py`). A layer's input is kept by autograd, not by a closure, so that checkpointed activations are freed.
 
     with tapped(module, tap_points(module), gather) as taps:
         log_prob_RT, layout = engine.forward(rows, rows_per_problem)
@@ -134,12 +135,15 @@ def require_no_hooks(root: nn.Module, points: Sequence[TapPoint]) -> None:
 
 
 @contextmanager
-def tapped(root: nn.Module, points: Sequence[TapPoint], gather: Gather, gives_norm: bool = True) -> Iterator[Taps]:
+def tapped(
+    root: nn.Module, points: Sequence[TapPoint], gather: Gather, gives_norm: bool = True, freezes: bool = True
+) -> Iterator[Taps]:
     """Tap the layers and freeze all weights; undo both, also after an exception. Use it inside `leave_no_trace`.
 
-    Without `gives_norm` the squared norms lack a tied weight's cross term.
+    Without `gives_norm` the squared norms lack a tied weight's cross term. Without `freezes` weights get their
+    gradients as ever: for the passes of training itself.
     """
-    parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad]
+    parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad and freezes]
     taps = Taps(points, gather, gives_norm)
     handles = [taps.register(point) for point in points]
     handles += [
@@ -164,6 +168,10 @@ class Taps:
         self._points, self._gather = points, gather
         tied = TiedWeight.find(points)  # also without norms: it refuses weights that are shared in other ways
         self._tied = tied if gives_norm else None
+        self.is_idle = False
+        """Whether forward passes are left alone from now on: a backward pass of theirs is not measured."""
+        self.passed = (0, 0)
+        """Leading axes of the activations, (lines, width), of the last forward pass."""
         self._shape = (0, 0)
         self._layout: Layout | None = None
         self._scale_R = torch.zeros(0)
@@ -205,8 +213,9 @@ class Taps:
     def tap(self, point: TapPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the layer's output with a tap behind it: a forward hook."""
         # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
-        if not torch.is_grad_enabled():
+        if self.is_idle or not torch.is_grad_enabled():
             return output
+        self.passed = tuple(output.shape[:2])
         layer_input = _input(args, kwargs)
         if self._tied is not None and point is self._tied.embedding:
             self._tied.ids_N = layer_input.flatten()
@@ -300,7 +309,8 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(layer_input)
         ctx.receive = receive
-        return output.view_as(output)
+        # Not a view: what follows may work on it in place, as it may on the layer's own output.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

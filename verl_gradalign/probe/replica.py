@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The direction replicated on every rank before an update, whole or cut to a rank, so that its passes gather nothing.
+
+Whole: exact, as large as the model in the dtype it computes in; for small models and adapters. Cut: of each matrix
+`rank` directions, by a randomised subspace iteration. v is new in every step, so it must be cheap: the ranks share the
+matrices among them, and each needs a few products with a narrow matrix.
+
+    replica = cut_replica(gather, product_points(module, are_factored=True), rank=16, group=group)
+    with measuring(module, [replica.reading], num_rows, device) as meter: ...
+
+Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank and what is added to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from verl_gradalign.probe.estimators.low_rank import OVERSAMPLING
+from verl_gradalign.probe.fsdp import Placement
+from verl_gradalign.probe.taps import Gather, TapPoint
+from verl_gradalign.probe.update import Reading
+
+POWER_ITERATIONS = 1
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The direction in this rank's memory."""
+
+    reading: Reading
+    energy_kept: float
+    """|V_r|^2 / |V|^2, the share of the direction's square that is left of it."""
+    is_whole: bool = False
+
+
+def whole_replica(whole: Gather, points: Sequence[TapPoint], dtype: torch.dtype | None = None) -> Replica:
+    """Return all of the direction, in `dtype` if given: the one that layers compute in. Collective."""
+    parts = {use.identity: _as(whole(use), dtype) for use in _distinct(points)}
+    return Replica(Reading(points, lambda placement: parts[placement.identity]), 1.0, is_whole=True)
+
+
+def cut_replica(
+    whole: Gather,
+    points: Sequence[TapPoint],
+    rank: int,
+    group: ProcessGroup | None = None,
+    dtype: torch.dtype | None = None,
+) -> Replica:
+    """Return the direction with its matrices cut to `rank`, vectors whole. Collective over `group`.
+
+    It depends on the direction alone, so that a resumed run reads what the run it resumes would have read. Matrices are
+    gathered one after another; each rank keeps one of as many as there are ranks, and these are then cut side by side.
+    No more than one whole matrix lies in a rank's memory besides its shards.
+    """
+    cutting = _Cutting(rank, group, dtype)
+    for use in _distinct(points):
+        cutting.take(use, whole(use))
+    cutting.exchange()
+    parts = cutting.parts
+    return Replica(Reading(points, lambda placement: parts[placement.identity]), cutting.energy_kept())
+
+
+def cut(matrix_OI: Tensor, rank: int, power_iterations: int = POWER_ITERATIONS) -> Tensor:
+    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank): the best in the subspace that was found.
+
+    R is the matrix' transpose times an orthonormal L, so |R|^2 is the square that is kept.
+    Source: Halko, Martinsson, Tropp (arXiv 0909.4061), algorithm 4.4.
+    """
+    rank = min(rank, *matrix_OI.shape)
+    width = min(rank + OVERSAMPLING, *matrix_OI.shape)
+    generator = torch.Generator(matrix_OI.device).manual_seed(0)
+    options = {"dtype": matrix_OI.dtype, "device": matrix_OI.device}
+    left_OK = _orthonormal(matrix_OI @ torch.randn(matrix_OI.shape[1], width, generator=generator, **options))
+    for _ in range(power_iterations):
+        left_OK = _orthonormal(matrix_OI @ _orthonormal(matrix_OI.T @ left_OK))
+    right_IK = matrix_OI.T @ left_OK
+    # Of the subspace the largest `rank` directions; eigenvalues ascend.
+    turn_KK = torch.linalg.eigh(right_IK.T @ right_IK).eigenvectors[:, -rank:]
+    return torch.cat([left_OK @ turn_KK, right_IK @ turn_KK])
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q
+
+
+class _Cutting:
+    """One rank's share in cutting matrices."""
+
+    def __init__(self, rank: int, group: ProcessGroup | None, dtype: torch.dtype | None) -> None:
+        self._rank, self._group, self._dtype = rank, group, dtype
+        is_alone = group is None
+        self._place = 0 if is_alone else torch.distributed.get_rank(group)
+        self._num_places = 1 if is_alone else torch.distributed.get_world_size(group)
+        self._dealt: list[Placement] = []
+        self._mine = torch.zeros(0)
+        # (kept, all), in float64; on the device once there is one.
+        self._energy_2 = torch.zeros(2, dtype=torch.float64)
+        self.parts: dict[tuple[int, int], Tensor] = {}
+
+    def take(self, use: Placement, part: Tensor) -> None:
+        """Take the next parameter's direction; matrices are cut when every rank has one."""
+        self._energy_2 = self._energy_2.to(part.device)
+        if part.dim() != 2:
+            self.parts[use.identity] = _as(part, self._dtype)
+            if self._place == 0:
+                self._energy_2 += part.double().square().sum()
+            return
+        if len(self._dealt) == self._place:
+            self._mine = part
+        self._dealt.append(use)
+        if len(self._dealt) == self._num_places:
+            self.exchange()
+
+    def exchange(self) -> None:
+        """Cut the matrix that this rank holds, and give all ranks what each has cut. Collective."""
+        mine_2K = torch.zeros(0)
+        if self._place < len(self._dealt):
+            mine_2K = cut(self._mine, self._rank)
+            kept = mine_2K[self._mine.shape[0] :].double().square().sum()
+            self._energy_2 += torch.stack([kept, self._mine.double().square().sum()])
+        for place, use in enumerate(self._dealt):
+            shape = sum(use.shape), min(self._rank, *use.shape)
+            part = mine_2K if place == self._place else self._mine.new_empty(shape)
+            part = _as(part, self._dtype).contiguous()
+            if self._group is not None:
+                source = torch.distributed.get_global_rank(self._group, place)
+                torch.distributed.broadcast(part, source, group=self._group)
+            self.parts[use.identity] = part
+        self._dealt, self._mine = [], self._mine[:0]
+
+    def energy_kept(self) -> float:
+        """Return the share of |v|^2 that is kept. Collective."""
+        if self._group is not None:
+            torch.distributed.all_reduce(self._energy_2, group=self._group)
+        kept, total = self._energy_2.tolist()
+        return kept / total if total else 1.0
+
+
+def _distinct(points: Sequence[TapPoint]) -> list[Placement]:
+    """Return one use of each parameter."""
+    return list({use.identity: use for point in points for use in point.placements}.values())
+
+
+def _as(part: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return part if dtype is None else part.to(dtype)
