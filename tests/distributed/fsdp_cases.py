@@ -31,6 +31,7 @@ from tests.distributed.images import MODELS as VISION_MODELS
 from tests.distributed.images import measure_images
 from tests.distributed.neutrality import measure_neutrality
 from tests.distributed.observations import CollectiveCounter
+from tests.distributed.replay import measure_replay
 from tests.distributed.scoring import gather, report, score, scoring, tight_budget
 from tests.distributed.setups import (
     ADVANTAGES,
@@ -257,6 +258,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         cases[f"pool-{strategy}"] = partial(measure_pool, root, strategy)
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)
     for strategy in ("fsdp", "fsdp2"):
+        cases[f"replay-{strategy}"] = partial(measure_replay, root, strategy)
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)

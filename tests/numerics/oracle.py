@@ -41,7 +41,7 @@ def problem_gradients_float64(
         total_G = torch.zeros(sum(leaf.numel() for leaf in leaves), dtype=torch.float64, device=leaves[0].device)
         for response in responses:
             if response.response.numel():
-                loss = (response.coefficient.double() * _log_probs(model, response, temperature)).sum()
+                loss = (response.coefficient.double() * log_probs(model, response, temperature)).sum()
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True)
                 total_G += torch.cat([_flat(grad, leaf) for grad, leaf in zip(grads, leaves, strict=True)])
         gradients.append(total_G)
@@ -52,7 +52,8 @@ def _flat(grad: Tensor | None, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf).flatten() if grad is None else grad.flatten()
 
 
-def _log_probs(model: nn.Module, response: TokenRow, temperature: float) -> Tensor:
+def log_probs(model: nn.Module, response: TokenRow, temperature: float) -> Tensor:
+    """Return log pi(y_t) of a response's tokens, differentiable."""
     ids_S = torch.cat([response.prompt, response.response]).to(next(model.parameters()).device)
     logits_SV = model(input_ids=ids_S.unsqueeze(0), use_cache=False).logits[0] / temperature
     # The logits at position s predict the token at s + 1.
