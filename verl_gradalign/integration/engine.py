@@ -258,11 +258,3 @@ def _on_device(engine: BaseEngine) -> Iterator[None]:
     finally:
         if offloads:
             engine.to("cpu", model=True, optimizer=False, grad=True)
-
-
-def prompt_rows(prompts: Sequence[Sequence[int]]) -> TensorDict:
-    """Return prompts as a row table without responses, a spare row of one token last."""
-    ids = [torch.tensor(prompt, dtype=torch.int64) for prompt in (*prompts, (0,))]
-    columns = {"input_ids": ids, "position_ids": [torch.arange(len(prompt)) for prompt in ids]}
-    nested = {name: torch.nested.as_nested_tensor(parts, layout=torch.jagged) for name, parts in columns.items()}
-    return TensorDict(nested, batch_size=len(ids))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy's hidden states over prompts, asked of the actor: its ids as verl's agent loop makes them, dealt to ranks.
+"""The policy's hidden states over prompts: ids as verl's agent loop makes them, dealt to ranks, read by the actor.
+
+On the driver:
 
     check_prompt_states(config, verl_config)     # before workers start
     states_of = PromptStates(prompt_tokens(verl_config), actor_rollout_wg, token_budget(config.probe, verl_config))
@@ -13,14 +15,19 @@ from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.engine.base import BaseEngine
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
+from verl_gradalign.integration.engine import VerlEngine, reading_mode
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.passes import assign
+from verl_gradalign.probe.prompt_states import prompt_states
 
 KEY = "gradalign.forecast.features"
 REMEDY = "take prompt out, e.g. gradalign.forecast.features=[source,text]"
@@ -94,6 +101,24 @@ class PromptStates:
         for mine, reply in zip(places, replies, strict=True):
             state_PD[mine] = reply
         return state_PD
+
+
+def read_prompts(engine: BaseEngine, prompts: Sequence[Sequence[int]], budget: TokenBudget) -> np.ndarray:
+    """Return the hidden states of this rank's prompts, float32 (prompts, 2 x hidden). Collective.
+
+    On a worker; see `probe.prompt_states.prompt_states`. It leaves no trace in the actor.
+    """
+    with reading_mode(engine):
+        on_rank = VerlEngine(engine, _table(prompts), 1.0, budget)
+        return prompt_states(on_rank, len(prompts)).numpy()
+
+
+def _table(prompts: Sequence[Sequence[int]]) -> TensorDict:
+    """Return the prompts as rows without responses, a spare row of one token last."""
+    ids = [torch.tensor(prompt, dtype=torch.int64) for prompt in (*prompts, (0,))]
+    columns = {"input_ids": ids, "position_ids": [torch.arange(len(prompt)) for prompt in ids]}
+    nested = {name: torch.nested.as_nested_tensor(parts, layout=torch.jagged) for name, parts in columns.items()}
+    return TensorDict(nested, batch_size=len(ids))
 
 
 def _refuse(value: Any, why: str) -> NoReturn:

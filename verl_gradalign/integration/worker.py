@@ -14,7 +14,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration import update_measure
-from verl_gradalign.integration.engine import VerlEngine, prompt_rows, reading_mode, scoring_mode
+from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.prompt_states import read_prompts
 from verl_gradalign.integration.run_identity import direction_folder
 from verl_gradalign.integration.update_measure import MEASURE, UpdateReply, UpdateRequest, measured_update
 from verl_gradalign.probe import direction_file
@@ -30,7 +31,6 @@ from verl_gradalign.probe.direction import Direction, on_cpu
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
-from verl_gradalign.probe.prompt_states import prompt_states
 
 
 class GradAlignWorker(ActorRolloutRefWorker):
@@ -92,9 +92,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def gradalign_prompt_features(self, prompts: list[list[int]], budget: TokenBudget) -> np.ndarray:
         """Return the hidden states of this rank's prompts, (prompts, 2 x hidden) float32. Collective."""
-        with reading_mode(self.actor.engine):
-            engine = VerlEngine(self.actor.engine, prompt_rows(prompts), 1.0, budget)
-            return prompt_states(engine, len(prompts)).numpy()
+        return read_prompts(self.actor.engine, prompts, budget)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def gradalign_make_direction(self, rows: TensorDict, request: DirectionRequest) -> DirectionReply:
