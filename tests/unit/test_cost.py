@@ -19,15 +19,10 @@ from tests.benchmarks.counting import peak_bytes
 from verl_gradalign.cli import app
 from verl_gradalign.config import DirectionConfig
 from verl_gradalign.cost import PRESETS, ModelShape, Setting, estimate, shape_of
-from verl_gradalign.cost.estimate import (
-    FULL,
-    SHARDS_WHILE_MADE,
-    attention,
-    matmul_parameters,
-    pass_bytes,
-    score,
-    update,
-)
+from verl_gradalign.cost.estimate import alternatives, attention, forward, matmul_parameters, score, taps, update
+from verl_gradalign.cost.memory import FULL, SHARDS_WHILE_MADE, pass_bytes
+from verl_gradalign.cost.setting import OF_UPDATE
+from verl_gradalign.cost.tables import table_of_schedules
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.probe.plain_engine import PlainEngine
@@ -246,6 +241,102 @@ def test_the_responses_of_a_round_are_shared_by_its_steps():
     assert fewer.candidates == 80
 
 
+FORECAST = Setting(shape_of("7b"), schedule="forecast", train_batch_size=32, rollout_n=8, trusted_problems=64,
+                   validation_n=4)  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "n", "trained", "ratio"), [(32, 8, 256, 1.10), (128, 16, 2048, 1.0125)])
+def test_a_forecast_generates_the_responses_of_a_plain_step_and_a_tenth_of_the_trusted_ones(batch, n, trained, ratio):
+    """64 x 4 trusted responses in ten steps are 25.6 a step."""
+    cost = estimate(replace(FORECAST, train_batch_size=batch, rollout_n=n))
+    assert (cost.candidates, cost.trusted, cost.others, cost.trained) == (trained, 25.6, 0, trained)
+    assert cost.generated == trained + 25.6 and cost.unused == pytest.approx(25.6)
+    assert cost.ratios["rollout"] == pytest.approx(ratio, abs=1e-9)
+    assert cost.most_at_once == cost.generated
+
+
+def test_trusted_responses_that_are_trained_on_take_the_place_of_others():
+    """Of 25.6 a tenth is of the audit share, so 23.04 others are not generated."""
+    cost = estimate(replace(FORECAST, train_on_trusted=True))
+    assert cost.candidates == pytest.approx(256 - 23.04) and cost.generated == pytest.approx(256 + 2.56)
+
+
+def test_a_burst_of_trusted_responses_is_counted_where_none_are_kept():
+    cost = estimate(replace(FORECAST, keeps_responses=False, replay=1))
+    assert cost.trusted == 25.6 and cost.most_at_once == 256 + 256
+
+
+def test_a_forecasts_direction_is_made_of_a_part_and_fresh_responses_get_log_probs():
+    """A quarter of 256 rows forwards and backwards, 25.6 forwards; of 2 problems no more than the 40 kept ones."""
+    setting = replace(FORECAST, prompt_tokens=100, response_tokens=900)
+    once = forward(setting.shape, 1000)
+    assert estimate(setting).flops["direction"] == pytest.approx((64 * update(setting) + 25.6 * once) * 1000)
+    few = replace(setting, trusted_problems=2, part=1.0)
+    assert estimate(few).flops["direction"] == pytest.approx((40 * update(few) + 0.8 * once) * 1000)
+
+
+def test_measuring_in_the_update_costs_one_product_or_r_vectors_for_each_matrix():
+    whole = replace(FORECAST, estimator="ghost", measure="update")
+    matrices = matmul_parameters(whole.shape)
+    assert estimate(whole).flops["scores"] == 2 * matrices * 256 * 1700
+    # A forward pass, which is a quarter of an update with checkpointing but for the attention; a third without.
+    long = replace(whole, prompt_tokens=1, response_tokens=1)
+    assert taps(long) / update(long) == pytest.approx(1 / 4, rel=1e-3)
+    assert taps(long) / update(replace(long, has_checkpointing=False)) == pytest.approx(1 / 3, rel=1e-3)
+    layer = 2 * (3584 + 3584) + 2 * (512 + 3584) + 3 * (18944 + 3584)
+    features = 28 * layer + 152064 + 3584
+    assert taps(FORECAST) == 2 * 16 * features and FORECAST.shape.matrix_features == features
+    # What was measured on two CPU cores and small matrices is 1.04 to 1.13: elementwise work.
+    assert taps(FORECAST) / update(FORECAST) < 0.01
+
+
+def test_prompts_of_the_shortlist_are_read_once_without_the_output_layer():
+    setting = replace(FORECAST, prompt_tokens=100, oversample=4)
+    body = matmul_parameters(setting.shape) - setting.shape.head_parameters
+    assert estimate(setting).flops["features"] == (2 * body + attention(setting.shape, 100)) * 4 * 32 * 100
+    assert estimate(replace(setting, has_prompt_features=False)).flops["features"] == 0
+    assert estimate(replace(setting, schedule="step", measure=None)).flops["features"] == 0
+
+
+def test_a_forecast_keeps_trusted_responses_and_what_it_knows_of_each_problem():
+    """256 x 5 rows of 1700 tokens x 48 bytes; 24 bytes a problem and 32 float32 numbers of its prompt."""
+    cost = estimate(replace(FORECAST, num_problems=1_000_000))
+    assert cost.kept_bytes == 1280 * 1700 * 48 + 1_000_000 * (24 + 128)
+    blind = estimate(replace(FORECAST, num_problems=1_000_000, has_prompt_features=False))
+    assert blind.kept_bytes == 1280 * 1700 * 48 + 24_000_000
+    assert estimate(Setting(shape_of("7b"))).kept_bytes == 0
+
+
+def test_the_update_measures_with_factors_or_the_whole_direction_on_every_gpu():
+    factors, whole = (estimate(replace(FORECAST, estimator=name, measure="update")).memory for name in OF_UPDATE)
+    assert factors["replicated"] == 2 * 16 * FORECAST.shape.matrix_features
+    assert whole["replicated"] == 2 * FORECAST.shape.num_parameters
+    assert whole["update"] - factors["update"] == whole["replicated"] - factors["replicated"]
+    assert factors["score"] == 0 and factors["update"] < 1.15 * factors["plain"]
+
+
+def test_a_forecast_by_rewards_alone_measures_nothing():
+    cost = estimate(replace(FORECAST, estimator=None, measure=None, trusted_problems=0, has_prompt_features=False))
+    assert cost.flops == cost.plain and cost.ratios["rollout"] == 1 and cost.memory["peak"] == cost.memory["plain"]
+
+
+def test_schedules_stand_side_by_side():
+    setting = Setting(shape_of("7b"), train_batch_size=128, rollout_n=16, trusted_problems=64, validation_n=4,
+                      refresh_interval=2)  # fmt: skip
+    costs = alternatives(setting, tflops=350, tokens_per_second=2500)
+    assert list(costs) == ["step", "forecast"] and costs["step"].setting == setting
+    assert costs["forecast"].ratios["rollout"] <= 1.04 < 4 < costs["step"].ratios["rollout"]
+    assert costs["forecast"].ratios["seconds"] < 1.15 and costs["step"].ratios["seconds"] > 4
+    assert costs["forecast"].setting.estimator == "low_rank" and costs["forecast"].setting.refresh_interval == 10
+    table = table_of_schedules(costs)
+    assert table.header == ("", "plain verl", "schedule step", "schedule forecast")
+    assert table.rows[0] == ("responses per step", "2,048", "8,320", "2,074")
+    assert [row[0] for row in table.rows if row[0] != "  ratio"] == [
+        "responses per step", "  of them trusted", "PFLOP per step", "seconds per step"]  # fmt: skip
+    own = alternatives(replace(setting, schedule="round", num_candidates=1280))
+    assert list(own) == ["step", "forecast", "round"] and own["step"].setting.refresh_interval == 1
+
+
 def test_random_costs_what_a_plain_step_does():
     cost = estimate(Setting(shape_of("7b"), oversample=1, trusted_problems=0, estimator=None))
     assert cost.flops == cost.plain and cost.ratios["flops"] == cost.ratios["rollout"] == 1
@@ -290,6 +381,17 @@ def test_json_holds_settings_costs_and_ratios():
     assert [(c["setting"]["shape"]["name"], c["setting"]["num_gpus"]) for c in costs] == [
         ("1.5b", 1), ("1.5b", 8), ("7b", 1), ("7b", 8)]  # fmt: skip
     assert costs[0]["ratios"]["rollout"] == 4.5 and costs[0]["memory"]["peak"] > 0
+    one = json.loads(invoke("--model", "7b", "--json").output)
+    assert one["schedules"]["forecast"]["rollout"] == 1.05 and len(one["costs"]) == 1
+
+
+def test_the_command_shows_plain_verl_beside_the_schedules():
+    arguments = ("--model", "7b", "--schedule", "forecast", "--train-batch-size", "32", "--validation-n", "4")
+    result = invoke(*arguments, "--tflops", "350", "--tokens-per-second", "2500")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"plain verl ┃ schedule step ┃ schedule forecast", result.output)
+    assert re.search(r"ratio +│ +1.00 │ +5.00 │ +1.10 │", result.output) and "seconds per step" in result.output
+    assert "measuring in the update" in result.output and "prompts are read once" in result.output
 
 
 def test_a_models_own_config_is_read(tmp_path):
@@ -310,6 +412,9 @@ def test_a_models_own_config_is_read(tmp_path):
         (["--model", "7b", "--gpus", "0"], "--num-gpus 0"),
         (["--model", "7b", "--estimator", "guess"], "--estimator guess"),
         (["--model", "7b", "--oversample", "0.5"], "--oversample 0.5"),
+        (["--model", "7b", "--measure", "update"], "--measure update"),
+        (["--model", "7b", "--schedule", "forecast", "--estimator", "backward"], "--estimator backward"),
+        (["--model", "7b", "--schedule", "weekly"], "--schedule weekly"),
         (["--model", "7b", "--tflops", "300"], "--tflops and --tokens-per-second belong together"),
         (["--hf-config", "nowhere.json"], "nowhere.json"),
     ],

@@ -93,6 +93,8 @@ def test_a_pool_with_images_is_refused_before_anything_starts(task, tmp_path):
         ({"overrides": ("data.train_files=x",)}, "data.train_files=x: is set by an option of this command. Remedy: use "
                                                  "--pool"),
         ({"overrides": ("+gradalign=dot",)}, "use --score"),
+        ({"overrides": ("gradalign.schedule=forecast",)}, "gradalign.schedule=forecast: a pool is scored once"),
+        ({"overrides": ("gradalign.measure=update",)}, "gradalign.measure=update: a pool is scored once"),
     ],
 )  # fmt: skip
 def test_a_task_that_cannot_be_scored_is_refused_with_a_remedy(task, change, message):

@@ -3,6 +3,7 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -11,9 +12,9 @@ import typer
 from rich.console import Console
 
 from verl_gradalign.cli.app import command, numbers_table, say, whole_numbers
-from verl_gradalign.cost import PRESETS, Cost, ModelShape, Setting, estimate, shape_of
+from verl_gradalign.cost import PRESETS, Cost, ModelShape, Setting, alternatives, estimate, shape_of
 from verl_gradalign.cost.setting import option_of
-from verl_gradalign.cost.tables import assumptions, tables_of
+from verl_gradalign.cost.tables import assumptions, table_of_schedules, tables_of
 from verl_gradalign.markdown import markdown_table
 
 
@@ -36,6 +37,7 @@ def with_options_of_settings(command: Any) -> Any:
     "verl-gradalign cost --model 7b --gpus 8",
     "verl-gradalign cost --model 7b --gpus 1,8,64 --oversample 2 --schedule round --gpu-gb 80",
     "verl-gradalign cost --hf-config Qwen3-8B/config.json --response-tokens 3000 --tflops 350 --tokens-per-second 2500",
+    "verl-gradalign cost --model 7b --schedule forecast --train-batch-size 128 --rollout-n 16 --validation-n 4",
     "verl-gradalign cost --model 1.5b,7b,70b --gpus 1,8,64 --markdown",
 )
 @with_options_of_settings
@@ -62,16 +64,17 @@ def cost(
         for shape in _shapes(model, parameters, hf_config)
         for num_gpus in whole_numbers("--gpus", gpus, "1,8,64")
     ]
+    has_one_model = len({each.setting.shape for each in costs}) == 1
+    schedules = alternatives(costs[0].setting, tflops, tokens_per_second) if has_one_model else {}
     if as_json:
-        print(json.dumps({"costs": [as_mapping(each) for each in costs]}, indent=2))
+        beside = {"schedules": {name: each.ratios for name, each in schedules.items()}} if schedules else {}
+        print(json.dumps({"costs": [as_mapping(each) for each in costs], **beside}, indent=2))
     elif as_markdown:
-        tables = (
-            f"**{table.title}**\n\n{markdown_table(table.header, table.rows, is_right=True)}"
-            for table in tables_of(costs, gpu_gb)
-        )
+        shown = [*([table_of_schedules(schedules)] if schedules else []), *tables_of(costs, gpu_gb)]
+        tables = (f"**{each.title}**\n\n{markdown_table(each.header, each.rows, is_right=True)}" for each in shown)
         print("\n\n".join([assumptions(costs[0].setting), *tables]))
     else:
-        print_costs(costs, gpu_gb)
+        print_costs(costs, gpu_gb, schedules)
         for note in dict.fromkeys(note for each in costs for note in each.notes):
             say(Console(), f"note: {note}.")
 
@@ -83,11 +86,11 @@ def as_mapping(cost: Cost) -> dict[str, Any]:
     return {**setting, **values, "ratios": cost.ratios}
 
 
-def print_costs(costs: list[Cost], gpu_gb: float | None = None) -> None:
-    """Print what the costs were computed for, and their tables."""
+def print_costs(costs: list[Cost], gpu_gb: float | None = None, schedules: Mapping[str, Cost] | None = None) -> None:
+    """Print what the costs were computed for, and their tables, that of `schedules` first."""
     console = Console()
     console.print(assumptions(costs[0].setting), markup=False, highlight=False)
-    for table in tables_of(costs, gpu_gb):
+    for table in [*([table_of_schedules(schedules)] if schedules else []), *tables_of(costs, gpu_gb)]:
         console.print(numbers_table(table.header, table.rows, title=table.title, title_justify="left"))
 
 

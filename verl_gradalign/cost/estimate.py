@@ -9,29 +9,16 @@ A forward pass takes 2 operations per token and matrix element, a backward pass 
 and once more for weight gradients; recomputing activations adds a forward pass (Kaplan et al. 2020, arXiv 2001.08361,
 section 2.1; Korthikanti et al. 2022, arXiv 2205.05198). Attention adds 2 x row length x features per layer and token,
 half of the full square, twice that backwards; it has no weights.
-
-Parameters, gradients, Adam's moments and the direction are float32 shards. What is gathered and kept of a pass is in
-the compute dtype; the rollout sleeps. Left out are the allocator's fragmentation, communication buffers and what the
-rollout engine keeps while it sleeps; leave a tenth of the GPU for those.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from verl_gradalign.cost.setting import ModelShape, Setting
+from verl_gradalign.cost.memory import BYTES_PER_ROLLOUT_TOKEN, kept_bytes, memory_of
+from verl_gradalign.cost.setting import AUTO, ModelShape, Setting
 from verl_gradalign.errors import refuse
-from verl_gradalign.probe.sizes import CHUNK_ELEMENTS, MAX_GRADIENT_ELEMENTS, fastest_form
-
-FULL = 4
-"""Bytes of a number of the parameters, gradients, moments and the direction."""
-FORMED_BYTES = FULL * MAX_GRADIENT_ELEMENTS["cuda"]
-CHUNK_BYTES = 2 * FULL * CHUNK_ELEMENTS
-"""Logits converted to float32 at a time, and their exponentials."""
-SHARDS_WHILE_MADE = 4
-"""Shards of the gradient's size while a direction is made of one trusted set: two halves, their sum, and at most one
-more for products. Measured: tests/unit/test_cost.py."""
-BYTES_PER_ROLLOUT_TOKEN = 48
-"""Of the trainer's memory: ids, positions, masks and prompts or responses in int64, log-probs and scores in float32."""
+from verl_gradalign.probe.sizes import fastest_form
 
 
 @dataclass(frozen=True)
@@ -39,9 +26,11 @@ class Cost:
     """The cost of a mean step, in responses where no other unit is named. Schedule round: a round's, by its steps.
 
     `others` are generated for training alone (batches of a round after its first step), `unused` for the selection and
-    never trained on, `most_at_once` in the step that selects: they take `host_bytes` of the trainer's memory. `plain`
-    are the operations of a step of the same batch without selection, by part as `flops`; log-probs are the old ones
-    and, with a KL term, the reference's. `memory` is that of `memory_of`.
+    never trained on, `most_at_once` in the step that selects: they take `host_bytes` of the trainer's memory, and
+    `kept_bytes` what is kept between steps (trusted responses, what a forecast knows of the pool). `plain` are the
+    operations of a step of the same batch without selection, by part as `flops`; `features` are those of an epoch in
+    which the problems are new, `scores` where the update measures what that adds to it; log-probs are the old ones and,
+    with a KL term, the reference's. `memory` is that of `memory_of`.
     """
 
     setting: Setting
@@ -57,18 +46,28 @@ class Cost:
     plain: dict[str, float]
     memory: dict[str, float]
     host_bytes: float
+    kept_bytes: float
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Of a plain step's responses and operations, and the update's operations that direction and scores take."""
+        """Of a plain step's responses, operations and time, and the update's operations that the measuring takes."""
         flops = self.flops
-        return {
+        measuring = flops["features"] + flops["direction"] + flops["scores"]
+        ratios = {
             "rollout": self.generated / self.trained,
             "flops": sum(flops.values()) / sum(self.plain.values()),
-            "measuring": (flops["direction"] + flops["scores"]) / flops["update"],
+            "measuring": measuring / flops["update"],
         }
+        return ratios | ({"seconds": self.step_s / self.seconds["plain"]} if self.seconds else {})
+
+    @property
+    def step_s(self) -> float:
+        """The seconds of a step, where the speeds are known. Raises: ValueError where they are not."""
+        if self.seconds is None:
+            raise ValueError("no speeds were given, so there is no time")
+        return sum(seconds for part, seconds in self.seconds.items() if part != "plain")
 
 
 def estimate(setting: Setting, tflops: float | None = None, tokens_per_second: float | None = None) -> Cost:
@@ -76,30 +75,31 @@ def estimate(setting: Setting, tflops: float | None = None, tokens_per_second: f
 
     Units: achieved (not peak) operations per second of training passes, in 1e12; tokens per second of the rollout.
     """
-    per_selection, n = setting.steps_per_selection, setting.rollout_n
-    trained = float(setting.train_batch_size * n)
+    per_selection = setting.steps_per_selection
+    trained = float(setting.train_batch_size * setting.rollout_n)
+    trusted = setting.trusted_responses / setting.refresh_steps
+    at_once = trusted if setting.keeps_responses else float(setting.trusted_responses)
     chosen_from = float(setting.candidates_per_selection * setting.responses_per_candidate)
-    at_refresh = float(setting.trusted_problems * (setting.validation_n or n))
+    replaced = trusted * (1 - setting.audit) if setting.train_on_trusted else 0.0
+    if setting.is_forecast:
+        chosen_from = max(0.0, trained - replaced)
     candidates, others = chosen_from / per_selection, trained * (per_selection - 1) / per_selection
-    trusted = at_refresh / setting.refresh_steps
     generated = candidates + trusted + others
-    flops = _flops(setting, candidates, trusted, trained, generated)
-    plain = _flops(setting, 0.0, 0.0, trained, trained)
-    most_at_once = chosen_from + at_refresh
     cost = Cost(
         setting=setting,
         candidates=candidates,
         trusted=trusted,
         others=others,
         trained=trained,
-        unused=candidates + trusted - trained / per_selection,
+        unused=generated - trained,
         generated=generated,
         generated_tokens=generated * setting.response_tokens,
-        most_at_once=most_at_once,
-        flops=flops,
-        plain=plain,
+        most_at_once=chosen_from + at_once,
+        flops=_training(setting, trained, generated) | _measuring(setting, candidates, trusted, trained),
+        plain=_training(setting, trained, trained),
         memory=memory_of(setting),
-        host_bytes=most_at_once * setting.tokens_per_row * BYTES_PER_ROLLOUT_TOKEN,
+        host_bytes=(chosen_from + at_once) * setting.tokens_per_row * BYTES_PER_ROLLOUT_TOKEN,
+        kept_bytes=kept_bytes(setting),
         seconds=None,
         notes=_notes(setting),
     )
@@ -107,19 +107,70 @@ def estimate(setting: Setting, tflops: float | None = None, tokens_per_second: f
     return replace(cost, seconds=_seconds(cost, tflops, tokens_per_second)) if has_speeds else cost
 
 
-def _flops(setting: Setting, candidates: float, trusted: float, trained: float, generated: float) -> dict[str, float]:
-    """Return the operations of a step that scores `candidates` responses and makes a direction of `trusted` ones."""
-    length, once, whole = setting.tokens_per_row, forward(setting.shape, setting.tokens_per_row), update(setting)
-    measured = setting.live_share if setting.estimator is not None else 0.0
+def alternatives(
+    setting: Setting, tflops: float | None = None, tokens_per_second: float | None = None
+) -> dict[str, Cost]:
+    """Return the costs of the schedules step and forecast, and of the setting's own, by name.
+
+    Those that are not the setting's have the defaults of what depends on the schedule.
+    """
+    estimator = None if setting.estimator is None else AUTO
+    anew: dict[str, Any] = {"measure": None, "refresh_interval": None, "keeps_responses": None, "replay": None}
+    anew |= {"estimator": estimator, "train_on_trusted": False}
+    settings = {name: replace(setting, schedule=name, **anew) for name in ("step", "forecast")}
+    settings[setting.schedule] = setting
+    return {name: estimate(each, tflops, tokens_per_second) for name, each in settings.items()}
+
+
+def _training(setting: Setting, trained: float, generated: float) -> dict[str, float]:
+    """Return the operations of a step that generates and trains on so many responses, by part."""
+    length, once = setting.tokens_per_row, forward(setting.shape, setting.tokens_per_row)
     # A prompt is read once for all its responses (the rollout's prefix cache).
     prompts = generated / setting.rollout_n * setting.prompt_tokens
     return {
         "rollout": once * (generated * setting.response_tokens + prompts),
-        "direction": whole * trusted * length * measured,
-        "scores": score(setting) * candidates * length * measured if measured else 0.0,
+        "features": 0.0,
+        "direction": 0.0,
+        "scores": 0.0,
         "log_probs": once * trained * length * (2 if setting.has_reference else 1),
-        "update": whole * trained * length * setting.ppo_epochs,
+        "update": update(setting) * trained * length * setting.ppo_epochs,
     }
+
+
+def _measuring(setting: Setting, candidates: float, trusted: float, trained: float) -> dict[str, float]:
+    """Return the operations, by part, of features, of directions and of scores, in a mean step.
+
+    Where responses are kept, v is made in every step from a part of them, and only the fresh ones' log-probs are added.
+    What its factors take (a few products of v with r columns, per step) is less than a thousandth of an update.
+    """
+    length, shape, live = setting.tokens_per_row, setting.shape, setting.live_share
+    features = 0.0
+    if setting.is_forecast and setting.has_prompt_features:
+        shortlist = setting.candidates_per_selection * setting.prompt_tokens
+        features = shortlist * (forward(shape, setting.prompt_tokens) - 2.0 * shape.head_parameters)
+    if setting.estimator is None:
+        return {"features": features}
+    read, log_probs = trusted * live, 0.0
+    if setting.keeps_responses:
+        stored = setting.trusted_responses * (setting.replay or 1) * live
+        log_probs = forward(shape, length) * read * length
+        read = min(stored, setting.part * trained) / setting.steps_per_selection
+    if setting.measures_in_update:
+        scores = taps(setting) * trained * length
+    else:
+        scores = score(setting) * candidates * length * live
+    return {"features": features, "direction": update(setting) * read * length + log_probs, "scores": scores}
+
+
+def taps(setting: Setting) -> float:
+    """Return the operations that measuring adds to the update, per token of it.
+
+    `ghost`: one product with the whole direction for each matrix, which is a forward pass without its attention.
+    `low_rank`: input and output gradient times the r factors of their side.
+    """
+    if setting.estimator == "low_rank":
+        return 2.0 * setting.low_rank * setting.shape.matrix_features
+    return 2.0 * matmul_parameters(setting.shape)
 
 
 def _seconds(cost: Cost, tflops: float | None, tokens_per_second: float | None) -> dict[str, float]:
@@ -133,6 +184,7 @@ def _seconds(cost: Cost, tflops: float | None, tokens_per_second: float | None) 
     token_s = cost.setting.response_tokens / (tokens_per_second * cost.setting.num_gpus)
     return {
         "rollout": cost.generated * token_s,
+        "features": cost.flops["features"] / rate,
         "direction": cost.flops["direction"] / rate,
         "scores": cost.flops["scores"] / rate,
         "training": (cost.flops["log_probs"] + cost.flops["update"]) / rate,
@@ -144,7 +196,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     """Return what the numbers do not show."""
     notes, num, most = [], setting.responses_per_candidate, setting.probe_tokens
     mean, longest = num * setting.tokens_per_row, num * setting.longest_row
-    if setting.estimator not in (None, "backward") and longest > most:
+    is_apart = not setting.measures_in_update and setting.estimator not in (None, "backward")
+    if is_apart and longest > most:
         which, size = ("a mean problem", mean) if mean > most else ("a problem of the longest responses", longest)
         notes.append(
             f"{which} takes {size:,.0f} positions, more than the {most:,} of a micro-batch: such problems are scored "
@@ -154,6 +207,10 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         notes.append(
             "backward gathers all parameters twice and reduces all gradients once for each problem, which is not in "
             "the operations: it measured 3.8 times an update's time on two ranks"
+        )
+    if setting.is_forecast and setting.has_prompt_features:
+        notes.append(
+            "prompts are read once each for their features, so that part falls to nothing once the pool has been seen"
         )
     return tuple(notes)
 
@@ -197,8 +254,7 @@ def score(setting: Setting, device: str = "cuda") -> float:
             # The graph opens at the output layer: one product back is cut off, its gradient is formed.
             return once + _ghost_products(setting, shape.vocabulary, shape.hidden, device)
         case "low_rank":
-            features = sum(o + i for o, i in shape.layer_matrices) * shape.num_layers + shape.vocabulary + shape.hidden
-            return once + _backward(setting) + 2.0 * setting.low_rank * features
+            return once + _backward(setting) + 2.0 * setting.low_rank * shape.matrix_features
         case "ghost":
             layers = sum(_ghost_products(setting, o, i, device) for o, i in shape.layer_matrices) * shape.num_layers
             head = _ghost_products(setting, shape.vocabulary, shape.hidden, device)
@@ -219,64 +275,3 @@ def _ghost_products(setting: Setting, outputs: int, inputs: int, device: str) ->
     weight = 2.0 * outputs * inputs
     operations = {"per_row": weight, "per_problem": 2 * weight, "gram": weight + 2.0 * num_tokens * (outputs + inputs)}
     return operations[fastest_form(num_tokens, num_rows, outputs, inputs, device)]
-
-
-def memory_of(setting: Setting) -> dict[str, float]:
-    """Return the bytes of one of the setting's GPUs: its parts, and the highest points of each phase and of all."""
-    shape, bytes_each = setting.shape, setting.compute_bytes
-    shard = FULL * shape.num_parameters / setting.num_gpus
-    is_gathered = setting.num_gpus > 1 or bytes_each < FULL
-    # Layers put together from shards, two at a time, with embedding and output layer.
-    gathered = bytes_each * (2 * shape.layer_parameters + shape.embedding_parameters) if is_gathered else 0
-    activations, logits = pass_bytes(setting, setting.micro_batch_tokens)
-    measuring = gathered + sum(pass_bytes(setting, setting.probe_tokens))
-    selects, base = setting.estimator is not None, 3 * shard
-    has_direction = selects and setting.trusted_problems > 0
-    kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
-    making = max(2 * shard + measuring, SHARDS_WHILE_MADE * shard)
-    plain = base + shard + gathered + activations + logits
-    head = float(FULL * shape.head_parameters)
-    largest = max(head, *(FULL * o * i for o, i in shape.layer_matrices))
-    beside_pass_and_direction = {
-        None: 0.0,
-        "backward": shard,
-        "finite_difference": shard,  # a copy of the parameters, to restore them bit for bit
-        "low_rank": largest,
-        "ghost": largest + FORMED_BYTES,
-        "output_layer": head + FORMED_BYTES,
-    }
-    scoring = base + kept + shard + measuring + beside_pass_and_direction[setting.estimator]
-    peaks = {
-        "update": plain + kept,
-        "make_direction": base + kept + making if has_direction else 0.0,
-        "score": scoring if selects else 0.0,
-    }
-    return {
-        "parameters": shard,
-        "gradients": shard,
-        "optimizer": 2 * shard,
-        "direction": kept,
-        "gathered": gathered,
-        "activations": activations,
-        "logits": logits,
-        **peaks,
-        "plain": plain,  # of the update without selection
-        "peak": max(peaks.values()),
-    }
-
-
-def pass_bytes(setting: Setting, micro_batch_tokens: int) -> tuple[float, float]:
-    """Return the bytes of a micro-batch's activations that autograd keeps, and of its logits.
-
-    Per token and layer 10 hidden + 4 intermediate numbers are kept (measured on transformers' Qwen2 with SDPA: the
-    norms' inputs and outputs, queries, keys, values, the attention's and the MLP's products). With checkpointing one
-    layer at a time, and each layer's input. Beside the logits lie their gradient and the chunk in float32.
-    """
-    shape, bytes_each = setting.shape, setting.compute_bytes
-    # A longest row, where that is more than a micro-batch, is a separate one.
-    tokens = max(micro_batch_tokens, setting.longest_row)
-    layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * bytes_each
-    inputs = shape.num_layers * tokens * shape.hidden * bytes_each
-    logits = tokens * shape.vocabulary
-    activations = layer + inputs if setting.has_checkpointing else shape.num_layers * layer
-    return float(activations), float(2 * logits * bytes_each + min(CHUNK_BYTES, 2 * FULL * logits))

@@ -21,6 +21,12 @@ SHARE: Rule = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 BYTES: Rule = (lambda value: value in (2, 4), "must be 2 (bf16) or 4 (float32)")
 
 
+AUTO = "auto"
+AUTO_HELP = "auto: ghost, or low_rank in the update. none: for scores without gradients."
+OF_UPDATE = ("low_rank", "ghost")
+"""What the update itself can measure with."""
+
+
 def one_of(*choices: str) -> Rule:
     return (lambda value: value in choices), f"unknown; known are {', '.join(choices)}"
 
@@ -51,14 +57,25 @@ class Setting:
     max_prompt_tokens: int = entry(1024, AT_LEAST_1, "data.max_prompt_length.")
     max_response_tokens: int = entry(4096, AT_LEAST_1, "data.max_response_length.")
     oversample: float = entry(4.0, FACTOR, "Candidates per problem trained on.")
-    schedule: str = entry("step", one_of("step", "round"), "step or round.")
+    schedule: str = entry("step", one_of("step", "round", "forecast"), "step, round or forecast.")
+    measure: str | None = entry(None, one_of("before", "update"), "before or update. Schedule forecast: update.")
     steps_per_round: int = entry(10, AT_LEAST_1, "Of schedule round.")
     num_candidates: int | None = entry(None, AT_LEAST_1, "Of a round. Oversample x batch x steps.")
     candidate_n: int | None = entry(None, AT_LEAST_1, "Responses per candidate of a round (curriculum.n).")
     trusted_problems: int = entry(64, AT_LEAST_0, "0 for a score without a trusted set.")
     validation_n: int | None = entry(None, AT_LEAST_1, "Responses per trusted problem. As --rollout-n.")
-    refresh_interval: int = entry(1, AT_LEAST_1, "Steps between two directions.")
-    estimator: str | None = entry("ghost", one_of(*ESTIMATORS), "Or none, for scores without gradients.")
+    refresh_interval: int | None = entry(None, AT_LEAST_1, "Steps per rollout of the trusted set. 1; forecast: 10.")
+    keeps_responses: bool | None = None
+    """Whether v is made in every step, from trusted responses that are kept. None: with schedule forecast."""
+    replay: int | None = entry(None, AT_LEAST_1, "Turns of the trusted set whose responses are kept. 1; forecast: 5.")
+    part: float = entry(0.25, POSITIVE, "Of an update's rows, that v is made from where responses are kept.")
+    train_on_trusted: bool = entry(False, None, "Schedule forecast: trusted responses replace others in the update.")
+    audit: float = 0.1
+    """train_on_trusted: share of the trusted problems that is not trained on."""
+    has_prompt_features: bool = entry(True, None, "Schedule forecast reads prompts' hidden states.")
+    num_problems: int = entry(10_000, AT_LEAST_1, "Of the pool, which schedule forecast remembers one by one.")
+    num_features: int = 32
+    estimator: str | None = entry(AUTO, one_of(AUTO, *ESTIMATORS), AUTO_HELP)
     has_response_derivatives: bool = entry(False, None, "The score uses them, as confident_cosine does.")
     live_share: float = entry(1.0, SHARE, "Share of problems whose responses differ in reward.")
     low_rank: int = 16
@@ -78,6 +95,38 @@ class Setting:
             value, rule = getattr(self, each.name), each.metadata.get("rule")
             if rule is not None and value is not None and not rule[0](value):
                 refuse(option_of(each.name), value, rule[1], "leave it out to use the default, or correct it")
+        self._fill_in()
+        if not self.measures_in_update:
+            return
+        if not self.is_forecast:
+            why = f"schedule {self.schedule} chooses by what is measured, which the update would be too late for"
+            refuse("--measure", "update", why, "use --schedule forecast, or leave it out")
+        if self.estimator not in OF_UPDATE:
+            why = "the update's own backward pass gives dot products only, with the whole direction or with its factors"
+            refuse("--estimator", self.estimator, why, f"use {' or '.join(OF_UPDATE)}, or --measure before")
+
+    def _fill_in(self) -> None:
+        """Fill in what depends on the schedule, as the configuration does, and `+gradalign=forecast`."""
+        measure = self.measure or ("update" if self.is_forecast and self.estimator is not None else "before")
+        interval, replay = (10, 5) if self.is_forecast else (1, 1)
+        values: dict[str, Any] = {
+            "measure": measure,
+            "refresh_interval": self.refresh_interval or interval,
+            "replay": self.replay or replay,
+            "keeps_responses": self.is_forecast if self.keeps_responses is None else self.keeps_responses,
+        }
+        if self.estimator == AUTO:
+            values["estimator"] = "low_rank" if measure == "update" else "ghost"
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_forecast(self) -> bool:
+        return self.schedule == "forecast"
+
+    @property
+    def measures_in_update(self) -> bool:
+        return self.estimator is not None and self.measure == "update"
 
     @property
     def tokens_per_row(self) -> float:
@@ -89,16 +138,25 @@ class Setting:
 
     @property
     def steps_per_selection(self) -> int:
-        return 1 if self.schedule == "step" else self.steps_per_round
+        return self.steps_per_round if self.schedule == "round" else 1
 
     @property
     def responses_per_candidate(self) -> int:
-        return self.rollout_n if self.schedule == "step" else self.candidate_n or self.rollout_n
+        return self.candidate_n or self.rollout_n if self.schedule == "round" else self.rollout_n
 
     @property
     def refresh_steps(self) -> int:
-        """Steps between two directions: one is made in a step that selects, if the last is older than the interval."""
-        return self.steps_per_selection * math.ceil(self.refresh_interval / self.steps_per_selection)
+        """Steps in which the trusted set is rolled out once: in a step that selects, if the interval is over.
+
+        Where responses are kept, a share of it in every step.
+        """
+        interval = self.refresh_interval or 1
+        return self.steps_per_selection * math.ceil(interval / self.steps_per_selection)
+
+    @property
+    def trusted_responses(self) -> int:
+        """Of the whole trusted set."""
+        return self.trusted_problems * (self.validation_n or self.rollout_n)
 
     @property
     def probe_tokens(self) -> int:
@@ -107,7 +165,7 @@ class Setting:
 
     @property
     def candidates_per_selection(self) -> int:
-        """Problems that a selection chooses from."""
+        """Problems that a selection chooses from; schedule forecast only forecasts them."""
         if self.schedule == "round" and self.num_candidates is not None:
             return self.num_candidates
         return math.ceil(round(self.oversample * self.train_batch_size * self.steps_per_selection, 9))
@@ -180,6 +238,12 @@ class ModelShape:
             *((attention, self.hidden), (kv, self.hidden), (kv, self.hidden), (self.hidden, attention)),
             *((self.intermediate, self.hidden), (self.intermediate, self.hidden), (self.hidden, self.intermediate)),
         )
+
+    @property
+    def matrix_features(self) -> int:
+        """Outputs and inputs of all matrices together: the numbers of a pair of vectors for each of them."""
+        of_layer = sum(outputs + inputs for outputs, inputs in self.layer_matrices)
+        return of_layer * self.num_layers + self.vocabulary + self.hidden
 
     @property
     def layer_parameters(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
-from verl_gradalign.cost.estimate import Cost, estimate, memory_of
+from verl_gradalign.cost.estimate import Cost, estimate
+from verl_gradalign.cost.memory import memory_of
 from verl_gradalign.cost.setting import HF_KEYS, ModelShape, Setting
 from verl_gradalign.cost.tables import GPU_SHARE
 from verl_gradalign.doctor.data import ExaminedData
@@ -133,6 +134,10 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
     schedule: dict[str, Any] = {"schedule": "round", "oversample": config.oversample, "candidate_n": curriculum.n}
     if config.schedule == "step":
         schedule = {"oversample": 1.0 if score.rank is None else config.oversample}
+    elif config.is_forecast:
+        features = config.forecast.features
+        schedule = {"schedule": "forecast", "oversample": config.oversample, "measure": config.measure}
+        schedule |= {"has_prompt_features": "prompt" in features, "num_features": config.forecast.num_features}
     elif config.schedule == "round":
         schedule |= {"steps_per_round": curriculum.steps_per_round, "num_candidates": curriculum.num_candidates}
     else:
@@ -153,6 +158,12 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         trusted_problems=data.num_trusted,
         validation_n=max(1, round(data.trusted_responses / data.num_trusted)) if data.num_trusted else None,
         refresh_interval=direction.refresh_interval,
+        keeps_responses=direction.keeps_responses and data.num_trusted > 0,
+        replay=direction.replay,
+        part=direction.part,
+        train_on_trusted=direction.train_on_trusted,
+        audit=direction.audit,
+        num_problems=max(1, num_problems),
         estimator=config.estimator if score.needs_gradients else None,
         has_response_derivatives=score.needs_response_derivatives,
         low_rank=config.probe.rank,
@@ -163,9 +174,16 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,
-        is_direction_kept=direction.refresh_interval > 1 or direction.ema > 0 or direction.on_degenerate == "previous",
+        is_direction_kept=_is_direction_kept(config),
         **schedule,
     )
+
+
+def _is_direction_kept(config: GradAlignConfig) -> bool:
+    """Return whether a step needs the direction of an earlier one, or its update the direction."""
+    direction = config.direction
+    outlives_step = (direction.refresh_interval or 1) > 1 or direction.ema > 0 or direction.on_degenerate == "previous"
+    return outlives_step or config.measures_in_update
 
 
 def total_steps(verl_config: DictConfig, num_problems: int) -> int:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
+from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
@@ -73,7 +74,7 @@ def _check_trusted_set(config: GradAlignConfig) -> None:
 
 
 def _check_norms(config: GradAlignConfig) -> None:
-    gives_norm = ESTIMATORS[config.estimator].gives_norm
+    gives_norm = config.measures_in_update or ESTIMATORS[config.estimator].gives_norm  # else forecast_checks says it
     rule = f"score {config.score} needs gradient norms, which it does not give"
     remedy = "set gradalign.estimator=ghost or gradalign.score=dot"
     require(not score_of(config.score).needs_norm or gives_norm, "estimator", config.estimator, rule, remedy)
@@ -110,7 +111,14 @@ def _check_reliability(config: GradAlignConfig) -> None:
     require(least is None or is_measured, "reliability.min_reliability", least, rule, remedy)
 
 
-SCORE_CHECKS = (_check_trusted_set, _check_norms, _check_response_derivatives, _check_pool_dots, _check_reliability)
+SCORE_CHECKS = (
+    _check_trusted_set,
+    _check_norms,
+    _check_response_derivatives,
+    _check_pool_dots,
+    _check_reliability,
+    *CONFIG_CHECKS,
+)
 
 
 def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -128,9 +136,10 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
         _check_filter,
         _check_mode,
         _check_reward_model,
+        *VERL_CHECKS,
     )
     if not score_of(config.score).needs_gradients:
-        return checks
+        return (*checks, _check_prompt_features)
     return (
         *checks,
         _check_advantages,
@@ -175,7 +184,7 @@ def _check_cached_rollouts(_: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_filter(config: GradAlignConfig, verl_config: DictConfig) -> None:
     filters = (verl_config.algorithm.get("filter_groups") or {}).get("enable")
-    if filters and config.schedule not in ("step", "round"):
+    if filters and config.schedule in ("once", "staged"):
         why = f"gradalign.schedule={config.schedule} scores all problems it may; none is left to replace a filtered one"
         remedy = "set it to False; gradalign.dead_groups=drop leaves groups without advantage out"
         refuse("algorithm.filter_groups.enable", True, why, remedy)
@@ -188,6 +197,9 @@ def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
     if mode == "gradalign_colocate_async" and config.schedule != "step":
         why = "prompts are in flight before a selection is made, so kept problems could not be the next ones trained on"
         remedy = "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign"
+        if config.is_forecast:
+            why = "groups are trained on steps after they were chosen, and trusted ones need not be there in every step"
+            remedy = "train synchronously with trainer.v1.trainer_mode=gradalign"
         refuse("gradalign.schedule", config.schedule, f"under trainer.v1.trainer_mode={mode} {why}", remedy)
 
 
@@ -260,10 +272,28 @@ def _check_distillation(_: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse(key, False, why, "set it to True, or gradalign.score=random to train without selection")
 
 
-def _check_engine(_: GradAlignConfig, verl_config: DictConfig) -> None:
+def _engine(verl_config: DictConfig) -> str:
+    """Return the actor's engine: each has a block of its own, the strategy alone does not make FSDP's of it."""
     actor = verl_config.actor_rollout_ref.actor
-    # Each engine has an actor block of its own; the strategy alone does not make FSDP's of it.
-    engine = actor.strategy if "fsdp_config" in actor or actor.strategy not in ENGINES else verl_config.model_engine
+    is_own = "fsdp_config" in actor or actor.strategy not in ENGINES
+    return str(actor.strategy if is_own else verl_config.model_engine)
+
+
+def _check_prompt_features(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Refuse prompt features of an actor that cannot be read, where nothing else is read of it."""
+    if not config.is_forecast or "prompt" not in config.forecast.features:
+        return
+    features, engine = list(config.forecast.features), _engine(verl_config)
+    others = [name for name in features if name != "prompt"] or ["source"]
+    why = f"`prompt` reads the policy's hidden states, on {' and '.join(ENGINES)} only, and the actor is {engine}'s"
+    if engine not in ENGINES:
+        refuse("gradalign.forecast.features", features, why, f"set gradalign.forecast.features=[{','.join(others)}]")
+    for check in (_check_fused_kernels, _check_sequence_parallel):
+        check(config, verl_config)
+
+
+def _check_engine(_: GradAlignConfig, verl_config: DictConfig) -> None:
+    actor, engine = verl_config.actor_rollout_ref.actor, _engine(verl_config)
     if engine in ENGINES:
         return
     why = f"gradients are read from {' and '.join(ENGINES)} only"
@@ -319,7 +349,8 @@ def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:
     budget = token_budget(config.probe, verl_config)
     data, num_rows = verl_config.data, config.curriculum.n or verl_config.actor_rollout_ref.rollout.n
     longest = num_rows * (data.max_prompt_length + data.max_response_length)
-    if ESTIMATORS[config.estimator].needs_whole_problems and longest > budget.max_tokens:
+    needs_whole = ESTIMATORS[config.estimator].needs_whole_problems and not config.measures_in_update
+    if needs_whole and longest > budget.max_tokens:
         logger.warning(
             "a problem may take %d positions, more than the %d of a micro-batch; such problems %s. Raise "
             "gradalign.probe.max_tokens_per_rank if memory allows",
@@ -344,6 +375,8 @@ def check_data(config: GradAlignConfig, verl_config: DictConfig) -> None:
     limit = data.get("train_max_samples", -1)
     num_problems = len(train) if limit is None or limit < 0 else min(len(train), limit)
     check_schedule(config, num_problems, data.train_batch_size, chooses=score.rank is not None)
+    check_pool(config, num_problems, data.train_batch_size)
+    check_num_trusted(config, sum(len(trusted[s.name] or ()) for s in trusted_sets), data.train_batch_size)
     rollout_n = verl_config.actor_rollout_ref.rollout.n
     num_trusted = sum(len(trusted[s.name] or ()) * (s.n or rollout_n) for s in trusted_sets)
     check_storage(config, verl_config, num_problems, num_trusted)

@@ -29,7 +29,7 @@ def check_storage(config: GradAlignConfig, verl_config: DictConfig, num_problems
         return
     batch_size, n = verl_config.data.train_batch_size, verl_config.actor_rollout_ref.rollout.n
     num = batch_size
-    if score_of(config.score).rank is not None or config.schedule != "step":
+    if not config.is_forecast and (score_of(config.score).rank is not None or config.schedule != "step"):
         num = num_candidates(config, num_problems, batch_size)
         n = n if config.schedule == "step" else config.curriculum.n or n
     num_trusted = trusted_rows(config, num_trusted)

@@ -51,6 +51,8 @@ def check_schedule(config: GradAlignConfig, num_problems: int, batch_size: int, 
         why = f"hold {num_problems} problems, fewer than a batch of {batch_size}"
         remedy = f"add problems or set data.train_batch_size={max(num_problems, 1)}"
         raise ValueError(f"data.train_files: {why}. Remedy: {remedy}.")
+    if config.is_forecast:  # its shortlist may be the whole pool
+        return
     if config.schedule in ("once", "staged"):
         _check_stages(config, num_problems, batch_size)
     elif config.schedule == "round" or chooses:

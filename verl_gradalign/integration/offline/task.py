@@ -83,6 +83,9 @@ def check_task(task: ScoringTask) -> None:
     for key in overridden:
         if key in options:
             refuse(key, overridden[key], "is set by an option of this command", f"use {options[key]} for it")
+    for key, only in (("gradalign.schedule", "step"), ("gradalign.measure", "before")):
+        if overridden.get(key, only) != only:
+            refuse(key, overridden[key], "a pool is scored once, as it is, and nothing is trained", "leave it out")
     if score.rank is None:
         refuse("--score", task.score, "draws problems without looking at them", "use a score that ranks, e.g. cosine")
     has_trusted = bool(task.trusted) or "gradalign.validation.sets" in overridden
