@@ -6,7 +6,7 @@ With `measure=update` the update itself measures: the step's choice is concluded
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,20 @@ from verl_gradalign.integration.prompt_states import PromptStates, prompt_tokens
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.rollouts import read_responses
 from verl_gradalign.integration.selection_trainer import SelectionTrainer
-from verl_gradalign.integration.update_scores import scores_of_update
+from verl_gradalign.integration.update_measure import (
+    MEASURE,
+    UpdateReply,
+    UpdateRequest,
+    in_batch_order,
+    require_agreement,
+)
 from verl_gradalign.metrics import named
-from verl_gradalign.probe.call import ScoringReply
+from verl_gradalign.probe.call import DirectionReply, ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum
 from verl_gradalign.selection.groups import Group
+from verl_gradalign.selection.update_scores import scores_of_update
 from verl_gradalign.types import Picks
-
-MEASURE = "gradalign_measure"
-"""What tells the worker's update that it is to measure."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class RolledOut:
     groups: Sequence[Group]
     trusted: Mapping[str, Sequence[Group]]
     picks: Picks
-    reply: ScoringReply | None
-    """On the step's direction; None: there is none to measure along."""
+    direction: DirectionReply | None
+    """What was made for the step; None: nothing could be."""
 
 
 class ForecastTrainer(SelectionTrainer):
@@ -75,13 +79,12 @@ class ForecastTrainer(SelectionTrainer):
         self.free_rollout()
         # In time for the next step, whose prompts are sent while the rollout is awake.
         self._curriculum.prepare(step + 1)
-        reply = self._renew_direction(batch, trusted, step)
-        rolled_out = RolledOut(step, batch.partition_id, groups, trusted, picks, reply)
-        if self._updates_measure(step):
-            self._unmeasured = rolled_out
-            return self._selector.take_picks(groups, None, picks), {}
-        measured = self._measure_step(batch, groups, trusted, step)
-        return self._conclude(rolled_out, measured)
+        if not self._updates_measure(step):
+            rolled_out = RolledOut(step, batch.partition_id, groups, trusted, picks, None)
+            return self._conclude(rolled_out, self._measure_step(batch, groups, trusted, step))
+        made = self._renew_direction(batch, trusted, step)
+        self._unmeasured = RolledOut(step, batch.partition_id, groups, trusted, picks, made)
+        return self._selector.take_picks(groups, None, picks), {}
 
     def _updates_measure(self, step: int) -> bool:
         """Return whether the step's update measures. verl does not update the actor while the critic warms up."""
@@ -94,24 +97,47 @@ class ForecastTrainer(SelectionTrainer):
         metrics: dict[str, float] = {}
         if choice.observations is not None:
             sources = [group.problem.data_source for group in of.groups]
-            metrics = self._curriculum.observe(of.step, of.picks, choice.observations, sources)
+            is_fresh = reply is not None and reply.is_fresh
+            metrics = self._curriculum.observe(of.step, of.picks, choice.observations, sources, is_fresh)
         read = partial(read_responses, of.partition_id)
-        return choice, metrics | self._notes.record(of.step, read, of.groups, choice, reply, of.trusted, of.picks)
+        noted = of.step, read, of.groups, choice, reply, of.trusted, of.picks, choice.observations
+        return choice, metrics | self._notes.record(*noted) | self._kept_metrics()
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Have verl's update measure what it trains on. The checkpoint, which follows, holds what was learnt of it."""
         of, self._unmeasured = self._unmeasured, None
         if of is None:
             return super()._update_actor(batch, metrics)
-        batch.extra_info[MEASURE] = of.reply is not None
+        if self._selector.has_direction:
+            batch.extra_info[MEASURE] = self._update_request(of.step)
+        keys = list(batch.keys)
         batch = super()._update_actor(batch, metrics)
-        reply = of.reply
-        if reply is not None:
-            live = [group for group in of.groups if group.is_live]
-            scores = scores_of_update(of.partition_id, live, reply.direction_norm)
-            reply = replace(reply, scores=scores)
+        reply = self._measured_in_update(of, keys)
         metrics |= named(self._conclude(of, reply)[1])
         return batch
+
+    def _update_request(self, step: int) -> UpdateRequest:
+        config, interval = self.gradalign, self.gradalign.probe.canary_interval
+        is_audited = interval > 0 and step % interval == 1 % interval
+        return UpdateRequest(config.estimator, config.probe, config.direction.metric, is_audited)
+
+    def _measured_in_update(self, of: RolledOut, keys: Sequence[str]) -> ScoringReply | None:
+        """Return what the update measured of the rows that it was given; None if it measured nothing.
+
+        Raises: RuntimeError if that does not add up to the update's own gradient.
+        """
+        workers = self.actor_rollout_wg
+        replies: list[UpdateReply] = workers.gradalign_update_reply()
+        if replies[0] is None:
+            return None
+        require_agreement(replies[0], self.gradalign.probe)
+        contribution_R, derivative_R = in_batch_order(replies, list(workers._query_dispatch_info("actor")))
+        live = [group for group in of.groups if group.is_live]
+        norm, diagnostics = self._selector.direction_norm, replies[0].diagnostics
+        scores = scores_of_update(live, keys, contribution_R, derivative_R, norm, diagnostics)
+        if of.direction is None:  # along an earlier one
+            return ScoringReply(scores, False, {}, 0.0, 0.0)
+        return of.direction.with_scores(ScoringReply(scores, False, {}, 0.0, 0.0))
 
     def _trained(self, groups: Sequence[Group], choice: Choice, step: int) -> list[Group]:
         if not isinstance(self._curriculum, Forecasting):

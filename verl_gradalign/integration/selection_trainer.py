@@ -118,9 +118,10 @@ class SelectionTrainer(MeasuringTrainer):
 
     def on_init_end(self) -> None:
         """Refuse, before anything is rolled out, an actor that cannot be scored."""
-        super().on_init_end()
         if self._score.needs_gradients:
-            self.actor_rollout_wg.gradalign_check(self.gradalign.estimator, self.gradalign.probe)
+            config = self.gradalign
+            self.actor_rollout_wg.gradalign_check(config.estimator, config.probe, config.measures_in_update)
+        super().on_init_end()
 
     def prepare_step(self) -> dict[str, Any]:
         """Send the step's problems, and the trusted sets when the direction is stale, to the rollout."""

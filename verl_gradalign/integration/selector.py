@@ -7,6 +7,7 @@ choice = selector.choose(candidates, reply, draw, step)
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,8 @@ class AlignmentSelector:
         self._score = score_of(config.score)
         self._chooser = Chooser(config, num_problems)
         self._direction_step: int | None = None
+        self.direction_norm = math.nan
+        """|v| of the direction that was made last."""
         self._is_direction_lost = False
         self._num_scorings = 0
         self._has_warned = False
@@ -121,6 +124,7 @@ class AlignmentSelector:
         """Note the direction that a call of the actor has made, if it has made one."""
         if reply.is_fresh:
             self._direction_step, self._is_direction_lost = step, False
+            self.direction_norm = reply.reports[COMBINED].norm
             self._chooser.note_direction(reply.reports[COMBINED].half_cosine)
 
     def choose(

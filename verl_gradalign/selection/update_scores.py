@@ -23,7 +23,7 @@ def scores_of_update(
 ) -> ProblemScores:
     """Return the scores of groups whose rows were trained on; of a row that was not measured all are nan.
 
-    `keys` are those of the update's rows, float64 on the CPU. There are no norms: an update forms no problem's gradient.
+    `keys` are those of the update's rows. There are no norms: an update forms no problem's gradient.
     """
     place_of = {key: place for place, key in enumerate(keys)}
     width = max((len(group.keys) for group in groups), default=0)
