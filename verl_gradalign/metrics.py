@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("candidates", "problems", "groups of the step: a selection's candidates, or what a schedule has put on it"),
         ("live", "problems", "candidates with a non-zero advantage"),
         ("kept", "problems", "candidates that the selection kept"),
-        ("kept_by/<reason>", "problems", "the same by reason: top, filler, random, scheduled"),
+        ("kept_by/<reason>", "problems", "the same by reason: top, filler, random, scheduled, forecast, uniform"),
         ("rejected", "problems", "candidates - kept"),
         (
             "rejected_by/<reason>",

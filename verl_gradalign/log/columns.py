@@ -17,9 +17,9 @@ from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates
-from verl_gradalign.selection.groups import Group
-from verl_gradalign.selection.select import KEPT_REASONS, REASONS
-from verl_gradalign.types import Selection
+from verl_gradalign.selection.groups import Group, session_of
+from verl_gradalign.selection.select import FORECAST, KEPT_REASONS, REASONS, UNIFORM
+from verl_gradalign.types import Observations, Picks, Selection
 
 MAX_VALUES = 20
 """Values of a column that have metrics of their own, the most frequent. A logger with thousands is of no use."""
@@ -57,8 +57,17 @@ class Composition:
         }
 
 
-def log_columns(step: int, c: Candidates, selection: Selection) -> dict[str, Any]:
-    """Return the selection log's columns of a step."""
+def log_columns(
+    step: int,
+    c: Candidates,
+    selection: Selection,
+    picks: Picks | None = None,
+    observations: Observations | None = None,
+) -> dict[str, Any]:
+    """Return the selection log's columns of a step.
+
+    `picks` and `observations`: of schedule forecast, in any order; candidates that they do not hold are unknown there.
+    """
     return {
         "step": np.full(len(c), step),
         "problem_id": c.problem_id_P,
@@ -73,7 +82,28 @@ def log_columns(step: int, c: Candidates, selection: Selection) -> dict[str, Any
         "response_tokens": c.response_tokens_P,
         "kept": selection.reason_P < len(KEPT_REASONS),
         "reason": np.array(REASONS, dtype=object)[selection.reason_P],
+        **_pick_columns(c.problem_id_P, picks, observations),
     }
+
+
+def _pick_columns(problem_id_P: np.ndarray, picks: Picks | None, observations: Observations | None) -> dict[str, Any]:
+    """Return what was forecast and observed of the candidates."""
+
+    def by_id(ids: np.ndarray, values: np.ndarray, otherwise: Any) -> np.ndarray:
+        value_of = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        return np.array([value_of.get(problem_id, otherwise) for problem_id in problem_id_P.tolist()])
+
+    unknown = np.full(len(problem_id_P), np.nan)
+    columns: dict[str, Any] = dict.fromkeys(("forecast_mean", "forecast_deviation", "observed"), unknown)
+    columns["pick"] = np.full(len(problem_id_P), "")
+    if picks is not None:
+        ids = picks.problem_id_P
+        columns["forecast_mean"] = by_id(ids, picks.mean_P, np.nan)
+        columns["forecast_deviation"] = by_id(ids, picks.deviation_P, np.nan)
+        columns["pick"] = by_id(ids, np.where(picks.is_uniform_P, UNIFORM, FORECAST), "")
+    if observations is not None:
+        columns["observed"] = by_id(observations.problem_id_P, observations.value_P, np.nan)
+    return columns
 
 
 def selection_metrics(c: Candidates, selection: Selection) -> dict[str, float]:
@@ -123,16 +153,23 @@ def trusted_metrics(trusted: Mapping[str, Sequence[Group]], is_degenerate: bool)
 def token_metrics(
     groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], reply: ScoringReply | None
 ) -> dict[str, float]:
-    """Return what was generated for the step, and what the actor read to measure it, in tokens."""
+    """Return what was generated for the step, and what the actor read to measure it."""
     trusted_groups = [g for members in trusted.values() for g in members]
     num_trusted = sum(g.num_response_tokens for g in trusted_groups)
     is_measured = reply is not None and reply.scores is not None
     return {
         "tokens/generated": num_trusted + sum(g.num_response_tokens for g in groups),
         "tokens/trusted": num_trusted,
+        "responses/generated": _num_responses(groups) + _num_responses(trusted_groups),
+        "responses/trusted": _num_responses(trusted_groups),
         "tokens/direction": sum(g.num_tokens for g in trusted_groups if g.is_live and reply is not None),
         "tokens/scores": sum(g.num_tokens for g in groups if g.is_live and is_measured),
     }
+
+
+def _num_responses(groups: Iterable[Group]) -> int:
+    """Return the number of responses, whether they were graded or not: a session's outputs are one."""
+    return sum(len({session_of(key) for key in group.keys}) for group in groups)
 
 
 @dataclass(frozen=True)
@@ -154,6 +191,9 @@ def cost_metrics(metrics: Mapping[str, float], seconds: StepSeconds) -> dict[str
     """
     values = {"seconds/rollout": seconds.rollout, "seconds/update": seconds.update}
     values["seconds/share_of_step"] = seconds.selection / seconds.step
+    trusted, num_trained = (metrics.get(f"{PREFIX}responses/{name}") for name in ("trusted", "trained"))
+    if trusted is not None and num_trained:
+        values["cost/trusted_share"] = trusted / num_trained
     generated, trained = (metrics.get(f"{PREFIX}tokens/{name}") for name in ("generated", "trained"))
     if generated and trained is not None:
         unused = 1 - trained / generated

@@ -80,16 +80,19 @@ def score_against_success(
 
 
 def composition_over_time(
-    steps_S: np.ndarray, shares: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str = ""
+    steps_S: np.ndarray,
+    shares: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    title: str = "",
+    groups: tuple[str, str] = ("candidates", "trained on"),
 ) -> Figure:
-    """Return two stacked areas side by side: what the candidates were, and what was trained on.
+    """Return two stacked areas side by side: what the candidates were, and what was trained on (or other `groups`).
 
     `shares` gives, by name, the share of that kind among the candidates and among the kept ones, each (steps,), from 0
     to 1. A step in which nothing was kept is nan.
     """
     names = list(shares)
     figure, panels = _panels((9.4, 3.9), 2)
-    for group, (axes, label) in enumerate(zip(panels, ("candidates", "trained on"), strict=True)):
+    for group, (axes, label) in enumerate(zip(panels, groups, strict=True)):
         _stack(axes, np.asarray(steps_S), [np.asarray(shares[name][group], dtype=float) for name in names])
         axes.set_title(label, fontsize=10.5, color=INK)
         axes.set_xlabel("step")
@@ -131,6 +134,30 @@ def curves(title: str, unit: str, series: Mapping[str, tuple[np.ndarray, np.ndar
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if len(series) > 1:
         _legend(figure, handles, list(series), is_below=not is_wide)
+    return figure
+
+
+def interval_over_time(
+    title: str, unit: str, steps_S: np.ndarray, value_S: np.ndarray, low_S: np.ndarray, high_S: np.ndarray, even: float
+) -> Figure:
+    """Return a line over steps in the band of its interval, and where there is no effect, at `even`.
+
+    Steps without a value are left out; of many, means of neighbouring ones are drawn.
+    """
+    figure, (axes,) = _panels((9.4, 3.6))
+    is_known_S = np.isfinite(value_S) & np.isfinite(low_S) & np.isfinite(high_S)
+    lines = [thinned(np.asarray(steps_S, float)[is_known_S], line_S[is_known_S]) for line_S in (value_S, low_S, high_S)]
+    x, (value, low, high) = lines[0][0], [line for _, line in lines]
+    axes.axhline(even, color=INK, linewidth=1.0, linestyle="--")
+    axes.fill_between(x, low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
+    axes.plot(x, value, color=PALETTE[0], linewidth=1.8, marker="o" if len(x) <= 25 else None, markersize=3.5)
+    if len(x):
+        # The band is widest at the start, where little is known: it must not flatten what follows.
+        axes.set_ylim(min(even, _span(low)[0]), max(even, _span(np.minimum(high, 4 * np.median(high)))[1]))
+    axes.set_title(title, fontsize=11, color=INK, loc="left", parse_math=False)
+    axes.set_ylabel(unit, parse_math=False)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure
 
 

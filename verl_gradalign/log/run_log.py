@@ -29,6 +29,7 @@ from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.groups import Group
+from verl_gradalign.types import Observations, Picks
 
 # Of verl's metrics those that the report reads.
 KEPT_METRICS = ("gradalign/", "timing_s/", "val-core/", "critic/score/mean", "response_length/mean", "actor/", "perf/")
@@ -59,7 +60,8 @@ class RunNotes:
         max_bytes = None if own.max_gb is None else int(own.max_gb * 1e9)
         problems.read_labels(own.columns)
         self._config, self._problems, self._decode = config, problems, decode
-        self._log = SelectionLog(own.dir or folder, own.columns, about, own.steps_per_part, max_bytes)
+        where = own.dir or folder
+        self._log = SelectionLog(where, own.columns, about, own.steps_per_part, max_bytes, config.is_forecast)
         self._pages = Pages(own.pages_problems) if own.pages_interval and has_wandb else None
         self._composition = Composition({name: problems.values(name) for name in ("data_source", *own.columns)})
         # Seconds spent on notes: of a step's selection, and after the step before, which is counted to this one.
@@ -77,11 +79,17 @@ class RunNotes:
         choice: Choice,
         reply: ScoringReply | None,
         trusted: Mapping[str, Sequence[Group]],
+        picks: Picks | None = None,
+        observations: Observations | None = None,
     ) -> dict[str, float]:
-        """Note a step's choice while its rows are still there, and return the metrics; see `samples.sample_columns`."""
+        """Note a step's choice while the rows of those that have a score are still there, and return the metrics.
+
+        That may be after the update, where it measures: verl clears the rows that were trained on at the end of `fit`'s
+        turn. `picks`, `observations`: of schedule forecast. See `samples.sample_columns`.
+        """
         started = time.perf_counter()
         c, own = choice.candidates, self._config.log
-        columns = log_columns(step, c, choice.selection)
+        columns = log_columns(step, c, choice.selection, picks, observations)
         labels = {name: [self._problems.label(name, g.problem.problem_id) for g in groups] for name in own.columns}
         self._log.write(step, columns | {EXTRA + name: values for name, values in labels.items()})
         chosen = choose_samples(own.sample_problems, c.score_P, c.dot_P, c.norm_P, c.dot_error_P)
@@ -116,6 +124,8 @@ class RunNotes:
         started = time.perf_counter()
         costs = named({**cost_metrics(metrics, seconds), "seconds/logging": self._recording_s + self._late_s})
         self._log.write_metrics(step, _to_keep({**metrics, **costs}))
+        if self._pages is not None:
+            self._pages.add_lift(step, metrics)
         if self._pages is not None and step % self._config.log.pages_interval == 0:
             self._pages.publish(tracking.logger["wandb"], step)
         self._late_s = time.perf_counter() - started

@@ -48,6 +48,15 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),  # selection.select.REASONS
     ]
 )
+PICKS = pa.schema(
+    [
+        ("pick", pa.string()),  # select.FORECAST or UNIFORM; "": not picked, as in a refill
+        ("forecast_mean", pa.float64()),  # what was forecast before it was rolled out
+        ("forecast_deviation", pa.float64()),
+        ("observed", pa.float64()),  # what the forecast learnt from it: the score, 0 of a dead group; null: nothing
+    ]
+)
+"""Further columns of the selection, with schedule forecast."""
 SAMPLES = pa.schema(
     [
         ("step", pa.int64()),
@@ -72,6 +81,7 @@ class SelectionLog:
         about: {"versions": ..., "config": ...} of the run, for the metadata.
         steps_per_part: steps that are merged into one file.
         max_bytes: of the whole folder; beyond it the oldest steps are dropped. None: no limit.
+        has_picks: whether the selection has the columns of `PICKS`.
     """
 
     def __init__(
@@ -81,12 +91,13 @@ class SelectionLog:
         about: Mapping[str, Any] | None = None,
         steps_per_part: int = 100,
         max_bytes: int | None = None,
+        has_picks: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.columns = tuple(columns)
         self._max_bytes = max_bytes
         metadata = {METADATA_KEY: json.dumps({"format": FORMAT, **(about or {})}, default=str).encode()}
-        schemas = dict(zip(TABLES, (_with_extra(columns), SAMPLES, METRICS), strict=True))
+        schemas = dict(zip(TABLES, (_with_further(columns, has_picks), SAMPLES, METRICS), strict=True))
         self._tables = {name: PartedTable(folder, name, schemas[name], steps_per_part, metadata) for name in TABLES}
 
     def begin(self, step: int) -> None:
@@ -106,7 +117,7 @@ class SelectionLog:
             logger.warning("%s holds the log of an earlier run, which was not resumed: moved to %s", self.folder, place)
 
     def write(self, step: int, columns: Mapping[str, Any]) -> Path:
-        """Write one step's selection (as in SCHEMA; nan: null), replacing an earlier one, and return its path."""
+        """Write one step's selection (SCHEMA, PICKS; nan: null), replacing an earlier one, and return its path."""
         path = self._tables["selection"].write(step, columns)
         self._tidy(step)
         return path
@@ -150,9 +161,11 @@ def read_selection_log(folder: str | Path) -> pa.Table:
         raise FileNotFoundError(f"no selection log in {folder}: the run has not finished a step, or wrote elsewhere")
     tables = [pq.read_table(part.path) for part in parts]
     extra = dict.fromkeys(name for table in tables for name in table.column_names if name.startswith(EXTRA))
-    schema = _with_extra([name.removeprefix(EXTRA) for name in extra])
+    has_picks = any(PICKS.names[0] in table.column_names for table in tables)
+    schema = _with_further([name.removeprefix(EXTRA) for name in extra], has_picks)
     return pa.concat_tables([conform(table, schema) for table in tables])
 
 
-def _with_extra(columns: Iterable[str]) -> pa.Schema:
-    return pa.schema([*SCHEMA, *(pa.field(EXTRA + name, pa.string()) for name in columns)])
+def _with_further(columns: Iterable[str], has_picks: bool) -> pa.Schema:
+    extra = [pa.field(EXTRA + name, pa.string()) for name in columns]
+    return pa.schema([*SCHEMA, *(PICKS if has_picks else ()), *extra])

@@ -22,7 +22,7 @@ COLUMNS = (
 )
 
 MAX_STEPS = 1000
-"""Of the composition's curve: the latest."""
+"""Of the curves of composition and lift: the latest."""
 
 
 class Pages:
@@ -38,6 +38,7 @@ class Pages:
         self._rows: list[dict[str, Any]] = []
         self._points: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._shares: dict[int, dict[str, float]] = {}
+        self._lifts: dict[int, list[float]] = {}
 
     def add(
         self, step: int, selection: Mapping[str, Any], samples: Mapping[str, list[Any]], composed: Mapping[str, float]
@@ -54,6 +55,13 @@ class Pages:
             norm = selection["norm"][place]
             row["error"] = selection["dot_error"][place] / norm if norm > 0 else float("nan")
             self._rows.append(row)
+
+    def add_lift(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Note a step's lift and its interval, where the metrics (under their full names) have one."""
+        values = [metrics.get(f"{PREFIX}forecast/{name}", float("nan")) for name in ("lift", "lift_low", "lift_high")]
+        if np.isfinite(values).all():
+            self._lifts[step] = values
+            self._lifts.pop(step - MAX_STEPS, None)
 
     def publish(self, wandb: Any, step: int) -> None:
         """Log the table and the figures to the run that is open in `wandb`, and begin anew."""
@@ -82,8 +90,8 @@ class Pages:
         return [{**row, "kind": kind} for kind, rows in kinds.items() for row in rows]
 
     def figures(self) -> dict[str, Any]:
-        """Return figures of what was added: scores against success rates, and the composition over time."""
-        from verl_gradalign.log.figures import composition_over_time, score_against_success
+        """Return figures of what was added: scores against success rates; composition and lift over time."""
+        from verl_gradalign.log.figures import composition_over_time, interval_over_time, score_against_success
 
         figures = {}
         if self._points:
@@ -99,6 +107,10 @@ class Pages:
         if names:
             shares = {n.removeprefix(start): (over_steps(f"{n}/pool"), over_steps(f"{n}/kept")) for n in sorted(names)}
             figures["composition"] = composition_over_time(np.array(steps), shares)
+        if self._lifts:
+            lift_S, low_S, high_S = np.array([self._lifts[step] for step in sorted(self._lifts)]).T
+            steps_S = np.array(sorted(self._lifts))
+            figures["lift"] = interval_over_time("Lift of the forecast", "times", steps_S, lift_S, low_S, high_S, 1.0)
         return figures
 
 

@@ -9,6 +9,7 @@ nothing of what was not measured. `summary_of` has the same for machines, with a
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import isnan
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.files import without_nan
 from verl_gradalign.findings import GOOD, NOTE, PROBLEM, VERDICTS, WATCH, Finding
+from verl_gradalign.report.forecast_findings import AREA, forecast_findings
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.visible_text import short
 
@@ -35,6 +37,8 @@ def headline_of(run: RunData) -> tuple[str, str]:
     if not run.steps.num_rows:
         return PROBLEM, "Nothing can be said: no row of the selection could be read."
     score = short(str(run.key("gradalign.score", "an unknown score")))
+    if run.forecast.has_picks:
+        return _forecast_headline(run)
     if isnan(run.steps.mean("alignment", False)) and not run.suspects.num_measured:
         return NOTE, f"Problems were chosen by {score}, without measuring alignment: a baseline to compare with."
     reliability = run.metrics.mean("gradalign/reliability/scores")
@@ -51,6 +55,14 @@ def headline_of(run: RunData) -> tuple[str, str]:
     if reliability < FAIR:
         return WATCH, f"The ranking by {score} holds information, and much noise: about as much of one as of the other."
     return GOOD, f"The selection works: the ranking by {score} would largely come out again."
+
+
+def _forecast_headline(run: RunData) -> tuple[str, str]:
+    (said,) = (finding for finding in forecast_findings(run) if finding.area == AREA)
+    serious = [finding.area for finding in findings_of(run) if finding.level == PROBLEM]
+    if serious:
+        return WATCH, f"{said.message} But something else is wrong: {', '.join(serious)}."
+    return said.level, said.message
 
 
 def _accuracy(run: RunData) -> Iterator[Finding]:
@@ -71,6 +83,14 @@ def _accuracy(run: RunData) -> Iterator[Finding]:
     yield Finding("held-out accuracy", verdict, f"Held-out {word}: {text}{more}.", remedy)
 
 
+def _chosen(run: RunData) -> str:
+    return "what the forecast chose" if run.forecast.has_picks else "what was kept"
+
+
+def _pool(run: RunData) -> str:
+    return "random draws" if run.forecast.has_picks else "all candidates"
+
+
 def _note_or_watch(topic: str, is_fine: bool, text: str, remedy: str) -> Finding:
     return Finding(topic, NOTE, text) if is_fine else Finding(topic, WATCH, text, remedy)
 
@@ -84,7 +104,7 @@ def _alignment(run: RunData) -> Iterator[Finding]:
     pool, kept = run.steps.mean("alignment", False), run.steps.mean("alignment", True)
     if not isnan(pool) and not isnan(kept):
         text = (
-            f"Mean alignment (cosine with the direction): {kept:+.3f} of what was kept, {pool:+.3f} of all candidates."
+            f"Mean alignment (cosine with the direction): {kept:+.3f} of {_chosen(run)}, {pool:+.3f} of {_pool(run)}."
         )
         reliability = run.metrics.mean("gradalign/reliability/scores")
         if kept > pool and reliability > 0:  # the rest of the difference is favourable error of measurement
@@ -108,7 +128,7 @@ def _suspicious(run: RunData) -> Iterator[Finding]:
 
 
 def _composition(run: RunData) -> Iterator[Finding]:
-    alike = []
+    alike, has_picks = [], run.forecast.has_picks
     for column in run.columns:
         shift = [row for row in run.composition(column) if row[1] >= 0.01 or row[2] >= 0.05]
         if len(shift) < 2 or not run.steps.num_kept:
@@ -118,22 +138,29 @@ def _composition(run: RunData) -> Iterator[Finding]:
             alike.append(short(column))
             continue
         ends = shift[int(np.argmax(ratios))], shift[int(np.argmin(ratios))]
-        shares = "{} ({:.0%} of the candidates, {:.0%} of what is kept)"
-        most, least = (shares.format(short(value), pool, kept) for value, pool, kept in ends)
+        of_pool, of_chosen = ("random draws", "forecast picks") if has_picks else ("the candidates", "what is kept")
+        most, least = (
+            f"{short(value)} ({pool:.0%} of {of_pool}, {kept:.0%} of {of_chosen})" for value, pool, kept in ends
+        )
         value, pool, kept = ends[1]
-        remedy = f"Nearly nothing of {short(value)} is trained on: is that meant? Look at the trusted set."
+        of_it = "chosen by forecast" if has_picks else "trained on"
+        remedy = f"Nearly nothing of {short(value)} is {of_it}: is that meant? Look at the trusted set."
         is_gone = pool >= 0.05 and kept < 0.2 * pool
-        text = f"By {short(column)}, selection prefers {most} and avoids {least}."
+        who = "the forecast" if has_picks else "selection"
+        text = f"By {short(column)}, {who} prefers {most} and avoids {least}."
         yield _note_or_watch(f"composition by {short(column)}", not is_gone, text, remedy)
     if alike:
+        pool, chosen = run.groups
         text = f"By {', '.join(alike)}, what is kept is what the candidates are, within 15%."
+        if has_picks:
+            text = f"By {', '.join(alike)}, {chosen} are what {pool} are, within 15%."
         yield Finding("composition", NOTE, text)
 
 
 def _success(run: RunData) -> Iterator[Finding]:
     pool, kept = run.steps.mean("success_rate", False), run.steps.mean("success_rate", True)
     if not isnan(pool) and not isnan(kept):
-        text = f"Success rate: {kept:.0%} of what was kept, {pool:.0%} of all candidates."
+        text = f"Success rate: {kept:.0%} of {_chosen(run)}, {pool:.0%} of {_pool(run)}."
         easier = "easier" if kept < 0.05 else "harder"
         remedy = f"Hardly a response differs from the others, so there is little to learn: use {easier} problems."
         yield _note_or_watch("success rate", 0.05 <= kept <= 0.95, text, remedy)
@@ -142,7 +169,7 @@ def _success(run: RunData) -> Iterator[Finding]:
 def _length(run: RunData) -> Iterator[Finding]:
     pool, kept = run.steps.mean("response_tokens", False), run.steps.mean("response_tokens", True)
     if pool > 0 and not isnan(kept):
-        text = f"Responses: {kept:,.0f} tokens of what was kept, {pool:,.0f} of all candidates."
+        text = f"Responses: {kept:,.0f} tokens of {_chosen(run)}, {pool:,.0f} of {_pool(run)}."
         remedy = (
             "The selection chooses by length: see gradalign.loss_agg_mode, and gradalign.score=cosine instead of dot."
         )
@@ -236,6 +263,11 @@ def _estimator(run: RunData) -> Iterator[Finding]:
         yield Finding("oversized problems", WATCH, text, "Raise gradalign.probe.max_tokens_per_rank.")
 
 
+def _forecast(run: RunData) -> Iterator[Finding]:
+    # The notes stand in the forecast's own section.
+    yield from (finding for finding in forecast_findings(run) if finding.level != NOTE)
+
+
 def _direction_age(run: RunData) -> Iterator[Finding]:
     age, cosine = run.metrics.most("gradalign/direction/age"), run.metrics.mean("gradalign/direction/cosine_previous")
     if age > 1 and not isnan(cosine):
@@ -264,6 +296,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "reliability": {name: metrics.mean(f"gradalign/reliability/{name}") for name in ("scores", "direction")},
         "success_rate": {"pool": steps.mean("success_rate", False), "kept": steps.mean("success_rate", True)},
         "alignment": {"pool": steps.mean("alignment", False), "kept": steps.mean("alignment", True)},
+        "forecast": _forecast_summary(run),
         "share_of_step": metrics.mean("gradalign/seconds/share_of_step"),
         "reasons": {reason: int(count.sum()) for reason, count in run.reasons.counts(False).items()},
         "composition": {
@@ -283,7 +316,25 @@ def summary_of(run: RunData) -> dict[str, Any]:
     return cleaned
 
 
+def _forecast_summary(run: RunData) -> dict[str, Any] | None:
+    """Return the numbers of a forecast; None of a run of another schedule."""
+    forecast, names = run.forecast, list(run.columns["data_source"].values)
+    if not forecast.has_picks:
+        return None
+    lift = forecast.lift
+    correlation, num_compared = forecast.spearman()
+    return {
+        "pays": None if lift is None else lift.pays,
+        "lift": None if lift is None else asdict(lift),
+        "spearman": correlation,
+        "num_compared": num_compared,
+        "sources": [asdict(row) for row in forecast.sources(names)],
+        "starved": [source.in_words() for source in forecast.starved(names)],
+        "sentences": [finding.message for finding in forecast_findings(run)],
+    }
+
+
 RULES = (
-    *(_accuracy, _alignment, _suspicious, _composition, _success, _length),
+    *(_forecast, _accuracy, _alignment, _suspicious, _composition, _success, _length),
     *(_reliability, _reasons, _cost, _fallbacks, _estimator, _direction_age),
 )

@@ -23,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from verl_gradalign.files import replacing
 from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report.findings import findings_of, headline_of
+from verl_gradalign.report.forecast_findings import forecast_findings
 from verl_gradalign.report.pictures import compared, pictures_of
 from verl_gradalign.report.problem_texts import problem_texts
 from verl_gradalign.report.run import RunData
@@ -120,6 +121,8 @@ def _page(run: RunData, number: int, top: int) -> dict[str, Any]:
         "verdict": verdict,
         "headline": headline,
         "findings": findings_of(run),
+        "forecast": list(forecast_findings(run)),
+        "sources": _sources_table(run) if run.forecast.has_picks else None,
         "missing": [short(text, 1500) for text in run.missing],
         "pictures": pictures_of(run),
         "composition": [_composition_table(run, column) for column in run.columns if run.steps.num_rows],
@@ -176,7 +179,30 @@ def _composition_table(run: RunData, column: str) -> Table:
     ]
     name, rest = short(column.removeprefix(EXTRA)), len(values) - MAX_TABLE_ROWS
     cut = f"; the {MAX_TABLE_ROWS} most frequent values, {rest} more are not shown" if rest > 0 else ""
-    return Table((name, "candidates", "kept", "kept / candidates"), rows, f"By {name}{cut}.")
+    pool, chosen = run.groups
+    return Table((name, pool, chosen, f"{chosen} / {pool}"), rows, f"By {name}{cut}.")
+
+
+def _sources_table(run: RunData) -> Table:
+    """Return what was forecast and measured of each data source; of many the best and the worst."""
+    sources = run.forecast.sources(list(run.columns["data_source"].values))
+    half, rest = MAX_TABLE_ROWS // 2, len(sources) - MAX_TABLE_ROWS
+    shown_sources = [*sources[:half], *sources[-half:]] if rest > 0 else sources
+    rows = [
+        (
+            short(row.name),
+            _number(row.mean_forecast, ".3g"),
+            f"{_number(row.mean_observed, '.3g')} \u00b1 {_number(row.error, '.2g')}",
+            _number(row.chosen_observed, ".3g"),
+            _number(row.share_uniform, ".1%"),
+            _number(row.share_forecast, ".1%"),
+        )
+        for row in shown_sources
+    ]
+    cut = f"; the best and the worst by forecast, {rest} between them are not shown" if rest > 0 else ""
+    caption = f"Mean scores by data source; forecast and measured: of random draws, with the standard error{cut}."
+    head = ("data_source", "forecast", "measured", "measured of forecast picks", "share of random draws")
+    return Table((*head, "share of forecast picks"), rows, caption)
 
 
 def _reasons_table(run: RunData) -> Table:

@@ -16,7 +16,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from verl_gradalign.log.figures import alignments, composition_over_time, curves, score_against_success
+from verl_gradalign.log.figures import (
+    alignments,
+    composition_over_time,
+    curves,
+    interval_over_time,
+    score_against_success,
+)
 from verl_gradalign.log.selection_log import EXTRA
 from verl_gradalign.report.run import RunData
 from verl_gradalign.report.tallies import ValueTally
@@ -32,6 +38,11 @@ MAX_COLUMNS = 3
 MAX_CURVES = 8
 AGE = "gradalign/direction/age"
 RELIABILITIES = {"scores": "gradalign/reliability/scores", "direction": "gradalign/reliability/direction"}
+LIFTS = (
+    ("lift", "Lift of the forecast", "times", 1.0),
+    ("difference", "Forecast picks above random draws", "score", 0.0),
+)
+ENDS = ("", "_low", "_high")
 SECONDS = {"whole step": "timing_s/step"} | {s: f"gradalign/seconds/{s}" for s in ("rollout", "selection", "update")}
 SHARES = {"selection itself": "gradalign/seconds/share_of_step", "with unused rollouts": "gradalign/cost/share_of_step"}
 
@@ -47,10 +58,11 @@ class Picture:
 
 
 def pictures_of(run: RunData) -> dict[str, list[Picture]]:
-    """Return a run's pictures by section of its page: what it achieves and trains on, the score against the success
-    rate, composition over time, how far scores and direction can be trusted, cost, problems by alignment."""
+    """Return a run's pictures by section of its page: what it achieves and trains on, whether its forecast pays, the
+    score against the success rate, composition over time, how far scores and direction can be trusted, cost, problems by alignment."""
     return {
         "outcome": _drawn(_outcome(run)),
+        "forecast": _forecast(run),
         "scores": _scores(run),
         "composition": _compositions(run),
         "reliability": _drawn(_reliability(run)),
@@ -95,16 +107,47 @@ def _outcome(run: RunData) -> list[Chart]:
     reward = next((n for n in ("critic/rewards/mean", "critic/score/mean") if run.metrics.count(n)), "")
 
     def means(column: str) -> dict[str, Curve]:
-        return {"candidates": _mean_by_step(run, column, False), "kept": _mean_by_step(run, column, True)}
+        return {name: _mean_by_step(run, column, bool(chosen)) for chosen, name in enumerate(run.groups)}
 
     return [
         (f"Held-out {word}", _unit(word), held_out, "verl's val-core metrics, by data source."),
         ("Reward of what is trained on", "reward", {"reward": run.metrics.curve(reward)}, f"verl's {reward}."),
-        ("Success rate", "share", means("success_rate"), "Candidates, and what was kept of them."),
+        (
+            *("Success rate", "share", means("success_rate")),
+            "What the forecast chose, and random draws."
+            if run.forecast.has_picks
+            else "Candidates, and what was kept of them.",
+        ),
         ("Alignment", "mean cosine", means("alignment"), "Cosine with the direction."),
         ("Response length", "tokens", means("response_tokens"), "Mean tokens of a response."),
         ("Entropy", "nats", {"entropy": run.metrics.curve("actor/entropy")}, "verl's actor/entropy."),
     ]
+
+
+def _forecast(run: RunData) -> list[Picture]:
+    """Return the lift with its interval, or the difference where there is no lift, and what stands behind it."""
+    drawn: list[Picture] = []
+    said = "What forecast picks were worth beside random draws, over the steps before; the band is the 90% interval."
+    for name, title, unit, even in LIFTS:
+        (steps, value), (_, low), (_, high) = (run.metrics.curve(f"gradalign/forecast/{name}{e}") for e in ENDS)
+        if not drawn and len(value) == len(low) == len(high) > 0:
+            figure = interval_over_time(title, unit, steps, value, low, high, even)
+            last = f"{value[-1]:.3g} at step {steps[-1]:,.0f}, 90% interval {low[-1]:.3g} to {high[-1]:.3g}"
+            drawn = [picture(figure, f"Line chart of {title.lower()} by step: {last}.", said)]
+    agreement = {"correlation": "gradalign/forecast/spearman"}
+    floor = {"drawn uniformly": "gradalign/forecast/floor", "trusted of trained": "gradalign/cost/trusted_share"}
+    return drawn + _drawn(
+        [
+            (
+                *("Forecasts and measurements", "correlation", _metrics(run, agreement)),
+                "Rank correlation of forecasts with what was measured of the same problems afterwards.",
+            ),
+            (
+                *("Shares of a batch", "share", _metrics(run, floor) if run.forecast.has_picks else {}),
+                "Problems drawn uniformly, and trusted responses by those that are trained on.",
+            ),
+        ]
+    )
 
 
 def _reliability(run: RunData) -> list[Chart]:
@@ -150,8 +193,9 @@ def _compositions(run: RunData) -> list[Picture]:
     drawn = []
     for column in [column for column, tally in run.columns.items() if len(tally.values) > 1][:MAX_COLUMNS]:
         name = short(column.removeprefix(EXTRA), 40)
-        figure = composition_over_time(*_shares_over_time(run.columns[column]), name)
-        alt = f"Stacked areas over steps: shares of the candidates and of what was trained on, by {name}."
+        groups = run.groups if run.forecast.has_picks else ("candidates", "trained on")
+        figure = composition_over_time(*_shares_over_time(run.columns[column]), name, groups)
+        alt = f"Stacked areas over steps: shares of {groups[0]} and of {groups[1]}, by {name}."
         drawn.append(picture(figure, alt, f"By {name}. Neighbouring steps are taken together."))
     return drawn
 

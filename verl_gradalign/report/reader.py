@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from verl_gradalign.log.parts import Part, conform, parts_of
-from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
+from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, PICKS, SAMPLES, SCHEMA
 
 TABLES = {"selection": SCHEMA, "samples": SAMPLES, "metrics": METRICS}
 REQUIRED = {"selection": ("step", "problem_id"), "samples": ("step", "problem_id"), "metrics": ("step", "name")}
@@ -94,19 +94,19 @@ class LogReader:
     def _rows(self, part: Part, table: str, having: pa.Array | None, read: set[int]) -> Iterator[pa.Table]:
         """Yield a part's rows, but for the steps in `read`."""
         schema = TABLES[table]
-        texts = [field.name for field in schema if pa.types.is_string(field.type)] if table != "samples" else []
         with part.path.open("rb") as source:  # so that a part that has gone is distinguished from one that is damaged
             footer = pq.read_schema(source)
-            extra = [name for name in footer.names if name.startswith(EXTRA)] if table == "selection" else []
+            types = dict(zip(schema.names, schema.types, strict=True))
+            types |= _further(footer) if table == "selection" else {}
+            texts = [name for name in types if name in footer.names and pa.types.is_string(types[name])]
             lacking = [name for name in REQUIRED[table] if name not in footer.names]
             if lacking:
                 raise ValueError(f"it has no column {' or '.join(lacking)}")
-            file = pq.ParquetFile(source, read_dictionary=[name for name in texts + extra if name in footer.names])
+            file = pq.ParquetFile(source, read_dictionary=texts if table != "samples" else [])
             self._absent.update((table, name) for name in schema.names if name not in footer.names)
             self._note(footer.metadata)
             if having is not None and not pc.any(pc.is_in(file.read(["problem_id"])["problem_id"], having)).as_py():
                 return
-            types = dict(zip(schema.names, schema.types, strict=True)) | dict.fromkeys(extra, pa.string())
             there = [name for name in types if name in footer.names]
             for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=there):
                 coded = {f.name: f.type for f in batch.schema if pa.types.is_dictionary(f.type)}
@@ -131,6 +131,12 @@ class LogReader:
             return
         if about not in self.abouts:
             self.abouts.append(about)
+
+
+def _further(footer: pa.Schema) -> dict[str, pa.DataType]:
+    """Return the columns that a part of the selection has in addition, with their types."""
+    picks = {field.name: field.type for field in PICKS if field.name in footer.names}
+    return picks | {name: pa.string() for name in footer.names if name.startswith(EXTRA)}
 
 
 def _rows_at_once(file: pq.ParquetFile) -> int:

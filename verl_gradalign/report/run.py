@@ -15,6 +15,7 @@ from typing import Any
 
 from verl_gradalign.log.parts import NAME, parts_of
 from verl_gradalign.log.selection_log import EXTRA
+from verl_gradalign.report.forecast import ForecastTally
 from verl_gradalign.report.reader import LogReader
 from verl_gradalign.report.suspicious import Suspects, find_suspects
 from verl_gradalign.report.tallies import Metrics, PointSample, ProblemSums, Rows, StepBins, StepTally, ValueTally
@@ -27,6 +28,7 @@ NOT_SEARCHED = ("earlier-", "global_step_", ".")
 """Beginnings of the names of folders that hold no log of their own: earlier runs, checkpoints, hidden ones."""
 WANTED_METRICS = (
     *(f"gradalign/{name}" for name in ("reliability/", "direction/", "probe/", "seconds/", "cost/", "candidates")),
+    *(f"gradalign/{name}" for name in ("forecast/", "responses/", "tokens/")),
     *("timing_s/step", "val-core/", "critic/score/mean", "critic/rewards/mean", "actor/entropy"),
 )
 """Beginnings of the names of the metrics that the report draws or judges."""
@@ -55,9 +57,15 @@ class RunData:
     columns: dict[str, ValueTally]
     """By data_source, and what gradalign.log.columns asked for."""
     points: PointSample
+    forecast: ForecastTally
     suspects: Suspects
     metrics: Metrics
     reader: LogReader
+
+    @property
+    def groups(self) -> tuple[str, str]:
+        """What is compared everywhere: what there was to choose from, and what was chosen."""
+        return ("random draws", "forecast picks") if self.forecast.has_picks else ("candidates", "kept")
 
     def key(self, path: str, default: Any = None) -> Any:
         """Return a key of the run's configuration ("gradalign.score"), the default if it is not known."""
@@ -82,7 +90,8 @@ class RunData:
         return found
 
     def composition(self, column: str) -> list[tuple[str, float, float]]:
-        """Return (value, share of the candidates, share of the kept ones) of a column, the most frequent first."""
+        """Return (value, share of the pool, share of what was chosen) of a column, the most frequent first: see
+        `groups`."""
         pool, kept = (
             {value: int(count.sum()) for value, count in self.columns[column].counts(of_kept).items()}
             for of_kept in (False, True)
@@ -108,13 +117,15 @@ def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> Ru
     first = max(1, min((part.first for part in parts), default=1))
     bins = StepBins(first, max((part.last for part in parts), default=first))
     steps, reasons, points, sums = StepTally(bins), ValueTally(bins, all_rows=True), PointSample(), ProblemSums()
-    columns = {"data_source": ValueTally(bins)}
+    columns, forecast = {"data_source": ValueTally(bins)}, ForecastTally(bins)
     for table in reader.batches("selection"):
         rows = Rows.of(table)
         steps.add(rows)
         reasons.add(rows, "reason")
         points.add(rows)
-        sums.add(rows, columns["data_source"].add(rows, "data_source"))
+        source_N = columns["data_source"].add(rows, "data_source")
+        sums.add(rows, source_N)
+        forecast.add(rows, source_N)
         for name in [name for name in rows.texts if name.startswith(EXTRA)]:
             if name in columns or len(columns) < MAX_COLUMNS:
                 columns.setdefault(name, ValueTally(bins)).add(rows, name)
@@ -126,7 +137,8 @@ def read_run(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> Ru
     about = reader.abouts[-1] if reader.abouts else {}
     missing = [*reader.warnings(), *_missing(run.folder, reader.abouts, steps.steps, metrics.steps)]
     suspects = find_suspects(sums, list(columns["data_source"].values))
-    return RunData(run.name, run.folder, about, missing, steps, reasons, columns, points, suspects, metrics, reader)
+    tallies = steps, reasons, columns, points, forecast, suspects, metrics
+    return RunData(run.name, run.folder, about, missing, *tallies, reader)
 
 
 def gaps_of(steps: Iterable[int], first: int = 1) -> list[tuple[int, int]]:

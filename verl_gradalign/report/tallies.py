@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from verl_gradalign.log.selection_log import EXTRA, SCHEMA
+from verl_gradalign.log.selection_log import EXTRA, PICKS, SCHEMA
 
 MAX_BINS = 400
 MAX_VALUES = 250
@@ -35,6 +35,8 @@ UNKNOWN = "(none)"
 SCHEDULED = "scheduled"
 """The reason of selection.select for what a schedule has put on a step."""
 AVERAGED = ("alignment", "score", "success_rate", "response_tokens")
+FORECAST, UNIFORM = "forecast", "uniform"
+"""The values of `pick`: of schedule forecast, where what was drawn uniformly stands for the pool."""
 NUMBERS = ("score", "dot", "norm", "dot_error", "error_freedom", "success_rate", "response_tokens", "num_responses")
 
 
@@ -70,10 +72,16 @@ class Rows:
     step_N: np.ndarray
     problem_id_N: np.ndarray
     is_kept_N: np.ndarray
-    is_candidate_N: np.ndarray
-    """Else put on the step by a schedule, so there was nothing to choose."""
+    is_forecast_N: np.ndarray
+    """Chosen by forecast before it was rolled out."""
+    is_uniform_N: np.ndarray
+    """Drawn uniformly beside those."""
+    is_pool_N: np.ndarray
+    """What there was to choose from: candidates, or what was drawn uniformly; not what a schedule has put on a step."""
+    is_chosen_N: np.ndarray
+    """What was kept of the candidates, or chosen by forecast."""
     numbers: dict[str, np.ndarray]
-    """By name of NUMBERS, and `alignment`, the cosine: float64 (N,), nan where not known."""
+    """By name of NUMBERS, those of PICKS, and `alignment`, the cosine: float64 (N,), nan where not known."""
     texts: dict[str, tuple[np.ndarray, list[str]]]
     """By column of text: positions (N,) in the list of values that follows."""
 
@@ -83,14 +91,26 @@ class Rows:
         freedom_N = numbers["error_freedom"]
         numbers["error_freedom"] = np.where(np.isfinite(freedom_N), freedom_N, numbers["num_responses"] - 1)
         numbers["alignment"] = per_norm(numbers["dot"], numbers["norm"])
-        columns = [n for n in table.column_names if n in ("reason", "data_source") or n.startswith(EXTRA)]
+        unknown_N = np.full(len(table), np.nan)
+        for field in PICKS:
+            if pa.types.is_floating(field.type):
+                has_it = field.name in table.column_names
+                numbers[field.name] = numbers_of(table[field.name]) if has_it else unknown_N
+        columns = [n for n in table.column_names if n in ("reason", "data_source", "pick") or n.startswith(EXTRA)]
         texts = {name: codes_of(table[name]) for name in columns}
-        code_N, reasons = texts["reason"]
+        is_kept_N = pc.fill_null(table["kept"], False).to_numpy(zero_copy_only=False).astype(bool)
+        picks = texts.get("pick", (np.zeros(len(table), dtype=np.int64), [""]))
+        is_forecast_N, is_uniform_N = _are(picks, FORECAST), _are(picks, UNIFORM)
+        is_candidate_N = ~_are(texts["reason"], SCHEDULED)
+        has_picks = bool(is_forecast_N.any() or is_uniform_N.any())
         return cls(
             step_N=table["step"].to_numpy(),
             problem_id_N=table["problem_id"].to_numpy(),
-            is_kept_N=pc.fill_null(table["kept"], False).to_numpy(zero_copy_only=False).astype(bool),
-            is_candidate_N=np.array([name != SCHEDULED for name in reasons], dtype=bool)[code_N],
+            is_kept_N=is_kept_N,
+            is_forecast_N=is_forecast_N,
+            is_uniform_N=is_uniform_N,
+            is_pool_N=is_uniform_N if has_picks else is_candidate_N,
+            is_chosen_N=is_kept_N & (is_forecast_N if has_picks else is_candidate_N),
             numbers=numbers,
             texts=texts,
         )
@@ -100,7 +120,7 @@ class Rows:
 
 
 class StepTally:
-    """Counts rows, and averages columns by bin: of all candidates, and of the kept ones among them."""
+    """Counts rows, and averages columns by bin: of the pool, and of what was chosen."""
 
     def __init__(self, bins: StepBins) -> None:
         self.bins = bins
@@ -118,7 +138,7 @@ class StepTally:
         self.has_rows_B[bin_N] = True
         for (name, of_kept), totals in self._sums_and_counts.items():
             value_N = rows.numbers[name]
-            is_mine_N = np.isfinite(value_N) & rows.is_candidate_N & (rows.is_kept_N | (not of_kept))
+            is_mine_N = np.isfinite(value_N) & (rows.is_chosen_N if of_kept else rows.is_pool_N)
             totals += _sums_and_counts(bin_N[is_mine_N], value_N[is_mine_N], len(self.bins))
 
     def means(self, name: str, of_kept: bool) -> np.ndarray:
@@ -132,9 +152,10 @@ class StepTally:
 
 
 class ValueTally:
-    """Counts rows and kept rows by the value of a column of text and bin. Beyond 250 values they are counted as one.
+    """Counts the rows of the pool, and the chosen ones, by the value of a column of text and bin. Beyond 250 values are
+    counted as one.
 
-    `all_rows`: also those that a schedule has put on a step.
+    `all_rows`: all rows, and the kept ones.
     """
 
     def __init__(self, bins: StepBins, all_rows: bool = False) -> None:
@@ -149,8 +170,8 @@ class ValueTally:
         place_N = np.array([self._place(name) for name in names], dtype=np.int64)[code_N]
         self._counts = np.pad(self._counts, ((0, 0), (0, len(self.values) - self._counts.shape[1]), (0, 0)))
         cell_N = place_N * len(self.bins) + self.bins.of(rows.step_N)
-        is_mine_N = self._all_rows | rows.is_candidate_N
-        for of_kept, is_counted_N in enumerate((is_mine_N, is_mine_N & rows.is_kept_N)):
+        everything = (np.full(len(rows), True), rows.is_kept_N)
+        for of_kept, is_counted_N in enumerate(everything if self._all_rows else (rows.is_pool_N, rows.is_chosen_N)):
             count = np.bincount(cell_N[is_counted_N], minlength=self._counts[of_kept].size)
             self._counts[of_kept] += count.reshape(-1, len(self.bins))
         return place_N
@@ -168,23 +189,24 @@ class ValueTally:
 
 
 class PointSample:
-    """A random part, the same each time, of the rows that have a score and a success rate."""
+    """A random part, the same each time, of the rows that have both of two columns of numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, str] = ("success_rate", "score")) -> None:
+        self._names = names
         self._random = np.random.default_rng(0)
         self._points = np.zeros((0, 4))
 
     def add(self, rows: Rows) -> None:
         key_N = self._random.random(len(rows))
-        rate_N, score_N = rows.numbers["success_rate"], rows.numbers["score"]
-        is_known_N = np.isfinite(score_N) & np.isfinite(rate_N)
-        points = np.stack([column_N[is_known_N] for column_N in (key_N, rate_N, score_N, rows.is_kept_N)], 1)
+        first_N, second_N = (rows.numbers[name] for name in self._names)
+        is_known_N = np.isfinite(first_N) & np.isfinite(second_N)
+        points = np.stack([column_N[is_known_N] for column_N in (key_N, first_N, second_N, rows.is_kept_N)], 1)
         self._points = np.concatenate([self._points, points])
         if len(self._points) > MAX_POINTS:  # of all rows so far, those with the smallest keys stay
             self._points = self._points[np.argsort(self._points[:, 0])[:MAX_POINTS]]
 
     def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return success rates, scores, and whether kept."""
+        """Return both columns, and whether kept."""
         return self._points[:, 1], self._points[:, 2], self._points[:, 3].astype(bool)
 
 
@@ -292,6 +314,12 @@ class Metrics:
     def _binned(self, name: str) -> np.ndarray:
         step_S, value_S = self._values(name)
         return _sums_and_counts(self.bins.of(step_S), value_S, len(self.bins))
+
+
+def _are(column: tuple[np.ndarray, list[str]], name: str) -> np.ndarray:
+    """Return whether a column of text, as `codes_of` gives it, has this value (N,)."""
+    code_N, names = column
+    return np.array([each == name for each in names], dtype=bool)[code_N]
 
 
 def per_norm(value_N: np.ndarray, norm_N: np.ndarray) -> np.ndarray:

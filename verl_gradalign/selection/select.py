@@ -19,13 +19,15 @@ TOP = "top"
 FILLER = "filler"
 RANDOM = "random"
 SCHEDULED = "scheduled"
+FORECAST = "forecast"
+UNIFORM = "uniform"
 # ... or rejected.
 LOW_SCORE = "low_score"
 DEAD = "dead"
 NOT_DRAWN = "not_drawn"
 # ... or, with FAILED and REWARD_NOT_FINITE, failed. NON_FINITE: a score, or what the score is made of.
 
-KEPT_REASONS = (TOP, FILLER, RANDOM, SCHEDULED)
+KEPT_REASONS = (TOP, FILLER, RANDOM, SCHEDULED, FORECAST, UNIFORM)
 REJECTED_REASONS = (LOW_SCORE, DEAD, FAILED, REWARD_NOT_FINITE, NON_FINITE, NOT_DRAWN)
 REASONS = KEPT_REASONS + REJECTED_REASONS
 
@@ -64,6 +66,14 @@ def select_random(candidates: Candidates, num_kept: int, seed: Sequence[int]) ->
 def select_all(candidates: Candidates, reason: str) -> Selection:
     """Return every candidate that did not fail, in the order given, kept for `reason`."""
     return Selection(np.flatnonzero(~candidates.is_failed_P), _failures(candidates, reason))
+
+
+def select_picks(candidates: Candidates, is_uniform_P: np.ndarray) -> Selection:
+    """Return every candidate that did not fail, in the order given, kept because a forecast chose it or because it was
+    drawn uniformly: they were chosen before anything was generated."""
+    reason_P = _failures(candidates, FORECAST)
+    reason_P[~candidates.is_failed_P & is_uniform_P] = REASONS.index(UNIFORM)
+    return Selection(np.flatnonzero(~candidates.is_failed_P), reason_P)
 
 
 def _failures(candidates: Candidates, otherwise: str) -> np.ndarray:
