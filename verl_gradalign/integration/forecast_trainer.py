@@ -28,7 +28,7 @@ from verl_gradalign.integration.update_measure import (
 from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import DirectionReply, ScoringReply
 from verl_gradalign.selection.chooser import Choice
-from verl_gradalign.selection.curriculum import Curriculum
+from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.selection.update_scores import scores_of_update
 from verl_gradalign.types import Picks
@@ -62,6 +62,13 @@ class ForecastTrainer(SelectionTrainer):
             states = lambda chats: PromptStates(tokens, self.actor_rollout_wg, budget)(chats)  # noqa: E731
         features = ProblemFeatures(self.gradalign, self._pool, states)
         return Forecasting(self.gradalign, self._pool, self.config.data.train_batch_size, features)
+
+    def _draw_problems(self, step: int) -> Draw:
+        """Leave room in the batch for the trusted groups that are trained on."""
+        if not isinstance(self._curriculum, Forecasting):
+            return super()._draw_problems(step)
+        kept = self._kept_responses
+        return self._curriculum.draw(step, 0 if kept is None else kept.num_trainable(step))
 
     def on_init_end(self) -> None:
         """Make the first features while the rollout still sleeps: afterwards it holds the devices' memory."""
@@ -139,7 +146,9 @@ class ForecastTrainer(SelectionTrainer):
             return ScoringReply(scores, False, {}, 0.0, 0.0)
         return of.direction.with_scores(ScoringReply(scores, False, {}, 0.0, 0.0))
 
-    def _trained(self, groups: Sequence[Group], choice: Choice, step: int) -> list[Group]:
-        if not isinstance(self._curriculum, Forecasting):
-            return super()._trained(groups, choice, step)
-        return [groups[place] for place in sorted(choice.selection.kept)]
+    def _trained(
+        self, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], choice: Choice, step: int
+    ) -> list[Group]:
+        """Return also the trusted groups that are to be trained on."""
+        trained = super()._trained(groups, trusted, choice, step)
+        return trained if self._kept_responses is None else trained + self._kept_responses.trainable(trusted)

@@ -136,7 +136,7 @@ class SelectionTrainer(MeasuringTrainer):
             batch = self._next_train_batch()
             self._draw = Draw(tuple(problem.problem_id for problem in problems_of(batch)), 0)
         else:
-            self._draw = self._curriculum.draw(step)
+            self._draw = self._draw_problems(step)
             is_larger = self._draw.is_scored and self.gradalign.schedule in ("round", "once", "staged")
             batch = self._candidates(self._draw.problem_ids, self.gradalign.curriculum.n if is_larger else None)
         self._submit_batch_to_rollout(batch)
@@ -148,6 +148,10 @@ class SelectionTrainer(MeasuringTrainer):
         self._in_flight.num_candidates = len(self._draw.problem_ids)
         # Kept responses are of many steps, so none is waited for.
         self._in_flight.waits_for_trusted = self._store is None and not self._selector.has_direction
+
+    def _draw_problems(self, step: int) -> Draw:
+        assert self._curriculum is not None
+        return self._curriculum.draw(step)
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """Return further candidates: what verl asks for to fill up evicted groups, or ahead of the first step.
@@ -182,7 +186,7 @@ class SelectionTrainer(MeasuringTrainer):
         started = time.perf_counter()
         groups, trusted = self._read(batch, uids, failed)
         choice, metrics = self._select(batch, groups, trusted, step)
-        kept = keep_rows(batch, self._trained(groups, choice, step), self._rollout_n)
+        kept = keep_rows(batch, self._trained(groups, trusted, choice, step), self._rollout_n)
         if not kept.keys:
             counts = Counter(REASONS[code] for code in choice.selection.reason_P)
             raise RuntimeError(f"step {step}: {failures_in_words(counts, len(groups))} {self._ask_reward()}")
@@ -233,12 +237,15 @@ class SelectionTrainer(MeasuringTrainer):
             self._has_warned_of_failures = True
             logger.warning("%s %s", failures_in_words(failures, len(groups)), self._ask_reward())
 
-    def _trained(self, groups: Sequence[Group], choice: Choice, step: int) -> list[Group]:
+    def _trained(
+        self, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], choice: Choice, step: int
+    ) -> list[Group]:
         """Return the groups that are trained on in this step, in the order in which they were sent."""
         kept = [groups[place] for place in sorted(choice.selection.kept)]
-        has_rounds = isinstance(self._curriculum, Curriculum) and self.gradalign.schedule != "step"
-        if not has_rounds or not self._draw.is_scored or not kept:
+        is_of_step = not isinstance(self._curriculum, Curriculum) or self.gradalign.schedule == "step"
+        if is_of_step or not self._draw.is_scored or not kept:
             return kept
+        assert isinstance(self._curriculum, Curriculum)
         best_first = [groups[place].problem.problem_id for place in choice.selection.kept]
         trained = set(self._curriculum.keep(step, best_first))
         return [group for group in kept if group.problem.problem_id in trained]

@@ -57,8 +57,8 @@ class AlignmentSelector:
         """Return whether the trusted sets must be rolled out in `step`: there is no direction, or it is stale."""
         if not self._score.needs_direction:
             return False
-        made = self._direction_step
-        return made is None or not self.has_direction or step - made >= self._config.direction.refresh_interval
+        made, interval = self._direction_step, self._config.direction.refresh_interval
+        return made is None or not self.has_direction or interval is None or step - made >= interval
 
     def request(
         self, candidates: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

@@ -91,6 +91,12 @@ class TrustedStore:
         groups = [g for members in trusted.values() for g in members]
         return [g for g in groups if not g.is_failed and not self._is_audited(g)]
 
+    def num_trainable(self, step: int) -> int:
+        """Return how many groups of those that a step rolls out may be trained on, if none fails."""
+        if not self._config.direction.train_on_trusted:
+            return 0
+        return sum(i not in self._turns.audit[name] for name, ids in self.due(step).items() for i in ids)
+
     def draw(self, step: int) -> Part:
         """Return what v is made from in a step; empty if nothing that is kept gives a gradient."""
         rows_per_update = self._verl_config.data.train_batch_size * self._verl_config.actor_rollout_ref.rollout.n

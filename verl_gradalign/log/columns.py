@@ -127,7 +127,10 @@ def reply_metrics(reply: ScoringReply, has_several_sets: bool) -> dict[str, floa
     values = {"seconds/direction": reply.direction_s, "seconds/scores": reply.scores_s}
     if reply.scores is not None:
         values["direction/norm"] = reply.scores.direction_norm
-        values |= {f"probe/{name}": value for name, value in reply.scores.diagnostics.items()}
+        values |= {
+            name if name.startswith("update/") else f"probe/{name}": value
+            for name, value in reply.scores.diagnostics.items()
+        }
     if not math.isnan(reply.cosine_previous):
         values["direction/cosine_previous"] = reply.cosine_previous
     for name, report in reply.reports.items():
