@@ -39,14 +39,17 @@ class OwnParts:
         self._seen_A = np.zeros(num_problems, dtype=np.int32)
         """Step of the last measurement; 0: none."""
         self._keep = 1 - 1 / memory
-        self._products = RunningMean()
+        self._products, self._squares = RunningMean(), RunningMean()
+        """Of residuals with earlier ones, and the squares of the weighted products, for the mean's standard error."""
         self.num_known = 0
         """Problems measured at least once."""
 
     @property
     def variance(self) -> float:
         """Return tau^2."""
-        return self._products.lower
+        if not self._products.weight:
+            return 0.0
+        return max(0.0, self._products.mean - self._squares.total**0.5 / self._products.weight)
 
     def predict(self, position_P: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return each u's mean and variance."""
@@ -60,7 +63,9 @@ class OwnParts:
         """Note residuals, u included, and the variance of what else is in them. Each problem once."""
         precision_P, mean_P = self._precision(position_P, step), self._mean_A[position_P].astype(np.float64)
         keep = (1 - 1 / WINDOW) ** np.count_nonzero(precision_P)
-        self._products.add(residual_P * mean_P, precision_P / noise_P, keep)
+        weight_P, product_P = precision_P / noise_P, residual_P * mean_P
+        self._products.add(product_P, weight_P, keep)
+        self._squares.add((weight_P * product_P) ** 2, keep=keep**2)
         total_P = precision_P + 1 / noise_P
         self.num_known += int(np.count_nonzero(self._seen_A[position_P] == 0))
         self._mean_A[position_P] = (precision_P * mean_P + residual_P / noise_P) / total_P
@@ -72,7 +77,11 @@ class OwnParts:
         known = np.flatnonzero(self._seen_A)
         columns = {"mean": self._mean_A, "sharpness": self._sharpness_A, "seen": self._seen_A}
         kept = {name: column_A[known] for name, column_A in columns.items()}
-        return {"position": known.astype(np.int32), **kept, "products": self._products.state()}
+        return {
+            "position": known.astype(np.int32),
+            **kept,
+            **{name: moment.state() for name, moment in self._moments.items()},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         known, num_problems = state["position"], len(self._seen_A)
@@ -81,7 +90,12 @@ class OwnParts:
         for column_A, name in ((self._mean_A, "mean"), (self._sharpness_A, "sharpness"), (self._seen_A, "seen")):
             column_A[known] = state[name]
         self.num_known = len(known)
-        self._products.restore(state["products"])
+        for name, moment in self._moments.items():
+            moment.restore(state[name])
+
+    @property
+    def _moments(self) -> dict[str, RunningMean]:
+        return {"products": self._products, "squares": self._squares}
 
     def _precision(self, position_P: np.ndarray, step: int) -> np.ndarray:
         """Return what is known of each u without tau^2, as 1 / variance, aged to `step`."""

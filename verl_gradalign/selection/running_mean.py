@@ -32,11 +32,6 @@ class RunningMean:
     def mean(self) -> float:
         return self.total / self.weight if self.weight > 0 else math.nan
 
-    @property
-    def lower(self) -> float:
-        """Return the mean less one standard error, at least 0, of values whose weights are 1 / variance; 0 of none."""
-        return max(0.0, self.mean - self.weight**-0.5) if self.weight > 0 else 0.0
-
     def state(self) -> dict[str, float]:
         return asdict(self)
 
