@@ -14,7 +14,7 @@ from tests.distributed.setups import TRUSTED, oracle_scores, reference_model
 
 pytestmark = pytest.mark.dist
 
-RTOL_FLOAT64 = 1e-10
+RTOL_FLOAT64 = 1e-10  # measured 5e-14
 SHARDINGS = ("fsdp", "fsdp2")
 
 
