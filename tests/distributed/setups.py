@@ -43,7 +43,7 @@ CANDIDATES = [
     draw_problem([1, 5, 2, 4, 8, 2], 25),
 ]
 """Problems of one row and of six, very short and very long rows, and one without any advantage."""
-TRAINED = [draw_problem([3, 6, 2, 5], seed, advantage_scale=5.0) for seed in range(100, 120)]
+TRAINED = [draw_problem([3, 6, 2, 5], seed, advantage_scale=5.0) for seed in range(100, 130)]
 """What the n-th training step sees."""
 ADVANTAGES = (0.75, -1.0, 0.0, 1.5, -0.25, 0.5)
 """Of the responses of each problem, where a case gives advantages instead of coefficients."""
