@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, SAMPLES, SCHEMA
+from verl_gradalign.log.selection_log import EXTRA, FORMAT, METADATA_KEY, METRICS, PICKS, SAMPLES, SCHEMA
 
 CLEAN, MISLABELLED, COIN_FLIP = "clean", "mislabelled", "coin flip"
 ALIGNMENT = {CLEAN: 0.12, MISLABELLED: -0.12, COIN_FLIP: 0.0}
@@ -52,6 +52,10 @@ class LogPlan:
     planned_steps: int | None = None
     reliability: float = 0.62
     random_scores: bool = False
+    floor: float | None = None
+    """Schedule forecast, with this share of the picks drawn uniformly; all are trained on. None: schedule step."""
+    forecast_error: float = 0.02
+    """Standard deviation of a forecast about the truth."""
     seed: int = 0
     version: str | None = None
     prompt: str = "Problem {id}: what is {id} + {id}?"
@@ -110,7 +114,8 @@ def about(plan: LogPlan) -> dict[str, Any]:
             "algorithm": {"adv_estimator": "grpo"},
             "gradalign": {
                 "score": "random" if plan.random_scores else "cosine",
-                "schedule": "step",
+                "schedule": "step" if plan.floor is None else "forecast",
+                "forecast": {"floor": plan.floor},
                 "estimator": "ghost",
                 "oversample": 4.0,
                 "validation": {"files": ["trusted.parquet"], "n": 16},
@@ -148,7 +153,11 @@ class Pool:
 def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return the selection, samples and metrics of one step."""
     random = np.random.default_rng([plan.seed, 3, step])
-    id_C = random.choice(plan.num_problems, min(plan.num_candidates, plan.num_problems), replace=False)
+    picks: dict[str, np.ndarray] = {}
+    if plan.floor is None:
+        id_C = random.choice(plan.num_problems, min(plan.num_candidates, plan.num_problems), replace=False)
+    else:
+        id_C, picks = picks_of(plan, pool, random)
     progress = step / plan.num_steps
     rate_C = np.clip(pool.difficulty_P[id_C] + 0.3 * progress - 0.2, 0, 1)
     num_right_C = random.binomial(plan.num_responses, rate_C)
@@ -162,6 +171,9 @@ def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Tabl
     kept_C = np.zeros(len(id_C), dtype=bool)
     kept_C[np.argsort(-np.nan_to_num(score_C, nan=-9))[:num_kept]] = True
     reason_C = np.where(kept_C, "top", np.where(is_live_C, "low_score", "dead"))
+    if picks:
+        kept_C, reason_C = np.ones(len(id_C), dtype=bool), picks["pick"]
+        picks["observed"] = np.nan_to_num(score_C)
     unmeasured_C = ~is_live_C | plan.random_scores
     columns = {
         "step": np.full(len(id_C), step),
@@ -176,9 +188,12 @@ def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Tabl
         "response_tokens": 300 + 200 * random.random(len(id_C)) + 60 * kept_C,
         "kept": kept_C,
         "reason": reason_C,
+        **picks,
     }
     columns |= {name: pa.array(values).take(pa.array(code_P[id_C])) for name, (code_P, values) in pool.labels.items()}
-    schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in pool.labels if name.startswith(EXTRA))])
+    schema = pa.schema(
+        [*SCHEMA, *(PICKS if picks else ()), *((name, pa.string()) for name in pool.labels if name.startswith(EXTRA))]
+    )
     arrays = [pa.array(columns[f.name], f.type, from_pandas=True) for f in schema]
     evidence_C = np.where(is_live_C, cosine_C / error_C, np.inf)
     sampled_C = np.argsort(evidence_C)[: plan.num_samples]
@@ -187,6 +202,21 @@ def step_tables(plan: LogPlan, pool: Pool, step: int) -> tuple[pa.Table, pa.Tabl
         sample_rows(plan, step, id_C[sampled_C]),
         metric_rows(step, step_metrics(plan, step, columns, random)),
     )
+
+
+def picks_of(plan: LogPlan, pool: Pool, random: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the problems that a forecast picks from a shortlist four times as long, and what it forecast of them."""
+    assert plan.floor is not None
+    shortlist = random.choice(plan.num_problems, min(4 * plan.num_candidates, plan.num_problems), replace=False)
+    forecast = pool.alignment_P[shortlist] + plan.forecast_error * random.standard_normal(len(shortlist))
+    num_uniform = round(plan.floor * plan.num_candidates)
+    best = num_uniform + np.argsort(-forecast[num_uniform:])[: plan.num_candidates - num_uniform]
+    places = np.concatenate([np.arange(num_uniform), best])
+    return shortlist[places], {
+        "pick": np.where(np.arange(len(places)) < num_uniform, "uniform", "forecast"),
+        "forecast_mean": forecast[places],
+        "forecast_deviation": np.full(len(places), plan.forecast_error),
+    }
 
 
 def sample_rows(plan: LogPlan, step: int, problem_ids: Sequence[int]) -> pa.Table:
@@ -237,6 +267,20 @@ def step_metrics(plan: LogPlan, step: int, columns: Mapping[str, Any], random: n
         "critic/score/mean": float(0.4 + 0.3 * step / plan.num_steps + random.normal(0, 0.02)),
         "response_length/mean": float(np.mean(columns["response_tokens"])),
     }
+    if plan.floor is not None:
+        lift = 1.6 + random.normal(0, 0.05)
+        values |= {
+            "gradalign/forecast/lift": lift,
+            "gradalign/forecast/lift_low": lift - 0.3,
+            "gradalign/forecast/lift_high": lift + 0.4,
+            "gradalign/forecast/spearman": 0.4,
+            "gradalign/forecast/floor": plan.floor,
+            "gradalign/forecast/explained_features": 0.3,
+            "gradalign/forecast/explained_problems": 0.1,
+            "gradalign/responses/generated": 1100.0,
+            "gradalign/responses/trusted": 100.0,
+            "gradalign/cost/trusted_share": 0.1,
+        }
     if not plan.random_scores:
         values |= {
             "gradalign/reliability/scores": float(np.clip(random.normal(plan.reliability, 0.08), -1, 1)),

@@ -266,8 +266,8 @@ def test_a_source_whose_grader_breaks_is_named_as_starved_with_what_was_measured
     (starved, other) = run.meter.starved
     assert (starved.name, other.name) == ("code", "logic")
     assert starved.in_words().startswith("code: 15% of the pool, 0% of the forecast picks, as its ")
-    assert starved.in_words().endswith("all of it is 0: look at its rewards")
-    assert "not one of it was drawn uniformly" in other.in_words()
+    assert starved.in_words().endswith("not one is above 0: look at its rewards")
+    assert "none of it was drawn uniformly" in other.in_words()
     assert run.meter.metrics()["forecast/starved"] == 2
 
 
@@ -284,6 +284,11 @@ def test_the_reason_for_starving_is_what_was_measured():
     assert poor.endswith("as its 10 uniform picks score 0.02 on average, those of all sources 0.06")
     assert good.endswith("although its 10 uniform picks score 0.3 on average, those of all sources 0.2")
     assert reason(10, 0.2, num_forecast=25) == []
+    suspect = [
+        starved_sources({"math": other, "code": SourceCounts(1, 10, num, total)}, shares)[0].is_suspect
+        for num, total in ((0, 0.0), (10, 0.0), (10, 3.0), (10, 0.2), (10, -1.0))
+    ]
+    assert suspect == [True, True, True, False, False]
     assert starved_sources({"math": SourceCounts(9), "code": SourceCounts(0)}, shares) == []  # too few picks to say
 
 

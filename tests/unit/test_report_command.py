@@ -86,6 +86,11 @@ def test_the_page_shows_prompt_answer_and_responses_of_the_worst(made):
     assert "reward 1" in page and "reward 0" in page and "Look before you delete" in page
 
 
+def test_a_run_of_another_schedule_has_no_section_on_forecasts(made):
+    folder, result, page = made
+    assert "forecast" not in page and json.loads(result.stdout)["runs"][0]["forecast"] is None
+
+
 def test_of_many_runs_the_first_are_shown_in_full_and_all_are_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(html, "MAX_RUNS_IN_FULL", 2)
     for number in range(4):

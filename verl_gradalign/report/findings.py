@@ -150,10 +150,7 @@ def _composition(run: RunData) -> Iterator[Finding]:
         text = f"By {short(column)}, {who} prefers {most} and avoids {least}."
         yield _note_or_watch(f"composition by {short(column)}", not is_gone, text, remedy)
     if alike:
-        pool, chosen = run.groups
-        text = f"By {', '.join(alike)}, what is kept is what the candidates are, within 15%."
-        if has_picks:
-            text = f"By {', '.join(alike)}, {chosen} are what {pool} are, within 15%."
+        text = f"By {', '.join(alike)}, {_chosen(run)} is what {_pool(run)} are, within 15%."
         yield Finding("composition", NOTE, text)
 
 

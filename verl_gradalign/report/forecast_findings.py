@@ -49,8 +49,9 @@ def _starved(run: RunData) -> Iterator[Finding]:
     if starved:
         more = f"; and {len(starved) - MAX_STARVED} more" if len(starved) > MAX_STARVED else ""
         text = f"Hardly ever chosen: {'; '.join(short(s.in_words(), 400) for s in starved[:MAX_STARVED])}{more}."
-        remedy = "Mend their rewards or answers if these are wrong; random draws (gradalign.forecast.floor) go on."
-        yield Finding("starved sources", WATCH, text, remedy)
+        remedy = "Look at their answers and rewards; gradalign.forecast.floor goes on drawing from them."
+        is_suspect = any(source.is_suspect for source in starved)
+        yield Finding("starved sources", WATCH if is_suspect else NOTE, text, remedy if is_suspect else "")
 
 
 def _agreement(run: RunData) -> Iterator[Finding]:

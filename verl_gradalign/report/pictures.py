@@ -59,7 +59,8 @@ class Picture:
 
 def pictures_of(run: RunData) -> dict[str, list[Picture]]:
     """Return a run's pictures by section of its page: what it achieves and trains on, whether its forecast pays, the
-    score against the success rate, composition over time, how far scores and direction can be trusted, cost, problems by alignment."""
+    score against the success rate, composition over time, how far scores and direction can be trusted, cost, problems
+    by alignment."""
     return {
         "outcome": _drawn(_outcome(run)),
         "forecast": _forecast(run),

@@ -40,21 +40,29 @@ class StarvedSource:
     mean_uniform: float
     """What was measured of the uniform picks of all sources together."""
 
+    @property
+    def mean(self) -> float:
+        """What was measured of its uniform picks, on average; nan where nothing was."""
+        return self.counts.sum_uniform / self.counts.num_measured if self.counts.num_measured else float("nan")
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether no measurement justifies it: there is none, all are zero, or they are as high as the others'."""
+        return not (self.mean < self.mean_uniform and self.mean != 0)
+
     def in_words(self) -> str:
         """Return one sentence: the shares, and the reason."""
         shares = f"{self.name}: {self.pool_share:.0%} of the pool, {self.picked_share:.0%} of the forecast picks"
         num, measured = self.counts.num_uniform, self.counts.num_measured
         if not num:
-            return f"{shares}; not one of it was drawn uniformly, so nothing tells whether that is right"
+            return f"{shares}; none of it was drawn uniformly, so nothing tells whether that is right"
         if not measured:
             return f"{shares}; none of its {num:,} uniform picks could be measured: look at its rewards"
-        mean = self.counts.sum_uniform / measured
-        beside = (
-            f"its {measured:,} uniform picks score {mean:.3g} on average, those of all sources {self.mean_uniform:.3g}"
-        )
-        if mean >= self.mean_uniform:
-            return f"{shares}, although {beside}"
-        return f"{shares}, as {beside}" + ("; all of it is 0: look at its rewards" if mean == 0 else "")
+        of_all = f"those of all sources {self.mean_uniform:.3g}"
+        beside = f"its {measured:,} uniform picks score {self.mean:.3g} on average, {of_all}"
+        if self.mean == 0:
+            return f"{shares}, as {beside}; not one is above 0: look at its rewards"
+        return f"{shares}, {'as' if self.mean < self.mean_uniform else 'although'} {beside}"
 
 
 def starved_sources(counts: Mapping[str, SourceCounts], shares: Mapping[str, float]) -> list[StarvedSource]:
