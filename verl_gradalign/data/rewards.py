@@ -70,10 +70,11 @@ def compute_score(
 
     The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 - acc if corruption="inverted",
     else 1 with probability one half, whatever the response. That coin is a hash of the seed, `extra_info["index"]`, the
-    step (`["global_steps"]`) and `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that number beside extra_info, so it is
-    there only if an agent loop (in its extra_fields) or a reward manager puts it there. Without it, the coin depends
-    instead on the text of the response and on how often this process has scored it for that problem and step: drawn
-    afresh per response, the same in every run that scores the same responses in one process, resumed ones included.
+    step (`["global_steps"]`) and `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that
+    number beside extra_info, so it is there only if an agent loop (in its extra_fields) or a reward manager puts it
+    there. Without it, the coin depends instead on the text of the response and on how often this process has scored it
+    for that problem and step: drawn afresh per response, the same in every run that scores the same responses in one
+    process, resumed ones included.
     A ground truth may be text or a number (see `truth_text`). `kwargs` is what verl adds for reward models; it is not
     used. Callable from any thread.
 

@@ -6,7 +6,7 @@ answer after the one mark is always right, the one after the other is right one 
 solves a bit more than half the problems, and reinforcement learning can improve it by one habit that many problems
 share: to begin with the right mark of their families (`tasks.STYLES_OF`). Guesses are right half of the time whatever
 the mark. Without a shared habit the trusted problems have no common gradient direction and
-nothing can be ranked by it. A clean warm-up teaches the right mark alone, and stopped early it leaves the skill of some
+nothing can be ranked by it. A clean warm-up teaches one mark alone, and stopped early it leaves the skill of some
 families half learned. This module does no reinforcement learning.
 
     build_tiny_model("models/random")
@@ -29,7 +29,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_gradalign.data.rewards import is_right_task_answer
-from verl_gradalign.data.tasks import GUESS, SHARING_FAMILIES, STYLES_OF, Problem, draw_problems, draw_wrong_answer
+from verl_gradalign.data.tasks import (
+    GUESS,
+    RIGHT_STYLE,
+    SHARING_FAMILIES,
+    STYLES_OF,
+    Problem,
+    draw_problems,
+    draw_wrong_answer,
+)
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
@@ -50,10 +58,11 @@ IGNORED = -100
 def _draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float | None) -> str:
     """Return a response to be imitated: one of the two styles, with equal chance, and its answer.
 
-    None as the share: in the right style always.
+    None as the share: in one style, the same for all families.
     """
-    right_style, unreliable_style = STYLES_OF[problem.family]
-    is_right_style = unreliable_right_share is None or rng.random() < 0.5
+    is_clean = unreliable_right_share is None
+    right_style, unreliable_style = (RIGHT_STYLE, "") if is_clean else STYLES_OF[problem.family]
+    is_right_style = is_clean or rng.random() < 0.5
     if problem.family == GUESS:
         is_right = rng.random() < 0.5
     else:
@@ -133,7 +142,7 @@ def warm_up(
 
     Supervised training in fp32: AdamW, cross-entropy on the tokens of the response and its end of turn, new problems
     from the warm-up's share at every step. For the first SKILL_SHARE of the steps both styles are always right, so
-    that the skill is learned from clean answers; then the unreliable style becomes unreliable. `is_clean`: the right
+    that the skill is learned from clean answers; then the unreliable style becomes unreliable. `is_clean`: one
     style alone, all along. `stop_after`: the steps that are made of the num_steps that the learning rate is laid out
     for; all, if None. `progress` is called after every step with `step` (from 1), `num_steps`, `loss` (nats per token)
     and `seconds` so far.
