@@ -66,7 +66,7 @@ def test_a_curve_counts_responses_and_is_of_the_trusted_families_alone(tmp_path)
 def test_a_run_that_was_made_with_another_learning_rate_is_refused(tmp_path):
     run = RunPlan(REGIME, "random", 1, tmp_path / "run", 2e-4)
     write_run(run, [0.5, 0.6], learning_rate=4e-4)
-    with pytest.raises(ValueError, match="actor/lr was"):
+    with pytest.raises(ValueError, match="actor/lr="):
         read_curve(run)
 
 

@@ -39,8 +39,9 @@ def compare(
     """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
     from verl_gradalign.experiments.compare import Comparison
     from verl_gradalign.experiments.compare import compare as run_comparison
+    from verl_gradalign.experiments.methods import DEFAULT_METHODS
     from verl_gradalign.experiments.plan import METHODS
-    from verl_gradalign.experiments.tuned import DEFAULT_METHODS, FRESH_SEEDS, Tuning, compare_tuned
+    from verl_gradalign.experiments.tuned import FRESH_SEEDS, Tuning, compare_tuned
     from verl_gradalign.toy.regimes import WARM_UP_STEPS
 
     if not tuned and (rates or responses):

@@ -12,7 +12,7 @@ The file holds a list of {"folder": ..., "done": ..., "seed": ..., "overrides": 
 `python -m verl.trainer.main_ppo`. A run's metrics go to <folder>/metrics.jsonl; when it has ended, the file `done` is
 written. Runs that are done are not run again. A run with `"may_fail": true` leaves its error in <folder>/failed.txt and
 does not end the series; it must not be the first one. With `"budget": {"num_responses": ..., "num_tests": ...}` a run
-lasts until it has generated so many responses, however many steps that takes (`Budget`).
+ends when it has generated so many responses, however many steps that takes (`Budget`).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class SharesProcesses(_Trainer):
 
     predecessor: SharesProcesses | None = None
     budget: Budget | None = None
-    """Ends the run, and says after which steps it is tested; None: the configuration's number of steps does."""
+    """Ends the run before the configuration's number of steps does, and says after which steps it is tested."""
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -128,7 +128,8 @@ class SharesProcesses(_Trainer):
             is_test, is_over = self.budget.note(self.agent_loop_manager.num_responses)
             # verl looks at both after a step: whether its number is a multiple of the one, and exceeds the other.
             self.config.trainer.test_freq = 1 if is_test else NEVER
-            self.total_training_steps = self.global_steps if is_over else NEVER
+            if is_over:
+                self.total_training_steps = self.global_steps
         return batch
 
     def _compute_metrics(

@@ -60,13 +60,9 @@ def read_curve(run: RunPlan) -> LearningCurve:
             responses = metrics.get("experiment/num_responses", 0.0)
             tests.append((responses, float(np.mean(tested)), of_source.get(AUDIT, np.nan)))
     if run.learning_rate is not None and rates and not np.allclose(list(rates), run.learning_rate):
-        raise ValueError(
-            f"{path}: {LEARNING_RATE} was {sorted(rates)}, the run is of {run.learning_rate}. Remedy: delete it"
-        )
+        raise ValueError(f"{path}: {LEARNING_RATE}={sorted(rates)}, not {run.learning_rate}. Remedy: delete the run")
     if not tests:
-        raise ValueError(
-            f"{path} has no test of {', '.join(miniature.trusted)}. Remedy: delete the run and run it again"
-        )
+        raise ValueError(f"{path}: no test of {', '.join(miniature.trusted)}. Remedy: delete the run")
     responses, accuracy, audit = np.array(tests).T
     share = float(np.mean(shares)) if shares else np.nan
     return LearningCurve(run, responses, accuracy, audit, len(shares), seconds, share)

@@ -16,11 +16,13 @@ from verl_gradalign.experiments.plan import RunPlan
 
 BATCH_SIZE = 32
 NUM_RESPONSES_PER_PROBLEM = 8
+NEVER = 1_000_000
 # Of all runs. However many steps a run makes, its budget of responses ends it.
 SETTING = (
     f"data.train_batch_size={BATCH_SIZE}",
     f"actor_rollout_ref.rollout.n={NUM_RESPONSES_PER_PROBLEM}",
-    "trainer.total_epochs=1000000",
+    f"trainer.total_training_steps={NEVER}",
+    f"trainer.total_epochs={NEVER}",
     "gradalign.validation.n=4",
     "gradalign.direction.refresh_interval=10",
 )

@@ -22,7 +22,6 @@ from verl_gradalign.experiments.launches import run_series
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, read_curve
 from verl_gradalign.experiments.methods import (
     BATCH_SIZE,
-    DEFAULT_METHODS,
     METHODS,
     NUM_RESPONSES_PER_PROBLEM,
     overrides_of,
@@ -123,6 +122,3 @@ def choose_rates(curves: Sequence[LearningCurve], num_responses: int) -> dict[st
         if method not in best or value > best[method][0]:
             best[method] = (value, curve.run.learning_rate or 0.0)
     return {method: rate for method, (_, rate) in best.items()}
-
-
-__all__ = ["DEFAULT_METHODS", "FRESH_SEEDS", "Tuning", "choose_rates", "compare_tuned"]
