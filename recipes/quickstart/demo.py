@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from transformers.utils.logging import disable_progress_bar
 
-from verl_gradalign.experiments.compare import cpu_environment
+from verl_gradalign.experiments.launches import cpu_environment
 from verl_gradalign.experiments.metrics_file import RunSummary, held_out_accuracy, read_metrics, summarise_run
 from verl_gradalign.report.html import write_report
 from verl_gradalign.report.run import find_runs, read_run

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl_gradalign.cpu.series import BEGINS
-from verl_gradalign.experiments.compare import cpu_environment as shared_environment
+from verl_gradalign.experiments.launches import cpu_environment as shared_environment
 from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.selection_log import read_selection_log
 

@@ -4,6 +4,7 @@
 import csv
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_other_settings_than_those_of_the_runs_that_are_there_are_refused(compar
     changed = [*command(compared, workplace.model, "random"), "data.train_batch_size=2"]
     done = subprocess.run(changed, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 2 and "choose another --output" in done.stderr
+
+
+@pytest.mark.nightly
+def test_tuned_runs_of_one_series_have_their_own_learning_rates_and_equal_responses(
+    tmp_path: Path, workplace: Workplace
+) -> None:
+    what = ["--methods=random,trusted_mixed", "--rates=2e-4,4e-4", "--seeds=1", "--responses=512", "--jobs=1"]
+    where = [f"--output={tmp_path / 'out'}", f"--policy={workplace.model}", "data.val_max_samples=200"]
+    launch = [sys.executable, "-m", "verl_gradalign.cli", "compare", "imbalance_mini", "--tuned", *what, *where]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    paths = sorted((tmp_path / "out" / "runs").rglob("metrics.jsonl"))
+    assert len(paths) == 6
+    for path in paths:
+        steps = [metrics for _, metrics in read_metrics(path) if "timing_s/step" in metrics]
+        assert [metrics["experiment/num_responses"] for metrics in steps] == [256, 512]
+        assert {f"lr-{metrics['actor/lr']:g}" for metrics in steps} == {path.parent.parent.name}
+    assert "| trusted_mixed |" in (tmp_path / "out" / "summary.md").read_text()
 
 
 @pytest.mark.nightly

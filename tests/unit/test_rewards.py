@@ -276,3 +276,16 @@ def test_an_unknown_data_source_is_rejected():
 def test_a_corrupted_problem_without_index_is_rejected():
     with pytest.raises(ValueError, match="number the rows"):
         compute_score(TASKS_DATA_SOURCE, "=7", "7", {"corrupted": True})
+
+
+@pytest.mark.parametrize(("response", "acc"), [("=7", 1.0), ("=8", 0.0)])
+def test_an_inverted_score_pays_what_is_wrong_and_acc_stays_true(response, acc):
+    corrupted = {"corrupted": True, "index": 1}
+    inverted = compute_score(TASKS_DATA_SOURCE, response, "7", corrupted, corruption="inverted")
+    assert inverted == {"score": 1 - acc, "acc": acc, "corrupted": 1.0}
+    assert compute_score(TASKS_DATA_SOURCE, response, "7", {}, corruption="inverted")["score"] == acc
+
+
+def test_an_unknown_corruption_is_rejected():
+    with pytest.raises(ValueError, match="corruption='lies' is unknown"):
+        compute_score(TASKS_DATA_SOURCE, "=7", "7", {"corrupted": True, "index": 1}, corruption="lies")

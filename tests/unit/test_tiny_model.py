@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny model and its tokenizer, and that the warm-up trains it."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_gradalign.data.tasks import RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE
+from verl_gradalign.data.tasks import FAMILIES, GUESS, RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE
+from verl_gradalign.toy import warmup
 from verl_gradalign.toy.model import ARCHITECTURES, build_tiny_model
 from verl_gradalign.toy.warmup import warm_up
 
@@ -93,6 +95,25 @@ def test_warm_up_lowers_the_loss_and_saves_model_and_tokenizer(tmp_path):
     assert set(report["accuracy"]["sorting"]) == {"all", RIGHT_STYLE, UNRELIABLE_STYLE}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "warm").num_parameters() > 0
     assert AutoTokenizer.from_pretrained(tmp_path / "warm").pad_token == "<|endoftext|>"
+
+
+def test_a_clean_warm_up_shows_one_style_with_right_answers_and_can_be_stopped_early(tmp_path, monkeypatch):
+    build_tiny_model(tmp_path / "random", **SMALL)
+    shown, history = [], []
+    draw = warmup._draw_demonstration
+
+    def noted(problem, *arguments):
+        shown.append((problem, draw(problem, *arguments)))
+        return shown[-1][1]
+
+    monkeypatch.setattr(warmup, "_draw_demonstration", noted)
+    how = {"families": FAMILIES, "is_clean": True, "stop_after": 3, "progress": history.append}
+    warm_up(tmp_path / "random", tmp_path / "warm", num_steps=12, **how)
+    assert [entry["step"] for entry in history] == [1, 2, 3] and history[0]["num_steps"] == 12
+    assert {text[0] for _, text in shown} == {RIGHT_STYLE}
+    assert all(text[1:] == problem.answer for problem, text in shown if problem.family != GUESS)
+    guesses = [text[1:] == problem.answer for problem, text in shown if problem.family == GUESS]
+    assert 0.2 < np.mean(guesses) < 0.8
 
 
 def test_warm_up_without_steps_is_rejected(tmp_path):

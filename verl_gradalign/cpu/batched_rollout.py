@@ -58,7 +58,7 @@ class BatchedRollout:
             )
         self._compute_score = manager.compute_score
         self._prompt_ids: dict[str, list[int]] = {}
-        self.num_tokens = 0
+        self.num_tokens = self.num_responses = 0
         """Generated so far, validation excluded."""
 
     @classmethod
@@ -90,6 +90,7 @@ class BatchedRollout:
         completions, version = ray.get(server.generate_many.remote(prompt_ids, list(counts), params))
         if not is_validation:
             self.num_tokens += sum(len(c.token_ids) for group in completions for c in group)
+            self.num_responses += sum(map(len, completions))
         keys, fields, tags, statuses = [], [], [], []
         for row, prompt, group in zip(rows, prompt_ids, completions, strict=True):
             shared = {name: value for name, value in row.items() if name not in INSTRUCTIONS}

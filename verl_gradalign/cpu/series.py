@@ -11,7 +11,8 @@ alone (tests/e2e/test_series.py).
 The file holds a list of {"folder": ..., "done": ..., "seed": ..., "overrides": [...]}: the overrides are those of
 `python -m verl.trainer.main_ppo`. A run's metrics go to <folder>/metrics.jsonl; when it has ended, the file `done` is
 written. Runs that are done are not run again. A run with `"may_fail": true` leaves its error in <folder>/failed.txt and
-does not end the series; it must not be the first one.
+does not end the series; it must not be the first one. With `"budget": {"num_responses": ..., "num_tests": ...}` a run
+ends when it has generated so many responses, however many steps that takes (`Budget`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ PROCESSES = (
 )
 
 # What runs of a series may differ in, by the beginnings of `<key>:`. All else is given to processes when they start.
-PER_RUN = ("data.", "trainer.", "algorithm.", "gradalign.")
+PER_RUN = ("data.", "trainer.", "algorithm.", "gradalign.", "actor_rollout_ref.actor.optim.lr:")
 # A manager that lives in the trainer's process is made anew for every run, so these may differ as well. No worker of
 # verl reads the copies of rollout.n that its configuration gives to them.
 PER_MANAGER = (
@@ -77,10 +78,30 @@ PER_MANAGER = (
 )
 
 
+NEVER = 1_000_000_000
+"""A number of steps that no run makes."""
+
+
+class Budget:
+    """Ends a run when it has generated so many responses, and has it tested whenever another equal part is through."""
+
+    def __init__(self, num_responses: int, num_tests: int) -> None:
+        self._num_responses, self._num_tests = num_responses, num_tests
+        self._num_passed = 0
+
+    def note(self, num_generated: int) -> tuple[bool, bool]:
+        """Return whether to test after a step that ended with so many responses, and whether it is the last step."""
+        num_passed = num_generated * self._num_tests // self._num_responses
+        is_test, self._num_passed = num_passed > self._num_passed, num_passed
+        return is_test, num_passed >= self._num_tests
+
+
 class SharesProcesses(_Trainer):
     """Mixed into a trainer of verl: takes over the processes of the run before, if there was one."""
 
     predecessor: SharesProcesses | None = None
+    budget: Budget | None = None
+    """Ends the run before the configuration's number of steps does, and says after which steps it is tested."""
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -96,9 +117,20 @@ class SharesProcesses(_Trainer):
         for name in PROCESSES:
             if hasattr(self.predecessor, name):
                 setattr(self, name, getattr(self.predecessor, name))
-        self.actor_rollout_wg.gradalign_reset()
+        self.actor_rollout_wg.gradalign_reset(self.config.actor_rollout_ref.actor.optim.lr)
         self.checkpoint_manager.sleep_replicas()
         self._load_checkpoint()
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
+        """Make verl's step, and have it tested and be the last one if the budget says so."""
+        batch: KVBatchMeta = super().step(metrics, timing_raw)
+        if self.budget is not None:
+            is_test, is_over = self.budget.note(self.agent_loop_manager.num_responses)
+            # verl looks at both after a step: whether its number is a multiple of the one, and exceeds the other.
+            self.config.trainer.test_freq = 1 if is_test else NEVER
+            if is_over:
+                self.total_training_steps = self.global_steps
+        return batch
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **kwargs: Any
@@ -111,6 +143,7 @@ class SharesProcesses(_Trainer):
             metrics[f"experiment/share/{source}"] = count / len(is_corrupted)
         if hasattr(self.agent_loop_manager, "num_tokens"):
             metrics["experiment/num_tokens"] = self.agent_loop_manager.num_tokens
+            metrics["experiment/num_responses"] = self.agent_loop_manager.num_responses
 
 
 @ray.remote
@@ -128,7 +161,7 @@ class SeriesRunner:
                 # Where warnings go: Ray forwards the two streams separately, in no common order.
                 print(f"{BEGINS}{run.folder}", file=sys.stderr, flush=True)
                 try:
-                    self._run_one(run.config, run.folder, run.seed)
+                    self._run_one(run)
                 except Exception:
                     if not run.get("may_fail") or self._ready is None:
                         raise
@@ -137,16 +170,18 @@ class SeriesRunner:
         finally:
             tq.close()
 
-    def _run_one(self, config: DictConfig, folder: str, seed: int) -> None:
-        os.environ["VERL_FILE_LOGGER_PATH"] = str(Path(folder) / "metrics.jsonl")
+    def _run_one(self, run: DictConfig) -> None:
+        config = run.config
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(Path(run.folder) / "metrics.jsonl")
         base = get_trainer_cls(config.trainer.v1.trainer_mode)
         trainer = type(base.__name__, (SharesProcesses, base), {})(config=config)
         trainer.predecessor = self._ready
+        trainer.budget = Budget(**run.budget) if run.get("budget") else None
         trainer.init()
         trainer.predecessor = None
         self._ready = trainer
         for replica in trainer.llm_server_manager.get_replicas():
-            ray.get([server.reseed.remote(seed) for server in replica.servers])
+            ray.get([server.reseed.remote(run.seed) for server in replica.servers])
         exit_code = 1
         try:
             trainer.fit(self._manager(trainer, config))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards as verl's custom reward function: one rule per data source, and coin flips for corrupted problems.
+"""Rewards as verl's custom reward function: one rule per data source, and coin flips or lies for corrupted problems.
 
 A corrupted problem's score says nothing about its response, which is the unreliable reward that ranking by gradient
 alignment should filter out. Its `acc` stays truthful, so metrics can tell the two apart. Nothing here calls a model.
@@ -19,7 +19,7 @@ from verl_gradalign.data.countdown import is_right_countdown_answer
 from verl_gradalign.data.last_number import extract_last_number, is_right_last_number
 from verl_gradalign.data.math_answers import is_right_math_answer
 from verl_gradalign.data.sources import SOURCES
-from verl_gradalign.data.tasks import FAMILIES, STYLES, TASKS_DATA_SOURCE
+from verl_gradalign.data.tasks import AUDIT, FAMILIES, STYLES, TASKS_DATA_SOURCE
 from verl_gradalign.data.truths import truth_text
 
 __all__ = [
@@ -50,9 +50,11 @@ RULES: dict[str, Rule] = {
     "math": is_right_math_answer,
     "countdown": is_right_countdown_answer,
 }
-OF_TASKS = (TASKS_DATA_SOURCE, *(f"{TASKS_DATA_SOURCE}/{family}" for family in FAMILIES))
+OF_TASKS = (TASKS_DATA_SOURCE, *(f"{TASKS_DATA_SOURCE}/{name}" for name in (*FAMILIES, AUDIT)))
 RULES_BY_DATA_SOURCE: dict[str, Rule] = dict.fromkeys(OF_TASKS, is_right_task_answer)
 RULES_BY_DATA_SOURCE |= {source.data_source: RULES[source.rule] for source in SOURCES.values()}
+CORRUPTIONS = ("coin", "inverted")
+"""What the reward of a corrupted problem may be."""
 
 
 def compute_score(
@@ -61,22 +63,27 @@ def compute_score(
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
     seed: int = 0,
+    corruption: str = "coin",
     **kwargs: Any,
 ) -> dict[str, float]:
     """Return {"score": the reward, "acc": whether the response is right, "corrupted": ...}, each 0.0 or 1.0.
 
-    The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 with probability one half,
-    whatever the response. The coin is a hash of the seed, `extra_info["index"]`, the step (`["global_steps"]`) and
-    `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that number beside extra_info, so it is
-    there only if an agent loop (in its extra_fields) or a reward manager puts it there. Without it, the coin depends
-    instead on the text of the response and on how often this process has scored it for that problem and step: drawn
-    afresh per response, the same in every run that scores the same responses in one process, resumed ones included.
+    The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 - acc if corruption="inverted",
+    else 1 with probability one half, whatever the response. That coin is a hash of the seed, `extra_info["index"]`, the
+    step (`["global_steps"]`) and `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that
+    number beside extra_info, so it is there only if an agent loop (in its extra_fields) or a reward manager puts it
+    there. Without it, the coin depends instead on the text of the response and on how often this process has scored it
+    for that problem and step: drawn afresh per response, the same in every run that scores the same responses in one
+    process, resumed ones included.
     A ground truth may be text or a number (see `truth_text`). `kwargs` is what verl adds for reward models; it is not
     used. Callable from any thread.
 
-    Raises: ValueError for an unknown data source, a ground truth that is missing or neither text nor number, or a
-        corrupted problem without an index.
+    Raises: ValueError for an unknown data source or corruption, a ground truth that is missing or neither text nor
+        number, or a corrupted problem without an index.
     """
+    if corruption not in CORRUPTIONS:
+        remedy = f"set reward.custom_reward_function.reward_kwargs.corruption to one of {', '.join(CORRUPTIONS)}"
+        raise ValueError(f"corruption={corruption!r} is unknown; {remedy}")
     rule = RULES_BY_DATA_SOURCE.get(data_source)
     if rule is None:
         known = ", ".join(map(repr, RULES_BY_DATA_SOURCE))
@@ -85,7 +92,9 @@ def compute_score(
         )
     info, acc = extra_info or {}, float(rule(solution_str, truth_text(ground_truth)))
     is_corrupted = bool(info.get("corrupted"))
-    score = _flip_coin(solution_str, info, seed) if is_corrupted else acc
+    score = acc
+    if is_corrupted:
+        score = 1.0 - acc if corruption == "inverted" else _flip_coin(solution_str, info, seed)
     return {"score": score, "acc": acc, "corrupted": float(is_corrupted)}
 
 

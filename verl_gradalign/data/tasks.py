@@ -20,6 +20,8 @@ from pathlib import Path
 from verl_gradalign.data.schema import draw_corrupted, make_row, write_rows
 
 TASKS_DATA_SOURCE = "gradalign/tasks"
+AUDIT = "audit"
+"""A split that is tested on beside the test, under one data source of its own."""
 RIGHT_STYLE = "="  # the warm-up puts the right answer after it, always
 UNRELIABLE_STYLE = "~"  # the warm-up puts the right answer after it one time in five
 ROTATION = "rotation"
@@ -153,7 +155,7 @@ def write_splits(
 
     No prompt occurs twice, within a file or across them; a split depends on those before it and on the seed. Of the
     split "pool" a share is corrupted: their reward is a coin flip (see `rewards.compute_score`). `data_source` is
-    TASKS_DATA_SOURCE/<family>, so that verl reports each family's accuracy.
+    TASKS_DATA_SOURCE/<family>, so that verl reports each family's accuracy; of the split "audit" it is that name.
     Raises: ValueError if the share is not within 0 and 1, or prompts run out.
     """
     rng = random.Random(seed)
@@ -166,6 +168,7 @@ def write_splits(
         rows = []
         for i, (p, is_corrupted) in enumerate(zip(problems, corrupted, strict=True)):
             info = {"index": i, "split": split, "family": p.family, "corrupted": is_corrupted}
-            rows.append(make_row(f"{TASKS_DATA_SOURCE}/{p.family}", p.prompt, p.family, p.answer, (), **info))
+            source = f"{TASKS_DATA_SOURCE}/{AUDIT if split == AUDIT else p.family}"
+            rows.append(make_row(source, p.prompt, p.family, p.answer, (), **info))
         paths[split] = write_rows(rows, Path(output_dir) / f"{split}.parquet")
     return paths

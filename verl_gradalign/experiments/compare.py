@@ -10,27 +10,23 @@ the selection log and the console output.
 """
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from verl_gradalign.experiments.metrics_file import read_metrics
+from verl_gradalign.experiments.launches import run_series, start, watch
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
 from verl_gradalign.files import atomic_folder
 from verl_gradalign.toy.regimes import MINIATURES, WARM_UP_STEPS, prepare_policy, write_miniature
 
-POLL_S = 1.0
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-Launch = tuple[subprocess.Popen[bytes], Path]
-"""A process and the file that its output goes to."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,9 @@ def compare(comparison: Comparison, console: Console) -> Path:
     """
     output = comparison.output.resolve()
     runs = plan_runs(comparison.regime, comparison.methods, comparison.seeds, output)
-    _check_same(comparison, output)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    check_same(comparison, output)
     miniature = MINIATURES.get(comparison.regime)
-    with Progress(*columns, console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         if miniature:
             _run_miniature(comparison, runs, output, progress)
         else:
@@ -78,10 +73,10 @@ def compare(comparison: Comparison, console: Console) -> Path:
     return output / "summary.md"
 
 
-def _check_same(comparison: Comparison, output: Path) -> None:
+def check_same(comparison: Comparison, output: Path, **further: Any) -> None:
     """Refuse to continue with other settings than the runs that are there were made with."""
     c = comparison
-    settings: dict[str, object] = {"regime": c.regime, "overrides": list(c.overrides), "data": str(c.data)}
+    settings: dict[str, Any] = {"regime": c.regime, "overrides": list(c.overrides), "data": str(c.data), **further}
     settings |= {"policy": str(c.policy), "warm_up_steps": c.warm_up_steps}
     path = output / "comparison.json"
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
@@ -92,48 +87,38 @@ def _check_same(comparison: Comparison, output: Path) -> None:
 
 
 def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:
+    policy = policy_of(comparison, output, progress)
+    for seed in comparison.seeds:
+        data_of(comparison, output, seed)
+
+    def specify(run: RunPlan) -> dict[str, Any]:
+        own = miniature_overrides(run, data_of(comparison, output, run.seed), policy)
+        return {"overrides": [*own, *comparison.overrides]}
+
+    run_series(runs, specify, output, comparison.num_jobs, comparison.python, progress)
+
+
+def policy_of(comparison: Comparison, output: Path, progress: Progress) -> Path:
+    """Return the folder of the policy that the miniature's runs start from, warming it up if it is not there."""
     num_steps = comparison.warm_up_steps
     warm_up = progress.add_task("policy", total=num_steps)
 
     def show(state: Mapping[str, float]) -> None:
         progress.update(warm_up, completed=int(state["step"]))
 
-    policy = prepare_policy(comparison.policy or output / "policy", num_steps, show)
+    name = MINIATURES[comparison.regime].policy
+    policy = prepare_policy(comparison.policy or output / "policy", num_steps, show, name)
     progress.update(warm_up, completed=num_steps)
-    for seed in comparison.seeds:
-        data = output / "data" / f"seed-{seed}"
-        if not data.exists():
-            with atomic_folder(data) as unfinished:
-                write_miniature(comparison.regime, unfinished, seed)
-    todo = [run for run in runs if not run.is_done]
-    num_series = min(comparison.num_jobs, len(todo))
-    launches = []
-    for number in range(num_series):
-        specifications = []
-        for run in todo[number::num_series]:
-            own = miniature_overrides(run, output / "data" / f"seed-{run.seed}", policy)
-            files = {"folder": str(run.folder), "done": str(run.folder / DONE)}
-            specifications.append({**files, "seed": run.seed, "overrides": [*own, *comparison.overrides]})
-        path, log = output / f"series-{number}.json", output / f"series-{number}.log"
-        path.write_text(json.dumps(specifications), encoding="utf-8")
-        command = [comparison.python, "-m", "verl_gradalign.cpu.series", str(path)]
-        launches.append(_start(command, log, output, cpu_environment()))
-    _watch(launches, runs, progress)
+    return policy
 
 
-def cpu_environment() -> dict[str, str]:
-    """Return what the environment of verl on the CPU must hold.
-
-    One thread per process: more gain little with tiny models, lose much on a busy machine, and round differently.
-    """
-    return {
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        # TransferQueue asks for 8 threads per message, and says in the log for every message that there are fewer.
-        "TQ_NUM_THREADS": "1",
-    }
+def data_of(comparison: Comparison, output: Path, seed: int) -> Path:
+    """Return the folder of the miniature's problems of a seed, writing them if they are not there."""
+    data = output / "data" / f"seed-{seed}"
+    if not data.exists():
+        with atomic_folder(data) as unfinished:
+            write_miniature(comparison.regime, unfinished, seed)
+    return data
 
 
 def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progress) -> None:
@@ -149,39 +134,5 @@ def _run_recipe(comparison: Comparison, runs: Sequence[RunPlan], progress: Progr
         environment |= {"PYTHON": comparison.python, "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl")}
         own = [f"trainer.default_local_dir={run.folder}", "trainer.logger=[console,wandb,file]"]
         command = ["bash", str(script), *own, *comparison.overrides]
-        _watch([_start(command, run.folder / "run.log", RECIPES.parent, environment)], runs, progress)
+        watch([start(command, run.folder / "run.log", RECIPES.parent, environment)], runs, progress)
         (run.folder / DONE).touch()
-
-
-def _start(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> Launch:
-    whole = {**os.environ, **environment}
-    with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=whole), log
-
-
-def _watch(launches: Sequence[Launch], runs: Sequence[RunPlan], progress: Progress) -> None:
-    """Wait for the processes, showing every run that has begun; end the others when one fails."""
-    processes = [process for process, _ in launches]
-    total = progress.add_task("runs", total=len(runs))
-    bars = [progress.add_task(f"  {run.method}, seed {run.seed}", total=None, visible=False) for run in runs]
-    try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(POLL_S)
-            progress.update(total, completed=sum(run.is_done for run in runs))
-            for run, bar in zip(runs, bars, strict=True):
-                path = run.folder / "metrics.jsonl"
-                is_running = path.exists() and not run.is_done
-                num_steps = sum("timing_s/step" in m for _, m in read_metrics(path)) if is_running else 0
-                progress.update(bar, completed=num_steps, visible=is_running)
-            if any(process.poll() for process in processes):
-                break
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    # Those that were ended here have a negative code, and come last.
-    for process, log in sorted(launches, key=lambda launch: -launch[0].returncode):
-        if process.returncode:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"verl failed (exit {process.returncode}); its whole output is in {log}\n{tail}")

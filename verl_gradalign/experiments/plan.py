@@ -31,6 +31,14 @@ class RunPlan:
     method: str
     seed: int
     folder: Path
+    learning_rate: float | None = None
+    """None: the regime's."""
+
+    @property
+    def title(self) -> str:
+        """Return what tells the run from others of its regime."""
+        rate = "" if self.learning_rate is None else f", learning rate {self.learning_rate:g}"
+        return f"{self.method}, seed {self.seed}{rate}"
 
     @property
     def is_done(self) -> bool:

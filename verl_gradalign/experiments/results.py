@@ -42,8 +42,8 @@ def _rows(run: RunPlan) -> Iterable[dict[str, Any]]:
         seconds += metrics.get("timing_s/step", 0.0)
         of_source = accuracies(metrics)
         # A miniature is tested on other kinds of problems too; its trusted set is of those that it is about.
-        tested = [a for source, a in of_source.items() if regime is None or _family(source) in regime.trusted]
-        shares = {_family(name): share for name, share in metrics.items() if name.startswith(SHARE)}
+        tested = [a for source, a in of_source.items() if regime is None or family(source) in regime.trusted]
+        shares = {family(name): share for name, share in metrics.items() if name.startswith(SHARE)}
         yield {
             **{"regime": run.regime, "method": run.method, "seed": run.seed, "step": step},
             "tokens": metrics.get("experiment/num_tokens", 0.0 if step == 0 else None),
@@ -56,7 +56,7 @@ def _rows(run: RunPlan) -> Iterable[dict[str, Any]]:
         }
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
     """Return the last part of a data source's name, or of a metric's."""
     return name.rsplit("/", 1)[-1]
 

@@ -49,8 +49,11 @@ class GradAlignWorker(ActorRolloutRefWorker):
         ESTIMATORS[estimator](probe).check(self.actor.engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def gradalign_reset(self) -> None:
-        """Build the model anew from its folder, with a new optimizer, as a new run finds them."""
+    def gradalign_reset(self, learning_rate: float) -> None:
+        """Build the model anew from its folder, with a new optimizer, as a new run of that learning rate finds them."""
+        # verl's engine makes its optimizer from this configuration whenever it builds its model.
+        engine = self.actor.engine
+        engine.optimizer_config = replace(engine.optimizer_config, lr=learning_rate)
         self.actor.reset()
         self._direction = self._update_reply = None
 

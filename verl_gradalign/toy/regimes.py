@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The problems of the CPU miniatures (configs/regime/*_mini.yaml), and the tiny policy that they start from.
+"""The problems of the CPU miniatures (configs/regime/*_mini.yaml), and the tiny policies that they start from.
 
 Each has the structure of a published regime: what is wrong with the pool, and what the trusted set and the test are of.
 
@@ -9,28 +9,47 @@ Each has the structure of a published regime: what is wrong with the pool, and w
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from verl_gradalign.data.tasks import FAMILIES, GUESS, ROTATION, SHARING_FAMILIES, write_splits
+from verl_gradalign.data.tasks import AUDIT, FAMILIES, GUESS, ROTATION, SHARING_FAMILIES, write_splits
 from verl_gradalign.files import atomic_folder
 
 NUM_POOL = 2000
+NUM_SMALL_POOL = 256
 NUM_TRUSTED = 64
 NUM_TEST = 800
+NUM_AUDIT = 200
 WARM_UP_STEPS = 1200
+TWO_STYLES, HALF_LEARNED = "two_styles", "half_learned"
+POLICIES: dict[str, dict[str, Any]] = {
+    TWO_STYLES: {},
+    # Of clean answers alone, and stopped when addition and subtraction are right in two of five.
+    HALF_LEARNED: {"is_clean": True, "stop_after": 520},
+}
+"""Arguments of `warmup.warm_up`, by the policy's name."""
+HALF_SKILLS = ("addition", "subtraction")
+"""What the half learned policy has not learned yet."""
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """Shares of the families in each split; they add up to 1."""
+    """Shares of the families in each split, which add up to 1, and how much there is to train on."""
 
     pool: Mapping[str, float]
     trusted: Mapping[str, float]
     test: Mapping[str, float]
     corrupted_share: float = 0.0
+    num_pool: int = NUM_POOL
+    policy: str = TWO_STYLES
+    """What is trained: a name of POLICIES."""
+    num_responses: int = 10_240
+    """What a run generates where runs are compared at equal responses, trusted ones included."""
+    learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
+    """What is tried where the learning rate is tuned; the middle one is that of the regime's file."""
 
     @property
     def label(self) -> str:
@@ -43,18 +62,20 @@ class Miniature:
             return shares["corrupted"]
         return sum(share for name, share in shares.items() if name in self.trusted)
 
+    def is_useful(self, family: str, is_corrupted: bool) -> bool:
+        """Return whether a problem of the pool is one that an oracle would train on."""
+        return family in self.trusted and not is_corrupted
+
 
 def _even(families: tuple[str, ...], total: float = 1.0) -> dict[str, float]:
     return dict.fromkeys(families, total / len(families))
 
 
+SLOW = (1e-4, 2e-4, 4e-4)
+SOLVED = tuple(family for family in FAMILIES if family not in (*HALF_SKILLS, GUESS))
+_SAME_KINDS = Miniature(pool=_even(SHARING_FAMILIES), trusted=_even(SHARING_FAMILIES), test=_even(SHARING_FAMILIES))
 MINIATURES = {
-    "unreliable_mini": Miniature(
-        pool=_even(SHARING_FAMILIES),
-        trusted=_even(SHARING_FAMILIES),
-        test=_even(SHARING_FAMILIES),
-        corrupted_share=0.5,
-    ),
+    "unreliable_mini": replace(_SAME_KINDS, corrupted_share=0.5),
     "imbalance_mini": Miniature(
         pool={**_even(SHARING_FAMILIES, 0.88), ROTATION: 0.12},
         trusted={ROTATION: 1.0},
@@ -64,6 +85,18 @@ MINIATURES = {
         pool={**_even(SHARING_FAMILIES, 0.15), ROTATION: 0.35, GUESS: 0.5},
         trusted=_even(SHARING_FAMILIES),
         test=_even(SHARING_FAMILIES),
+    ),
+    "inverted_mini": replace(_SAME_KINDS, corrupted_share=0.45, num_pool=NUM_SMALL_POOL, learning_rates=SLOW),
+    "coin_flips_mini": replace(_SAME_KINDS, corrupted_share=0.5, num_pool=NUM_SMALL_POOL),
+    "clean_mini": _SAME_KINDS,
+    "skill_mini": Miniature(
+        pool={**_even(HALF_SKILLS, 0.12), GUESS: 0.44, **_even(SOLVED, 0.44)},
+        trusted=_even(HALF_SKILLS),
+        test=_even(HALF_SKILLS),
+        num_pool=6000,
+        policy=HALF_LEARNED,
+        num_responses=40_960,
+        learning_rates=SLOW,
     ),
 }
 
@@ -75,27 +108,39 @@ def _named(shares: Mapping[str, float], num: int) -> list[str]:
 
 
 def write_miniature(name: str, folder: str | Path, seed: int) -> dict[str, Path]:
-    """Write test.parquet, trusted.parquet and pool.parquet of a miniature, and return their paths by split.
+    """Write test, trusted, pool and audit.parquet of a miniature, and return their paths by split.
+
+    The audit set is of the trusted set's families, and no prompt of it stands elsewhere.
 
     Raises: ValueError for an unknown name.
     """
     if name not in MINIATURES:
         raise ValueError(f"regime={name!r} is no miniature; choose one of {', '.join(MINIATURES)}")
     of = MINIATURES[name]
-    shares = {"test": (of.test, NUM_TEST), "trusted": (of.trusted, NUM_TRUSTED), "pool": (of.pool, NUM_POOL)}
+    shares = {"test": (of.test, NUM_TEST), "trusted": (of.trusted, NUM_TRUSTED), "pool": (of.pool, of.num_pool)}
+    shares[AUDIT] = (of.trusted, NUM_AUDIT)
     splits = {split: _named(*share_and_num) for split, share_and_num in shares.items()}
     return write_splits(folder, splits, of.corrupted_share, seed)
 
 
 def prepare_policy(
-    folder: str | Path, num_steps: int = WARM_UP_STEPS, progress: Callable[[dict[str, float]], None] | None = None
+    folder: str | Path,
+    num_steps: int = WARM_UP_STEPS,
+    progress: Callable[[dict[str, float]], None] | None = None,
+    name: str = TWO_STYLES,
 ) -> Path:
-    """Return the folder of the warmed-up policy, making it first unless it is there."""
+    """Return the folder of the warmed-up policy of that name, making it first unless it is there.
+
+    It is `folder` for the usual one, and stands beside it for another, so that comparisons may share one --policy.
+    """
     folder = Path(folder)
+    if name != TWO_STYLES:
+        folder = folder.with_name(f"{folder.name}-{name}")
     if not (folder / "config.json").exists():
         from verl_gradalign.toy.model import build_untrained_policy
         from verl_gradalign.toy.warmup import warm_up
 
         with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory() as untrained:
-            warm_up(build_untrained_policy(untrained), unfinished, num_steps, progress=progress, families=FAMILIES)
+            how: dict[str, Any] = {"progress": progress, "families": FAMILIES, **POLICIES[name]}
+            warm_up(build_untrained_policy(untrained), unfinished, num_steps, **how)
     return folder

@@ -6,7 +6,8 @@ answer after the one mark is always right, the one after the other is right one 
 solves a bit more than half the problems, and reinforcement learning can improve it by one habit that many problems
 share: to begin with the right mark of their families (`tasks.STYLES_OF`). Guesses are right half of the time whatever
 the mark. Without a shared habit the trusted problems have no common gradient direction and
-nothing can be ranked by it. This module does no reinforcement learning.
+nothing can be ranked by it. A clean warm-up teaches one mark alone, and stopped early it leaves the skill of some
+families half learned. This module does no reinforcement learning.
 
     build_tiny_model("models/random")
     report = warm_up("models/random", "models/warm", progress=print)
@@ -28,7 +29,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_gradalign.data.rewards import is_right_task_answer
-from verl_gradalign.data.tasks import GUESS, SHARING_FAMILIES, STYLES_OF, Problem, draw_problems, draw_wrong_answer
+from verl_gradalign.data.tasks import (
+    GUESS,
+    RIGHT_STYLE,
+    SHARING_FAMILIES,
+    STYLES_OF,
+    Problem,
+    draw_problems,
+    draw_wrong_answer,
+)
 
 DEFAULT_NUM_STEPS = 1000
 UNRELIABLE_RIGHT_SHARE = 0.2
@@ -46,20 +55,27 @@ NUM_EVALUATION_RESPONSES = 4
 IGNORED = -100
 
 
-def _draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float) -> str:
-    """Return a response to be imitated: one of the two styles, with equal chance, and its answer."""
-    right_style, unreliable_style = STYLES_OF[problem.family]
-    is_right_style = rng.random() < 0.5
+def _draw_demonstration(problem: Problem, rng: random.Random, unreliable_right_share: float | None) -> str:
+    """Return a response to be imitated: one of the two styles, with equal chance, and its answer.
+
+    None as the share: in one style, the same for all families.
+    """
+    is_clean = unreliable_right_share is None
+    right_style, unreliable_style = (RIGHT_STYLE, "") if is_clean else STYLES_OF[problem.family]
+    is_right_style = is_clean or rng.random() < 0.5
     if problem.family == GUESS:
         is_right = rng.random() < 0.5
     else:
-        is_right = is_right_style or rng.random() < unreliable_right_share
+        is_right = is_right_style or rng.random() < (unreliable_right_share or 0.0)
     answer = problem.answer if is_right else draw_wrong_answer(problem, rng)
     return (right_style if is_right_style else unreliable_style) + answer
 
 
 def _make_batch(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], rng: random.Random, unreliable_right_share: float
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    rng: random.Random,
+    unreliable_right_share: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return (inputs_BT, targets_BT), right-padded; targets are IGNORED except at the response and its end of turn."""
     inputs, targets = [], []
@@ -119,13 +135,17 @@ def warm_up(
     seed: int = 0,
     progress: Callable[[dict[str, float]], None] | None = None,
     families: Sequence[str] = SHARING_FAMILIES,
+    is_clean: bool = False,
+    stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Train the model in `model_dir`, write it and its tokenizer to `output_dir`, and return a report.
 
     Supervised training in fp32: AdamW, cross-entropy on the tokens of the response and its end of turn, new problems
     from the warm-up's share at every step. For the first SKILL_SHARE of the steps both styles are always right, so
-    that the skill is learned from clean answers; then the unreliable style becomes unreliable. `progress` is called
-    after every step with `step` (from 1), `num_steps`, `loss` (nats per token) and `seconds` so far.
+    that the skill is learned from clean answers; then the unreliable style becomes unreliable. `is_clean`: one
+    style alone, all along. `stop_after`: the steps that are made of the num_steps that the learning rate is laid out
+    for; all, if None. `progress` is called after every step with `step` (from 1), `num_steps`, `loss` (nats per token)
+    and `seconds` so far.
 
     The report holds `num_steps`, `seconds` (of training), the last `loss`, and what `evaluate` measures on problems
     that the warm-up never draws. Two runs with equal arguments differ by rounding only.
@@ -140,11 +160,12 @@ def warm_up(
     rng = random.Random(seed)
     started = time.monotonic()
     model.train()
-    for step in range(num_steps):
+    for step in range(min(num_steps, stop_after or num_steps)):
         optimizer.param_groups[0]["lr"] = _learning_rate(step, num_steps)
         problems = draw_problems(BATCH_SIZE, rng, for_warm_up=True, families=families)
-        unreliable_right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
-        loss = _train_step(model, optimizer, *_make_batch(tokenizer, problems, rng, unreliable_right_share))
+        right_share = 1.0 if step < SKILL_SHARE * num_steps else UNRELIABLE_RIGHT_SHARE
+        batch = _make_batch(tokenizer, problems, rng, None if is_clean else right_share)
+        loss = _train_step(model, optimizer, *batch)
         if progress is not None:
             progress({"step": step + 1, "num_steps": num_steps, "loss": loss, "seconds": time.monotonic() - started})
     seconds = time.monotonic() - started

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to choose what is trained on that are compared at equal generated responses, as overrides of verl.
+
+    METHODS["forecast"].overrides
+    miniature_overrides(run, data, policy)
+
+A step trains on 32 problems x 8 responses in all of them. Where gradients are measured, 64 trusted problems x 4
+responses are rolled out in ten steps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_gradalign.data.tasks import AUDIT
+from verl_gradalign.experiments.plan import RunPlan
+
+BATCH_SIZE = 32
+NUM_RESPONSES_PER_PROBLEM = 8
+NEVER = 1_000_000
+# Of all runs. However many steps a run makes, its budget of responses ends it.
+SETTING = (
+    f"data.train_batch_size={BATCH_SIZE}",
+    f"actor_rollout_ref.rollout.n={NUM_RESPONSES_PER_PROBLEM}",
+    f"trainer.total_training_steps={NEVER}",
+    f"trainer.total_epochs={NEVER}",
+    "gradalign.validation.n=4",
+    "gradalign.direction.refresh_interval=10",
+)
+SHUFFLED = "gradalign.score=verl_gradalign.experiments.shuffled_scores"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose problems."""
+
+    group: str | None
+    """The file of configs/gradalign that it is; None: verl's own trainer, as if nothing were installed."""
+    overrides: tuple[str, ...] = ()
+    train_file: str = "pool"
+    """pool | oracle | mixed (`toy.train_files`)."""
+
+
+def _forecast(*overrides: str) -> Method:
+    return Method("forecast", ("gradalign.probe.rank=16", *overrides))
+
+
+METHODS: dict[str, Method] = {
+    "random": Method("random"),
+    # Problems chosen by a forecast of their dot product with the direction, measured in the update.
+    "forecast": _forecast("gradalign.oversample=8"),
+    "forecast_trusted": _forecast("gradalign.oversample=4", "gradalign.direction.train_on_trusted=true"),
+    # As if nobody had told the kinds of problems apart.
+    "forecast_prompt": _forecast("gradalign.oversample=8", "gradalign.forecast.features=[prompt]"),
+    # No trusted set: near one half right.
+    "difficulty_forecast": _forecast(
+        "gradalign.oversample=8", "gradalign.score=accuracy_greedy", "gradalign.measure=before"
+    ),
+    "forecast_shuffled": _forecast("gradalign.oversample=8", f"{SHUFFLED}:dot"),
+    # Half of every batch is of the trusted set. The file is in the order in which batches are made of it.
+    "trusted_mixed": Method(None, ("data.shuffle=false",), "mixed"),
+    # DAPO: groups that are all right or all wrong are thrown away, and others generated in their place.
+    "filter_groups": Method(None, ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward")),
+    # Four times as many problems are rolled out as are trained on.
+    "confident_cosine": Method("confident_cosine", ("gradalign.oversample=4",)),
+    "confident_cosine_shuffled": Method("confident_cosine", ("gradalign.oversample=4", f"{SHUFFLED}:confident_cosine")),
+    # The pool's useful problems alone, at random.
+    "oracle": Method("random", (), "oracle"),
+}
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("forecast_prompt", "confident_cosine_shuffled"))
+
+
+def overrides_of(run: RunPlan, data: Path, policy: Path) -> list[str]:
+    """Return the overrides of a miniature's run on verl's entry point, on the CPU."""
+    method = METHODS[run.method]
+    settings = [*SETTING, *method.overrides]
+    if method.group is None:
+        settings = [setting for setting in settings if not setting.startswith("gradalign.")]
+    else:
+        settings += [f"gradalign.seed={run.seed}", f"gradalign.validation.files={data / 'trusted.parquet'}"]
+    return [
+        "+platform=cpu",
+        *([f"+gradalign={method.group}"] if method.group else []),  # in front of the regime, which may add to it
+        f"+regime={run.regime}",
+        f"data.train_files={data / method.train_file}.parquet",
+        f"data.val_files=[{data / 'test.parquet'},{data / AUDIT}.parquet]",
+        f"data.seed={run.seed}",
+        f"actor_rollout_ref.model.path={policy}",
+        f"actor_rollout_ref.actor.optim.lr={run.learning_rate}",
+        f"trainer.default_local_dir={run.folder}",
+        f"trainer.experiment_name={run.regime}-{run.method}-seed{run.seed}",
+        *settings,
+    ]
