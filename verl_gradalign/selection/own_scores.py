@@ -35,18 +35,18 @@ SHAPE = (5, 4)
 """Problems and responses of the made-up measurements: unlike, so that a result of the other size is noticed."""
 
 
-def load(name: str) -> Any:
+def load(name: str, key: str = "score", kind: str = "function or Score") -> Any:
     """Return what `module:attribute` or `file.py:attribute` names.
 
-    Raises: ValueError that says what the module raised, or that the attribute is missing.
+    Raises: ValueError, for the key, that says what the module raised, or that the attribute is missing.
     """
     where, _, attribute = name.rpartition(":")
     try:
         return getattr(_module(where), attribute)
     except Exception as error:
         raise ValueError(
-            f"gradalign.score={name!r}: cannot be loaded ({type(error).__name__}: {error}). Remedy: give an importable "
-            "module or an existing file, and the name of a function or Score in it."
+            f"gradalign.{key}={name!r}: cannot be loaded ({type(error).__name__}: {error}). Remedy: give an importable "
+            f"module or an existing file, and the name of a {kind} in it."
         ) from error
 
 
