@@ -6,8 +6,6 @@ goes on and the problems count as failed. `+gradalign=...` lifts the limit (conf
 sets is checked here.
 """
 
-import math
-
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
@@ -32,9 +30,6 @@ def check_storage(config: GradAlignConfig, verl_config: DictConfig, num_problems
     if not config.is_forecast and (score_of(config.score).rank is not None or config.schedule != "step"):
         num = num_candidates(config, num_problems, batch_size)
         n = n if config.schedule == "step" else config.curriculum.n or n
-    if config.direction.keeps_responses:
-        turns, interval = config.direction.replay or 1, config.direction.refresh_interval or 1
-        num_trusted = turns * num_trusted + math.ceil(num_trusted / interval)  # those kept, and a step's fresh ones
     num_rows = num * n + num_trusted
     if num_rows > limit:
         parts = f"{num} candidates x {n} responses" + (f" and {num_trusted} trusted ones" if num_trusted else "")
