@@ -31,12 +31,13 @@ from tests.distributed.images import MODELS as VISION_MODELS
 from tests.distributed.images import measure_images
 from tests.distributed.neutrality import measure_neutrality
 from tests.distributed.observations import CollectiveCounter
-from tests.distributed.scoring import gather, report, score, scoring, tight_budget
+from tests.distributed.scoring import gather, read, report, score, scoring, tight_budget
 from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
     MANY,
     POOL_WEIGHTS,
+    PROMPTS,
     SKETCH_RANK,
     STRATEGIES,
     TRUSTED,
@@ -73,6 +74,8 @@ def measure_exactness(root: Path, setup: Setup) -> dict[str, Any]:
         "ghost-tight": score(engine, "ghost", tight_budget(engine)),
         "ghost-wide-turned": turned,
         "backward": score(engine, "backward"),
+        "prompts": [read(engine, PROMPTS, budget) for budget in (WIDE, 20)],
+        "prompt": read(engine, PROMPTS[2:3]),
     }
 
 

@@ -31,13 +31,15 @@ class Interruption(Exception):
 
 
 def interrupted(what: str, module: nn.Module) -> Any:
-    """Return a context in which scoring fails: at "loss N", "gradient", "forward", "tap", "second pass"; or "none"."""
+    """Return a context in which scoring fails: at "loss N", "gradient", "forward", "run", "tap",
+    "second pass"; or "none"."""
     kind, _, number = what.partition(" ")
     contexts: dict[str, Callable[[], Any]] = {
         "none": nullcontext,
         "loss": lambda: _interrupted_loss(int(number)),
         "gradient": lambda: _interrupted_gradient(module),
-        "forward": lambda: _interrupted_forward(module),
+        "forward": lambda: _interrupted_pass(module, "forward"),
+        "run": lambda: _interrupted_pass(module, "run"),
         "tap": _interrupted_tap,
         "second": lambda: _interrupted_second_pass(module),
     }
@@ -101,9 +103,9 @@ def _interrupted_tap() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupted_forward(module: nn.Module) -> Iterator[None]:
-    """The second forward pass of the estimator fails before the second decoder layer."""
-    forward = VerlEngine.forward
+def _interrupted_pass(module: nn.Module, method: str) -> Iterator[None]:
+    """The second forward pass of the engine by a method of it fails before the second decoder layer."""
+    forward = getattr(VerlEngine, method)
     calls = 0
 
     def counted(self: VerlEngine, *args: Any) -> Any:
@@ -112,7 +114,7 @@ def _interrupted_forward(module: nn.Module) -> Iterator[None]:
         with _failing_layer(module) if calls == 2 else nullcontext():
             return forward(self, *args)
 
-    with mock.patch.object(VerlEngine, "forward", counted):
+    with mock.patch.object(VerlEngine, method, counted):
         yield
 
 

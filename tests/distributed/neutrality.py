@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.distributed.engines import accumulate, build_engine, finish_step, infer, train
 from tests.distributed.interruptions import Interruption, interrupted
 from tests.distributed.observations import differences, observe, observe_model
-from tests.distributed.scoring import gather, score, tight_budget
-from tests.distributed.setups import SCORINGS, Setup, scorings_of
+from tests.distributed.scoring import gather, read, score, tight_budget
+from tests.distributed.setups import PROMPTS, SCORINGS, Setup, scorings_of
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 
 
@@ -66,7 +66,10 @@ def _prepare(root: Path, setup: Setup) -> CpuFSDPEngineWithLMHead:
 def _score(engine: CpuFSDPEngineWithLMHead, estimator: str, interruption: str) -> None:
     try:
         with interrupted(interruption, engine.module):
-            score(engine, estimator, tight_budget(engine))
+            if estimator == "prompts":
+                read(engine, PROMPTS, max_tokens=20)
+            else:
+                score(engine, estimator, tight_budget(engine))
     except Interruption:
         assert interruption != "none"
     else:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from tensordict import TensorDict
 
@@ -21,6 +22,7 @@ from tests.numerics.problems import TEMPERATURE, Problem
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.prompt_states import PromptStates, read_prompts
 from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.engine import TokenBudget
@@ -65,6 +67,28 @@ def score(
     """Return the scores of `candidates` along the direction of TRUSTED, and whether all ranks found the same."""
     with scoring(engine, candidates, estimator, max_tokens) as call:
         return report(call.score(call.direction(), config))
+
+
+def read(
+    engine: CpuFSDPEngineWithLMHead, prompts: Sequence[Sequence[int]], max_tokens: int = WIDE
+) -> list[list[float]]:
+    """Return the hidden states of the prompts, dealt as the driver deals them. Collective."""
+    states = PromptStates(list, Ranks(engine), TokenBudget(max_tokens, not engine.engine_config.use_remove_padding))
+    return states(prompts).tolist()
+
+
+class Ranks:
+    """What the driver sees of the workers: here every rank is its own driver, and answers for itself."""
+
+    def __init__(self, engine: CpuFSDPEngineWithLMHead) -> None:
+        self._engine = engine
+
+    def _query_dispatch_info(self, _mesh: str) -> list[int]:
+        return list(range(dist.get_world_size()))
+
+    def gradalign_prompt_features(self, prompts: list[Any], budgets: list[TokenBudget]) -> list[np.ndarray]:
+        rank = dist.get_rank()
+        return gather(read_prompts(self._engine, prompts[rank], budgets[rank]))
 
 
 def report(scores: ProblemScores) -> dict[str, Any]:

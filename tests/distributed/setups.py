@@ -43,7 +43,7 @@ CANDIDATES = [
     draw_problem([1, 5, 2, 4, 8, 2], 25),
 ]
 """Problems of one row and of six, very short and very long rows, and one without any advantage."""
-TRAINED = [draw_problem([3, 6, 2, 5], seed, advantage_scale=5.0) for seed in range(100, 120)]
+TRAINED = [draw_problem([3, 6, 2, 5], seed, advantage_scale=5.0) for seed in range(100, 130)]
 """What the n-th training step sees."""
 ADVANTAGES = (0.75, -1.0, 0.0, 1.5, -0.25, 0.5)
 """Of the responses of each problem, where a case gives advantages instead of coefficients."""
@@ -119,7 +119,29 @@ def neutral_setups(world_size: int) -> dict[str, Setup]:
     return setups
 
 
+PROMPTS = [
+    [int(id) for id in problem[0].prompt] + list(range(3, 3 + length))
+    for length, problem in zip((0, 5, 17, 1, 40, 8, 2), [*CANDIDATES, *TRUSTED], strict=False)
+]
+"""Token ids; one prompt has more tokens than all others together."""
+
+
+def plain_states(model: nn.Module) -> Tensor:
+    """Return what a plain forward pass says of PROMPTS: the last position's hidden state, and the mean over them."""
+    found = []
+    backbone = getattr(getattr(model, "base_model", model), "model", model)
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            state_TH = backbone.model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+        found.append(torch.cat([state_TH[-1], state_TH.mean(dim=0)]))
+    return torch.stack(found)
+
+
 SCORINGS = {
+    "prompts": ("prompts", "none", False),
+    "prompts-on-gradient": ("prompts", "none", True),
+    "prompts-fail": ("prompts", "run", False),
+    "prompts-fail-on-gradient": ("prompts", "run", True),
     "backward": ("backward", "none", False),
     "backward-on-gradient": ("backward", "none", True),
     "backward-loss-fails-at-once": ("backward", "loss 1", False),
@@ -141,6 +163,8 @@ SCORINGS = {
 """Name -> (estimator, what is interrupted, whether a gradient lies there before). The direction's pass has two
 micro-batches or more, so `loss 2` cuts it while its gradients are not synchronised; `loss 8` cuts a candidate's."""
 SCORINGS_BF16 = (
+    "prompts",
+    "prompts-fail-on-gradient",
     "backward",
     "backward-loss-fails-between-on-gradient",
     "backward-loss-fails-late-on-gradient",

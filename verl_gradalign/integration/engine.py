@@ -24,6 +24,7 @@ from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_gradalign.probe.engine import TokenBudget
+from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
@@ -118,24 +119,29 @@ class VerlEngine:
         verl prepares the inputs. The log-probs are taken from the logits here: verl takes them of prompt tokens too,
         and one token at a time where there is no flash attention.
         """
+        logits, ids, starts = self.run(rows)
+        lengths = [self.row_length(row) for row in rows]
+        prompts = [len(self._rows["prompts"][row]) for row in rows]
+        responses = [len(self._rows["responses"][row]) for row in rows]
+        lines, width = ids.shape
+        if self._engine.engine_config.use_remove_padding:
+            layout = packed_layout(lengths, width, rows_per_problem)
+        else:
+            layout = padded_layout(lines, width, rows_per_problem)
+        spans = [(start + prompt, length) for start, prompt, length in zip(starts, prompts, responses, strict=True)]
+        return response_log_probs(logits.flatten(0, 1), ids.flatten(), spans, self._temperature), layout
+
+    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the rows' logits, the ids at all positions, and where rows begin; see `GradientEngine.run`."""
         names = [name for name in MODEL_INPUTS if name in self._rows]
         data = self._settings(self._select(names, list(rows)).to(get_device_id()))
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
         with self._autocast():
             logits = self.module(**inputs, use_cache=False).logits
-        lengths = [self.row_length(row) for row in rows]
-        prompts = [len(self._rows["prompts"][row]) for row in rows]
-        responses = [len(self._rows["responses"][row]) for row in rows]
-        lines, width = logits.shape[:2]
+        ids: Tensor = inputs["input_ids"]
         if self._engine.engine_config.use_remove_padding:
-            starts = list(accumulate(lengths[:-1], initial=0))
-            layout = packed_layout(lengths, width, rows_per_problem)
-        else:
-            starts = [index * width for index in range(lines)]
-            layout = padded_layout(lines, width, rows_per_problem)
-        spans = [(start + prompt, length) for start, prompt, length in zip(starts, prompts, responses, strict=True)]
-        ids_N = inputs["input_ids"].flatten()
-        return response_log_probs(logits.flatten(0, 1), ids_N, spans, self._temperature), layout
+            return logits, ids, list(accumulate((self.row_length(row) for row in rows[:-1]), initial=0))
+        return logits, ids, [index * ids.shape[1] for index in range(len(rows))]
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
@@ -194,12 +200,30 @@ def scoring_mode(engine: BaseEngine) -> Iterator[None]:
     Raises: ValueError if dropout is active: scores would depend on chance.
     """
     require_no_dropout(engine.module)
+    with _on_device(engine), leave_no_trace(engine.module), engine.train_mode(disable_auto_offload=True):
+        yield
+
+
+@contextmanager
+def reading_mode(engine: BaseEngine) -> Iterator[None]:
+    """Load what the engine offloads, enter eval mode for passes without a backward, and undo all of it.
+
+    Dropout is off in it.
+    """
+    with _on_device(engine), leave_no_trace(engine.module):
+        with torch.no_grad(), engine.eval_mode(disable_auto_offload=True):
+            yield
+        # A backward pass would have done it.
+        reshard(engine.module)
+
+
+@contextmanager
+def _on_device(engine: BaseEngine) -> Iterator[None]:
     offloads = engine.is_param_offload_enabled
     if offloads:
         engine.to(get_device_name(), model=True, optimizer=False, grad=True)
     try:
-        with leave_no_trace(engine.module), engine.train_mode(disable_auto_offload=True):
-            yield
+        yield
     finally:
         if offloads:
             engine.to("cpu", model=True, optimizer=False, grad=True)

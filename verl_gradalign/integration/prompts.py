@@ -53,19 +53,25 @@ class PromptTable:
         """Rows of the files, as far as they are known: one more than the largest problem id."""
         return int(self.problem_ids.max()) + 1 if len(self) else 0
 
+    def row(self, problem_id: int) -> dict[str, Any]:
+        """Return a problem as verl's data set gives it: raw_prompt, data_source, extra_info, reward_model, ..."""
+        row: dict[str, Any] = self._dataset[self._place_of[problem_id]]
+        return row
+
     def text(self, problem_id: int) -> tuple[str, str]:
         """Return a problem's prompt, all messages, and the ground truth of its reward, if it has one."""
-        row = self._dataset[self._place_of[problem_id]]
+        row = self.row(problem_id)
         return prompt_text(row["raw_prompt"]), ground_truth(row)
 
     def read_labels(self, columns: Sequence[str]) -> None:
-        """Read the columns of extra_info that `label` is asked for.
+        """Read the columns of extra_info that `label` is asked for, unless they were read.
 
         Raises: ValueError if no problem has such a key.
         """
         frame = self._dataset.dataframe
-        infos = [info or {} for info in frame["extra_info"]] if columns and "extra_info" in frame.column_names else []
-        for column in columns:
+        unread = [column for column in columns if column not in self._labels]
+        infos = [info or {} for info in frame["extra_info"]] if unread and "extra_info" in frame.column_names else []
+        for column in unread:
             values = [info.get(column) for info in infos]
             if all(value is None for value in values):
                 known = sorted({key for info in infos[:100] for key in info})
@@ -93,7 +99,7 @@ class PromptTable:
         columns that all of them have. The step is put into extra_info, so that a reward that draws at random can
         repeat its draws in a resumed run.
         """
-        rows = [self._dataset[self._place_of[problem_id]] for problem_id in problem_ids]
+        rows = [self.row(problem_id) for problem_id in problem_ids]
         for row in rows:
             row["extra_info"] = {**row["extra_info"], "global_steps": step}
         columns = collate_fn(rows)

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
@@ -11,9 +12,11 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.prompt_states import read_prompts
 from verl_gradalign.probe import direction_file
 from verl_gradalign.probe.call import ScoringReply, ScoringRequest, measure
 from verl_gradalign.probe.direction import Direction, on_cpu
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
 
@@ -48,6 +51,11 @@ class GradAlignWorker(ActorRolloutRefWorker):
         if fresh is not None:
             self._direction = on_cpu(fresh) if request.direction.offload else fresh
         return reply
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def gradalign_prompt_features(self, prompts: list[list[int]], budget: TokenBudget) -> np.ndarray:
+        """Return the hidden states of this rank's prompts, (prompts, 2 x hidden) float32. Collective."""
+        return read_prompts(self.actor.engine, prompts, budget)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_save_direction(self, folder: str, is_kept: bool) -> None:

@@ -92,6 +92,13 @@ class GradientEngine(Protocol):
         Shapes: (rows, longest response), zero beyond a row's response.
         """
 
+    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Return what the model gives for the rows: logits, ids, and the flattened position where each row begins.
+
+        One forward pass, collective as `forward`. Shapes: (lines, width, vocabulary) and (lines, width); a hook on the
+        output layer may have left fewer logits than there are positions.
+        """
+
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add to every trainable parameter's `.grad` the gradient of sum_t c_t log pi(y_t). Collective.
 

@@ -75,16 +75,21 @@ class PlainEngine:
     def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
         """Return the log-probs of the rows' responses (rows, longest) and the layout; see `GradientEngine.forward`."""
         chosen = [self._rows[row] for row in rows]
+        logits_RSV, ids_RS, starts = self.run(rows)
+        spans = [(start + len(row.prompt), len(row.response)) for start, row in zip(starts, chosen, strict=True)]
+        log_prob_RT = response_log_probs(logits_RSV.flatten(0, 1), ids_RS.flatten(), spans, self._temperature)
+        return log_prob_RT, padded_layout(len(chosen), ids_RS.shape[1], rows_per_problem)
+
+    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the rows' logits, their ids (rows, longest), and where rows begin; see `GradientEngine.run`."""
+        chosen = [self._rows[row] for row in rows]
         ids_RS = pad_sequence([torch.cat([row.prompt, row.response]) for row in chosen], batch_first=True)
         mask_RS = pad_sequence([torch.ones(row.num_tokens, dtype=torch.int64) for row in chosen], batch_first=True)
         ids_RS, mask_RS = ids_RS.to(self.device), mask_RS.to(self.device)
         dtype = self._autocast_dtype
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             logits_RSV = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
-        width = ids_RS.shape[1]
-        spans = [(index * width + len(row.prompt), len(row.response)) for index, row in enumerate(chosen)]
-        log_prob_RT = response_log_probs(logits_RSV.flatten(0, 1), ids_RS.flatten(), spans, self._temperature)
-        return log_prob_RT, padded_layout(len(chosen), width, rows_per_problem)
+        return logits_RSV, ids_RS, [index * ids_RS.shape[1] for index in range(len(chosen))]
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.

@@ -54,7 +54,7 @@ def _module(where: str) -> Any:
     if not where.endswith(".py"):
         return importlib.import_module(where)
     path = Path(where).expanduser()
-    spec = importlib.util.spec_from_file_location(f"gradalign_score_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"gradalign_own_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,12 +110,12 @@ def one_number_each(name: str, result: Any, num_problems: int) -> Tensor:
     """
     if not isinstance(result, Tensor | np.ndarray | Sequence) and not hasattr(result, "__array__"):
         hint = "; make a list of it" if hasattr(result, "__next__") else ""
-        _refuse(name, f"returned {_shown(result)}{hint}", f"{FORM}.")
+        _refuse(name, f"returned {shown(result)}{hint}", f"{FORM}.")
     try:
         # Of a list, which may hold numbers and tensors of one number.
-        values = result.to_dense() if isinstance(result, Tensor) else torch.as_tensor(_array(result))
+        values = result.to_dense() if isinstance(result, Tensor) else torch.as_tensor(number_array(result))
     except (TypeError, ValueError, RuntimeError) as error:
-        _refuse(name, f"returned {_shown(result)}, which is no array of numbers ({error})", f"{FORM}.")
+        _refuse(name, f"returned {shown(result)}, which is no array of numbers ({error})", f"{FORM}.")
     if values.dtype.is_complex:
         _refuse(name, f"returned complex numbers ({values.dtype})", f"{FORM}.")
     if tuple(values.shape) != (num_problems,):
@@ -126,7 +126,7 @@ def one_number_each(name: str, result: Any, num_problems: int) -> Tensor:
     return values.detach().to("cpu", torch.float64, copy=True)
 
 
-def _array(result: Any) -> np.ndarray:
+def number_array(result: Any) -> np.ndarray:
     """Return the numbers as an array. Raises ValueError for anything else, text and None among it."""
     if isinstance(result, str | bytes):
         raise ValueError("text")
@@ -207,7 +207,7 @@ def _with_tensors(m: Measurements, function: Callable[[Tensor], Tensor]) -> Meas
     return replace(m, **made)
 
 
-def _shown(result: Any) -> str:
+def shown(result: Any) -> str:
     """Return the type, and the value where it is short."""
     text = repr(result)
     return f"a {type(result).__name__}" + (f" ({text})" if len(text) <= 60 and "\n" not in text else "")
