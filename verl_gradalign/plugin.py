@@ -73,7 +73,9 @@ def _register_search_path() -> None:
 
 
 def _register_trainer() -> None:
-    import verl_gradalign.integration.offline.trainer  # noqa: F401  (the trainers register themselves)
+    # They register themselves.
+    import verl_gradalign.integration.offline.trainer
+    import verl_gradalign.integration.trainer  # noqa: F401
 
 
 def _refuse_old_trainer(_module: ModuleType) -> None:

@@ -66,11 +66,11 @@ def test_base_yaml_builds_the_default_configuration():
 
 
 def test_the_directions_upkeep_follows_the_schedule_where_it_is_left_open():
-    by_schedule = {name: built({"score": "random", "schedule": name}).direction for name in ("step", "forecast")}
+    by_schedule = {name: built({"score": "accuracy_greedy", "schedule": name}).direction for name in ("step", "forecast")}
     kept = {name: (d.refresh_interval, d.rolling, d.replay, d.keeps_responses) for name, d in by_schedule.items()}
     assert kept == {"step": (1, False, 1, False), "forecast": (10, True, 5, True)}
     own = {"schedule": "forecast", "direction": {"refresh_interval": 3, "rolling": False, "replay": 1}}
-    assert not built({"score": "random", **own}).direction.keeps_responses
+    assert not built({"score": "accuracy_greedy", **own}).direction.keeps_responses
 
 
 def test_the_word_forecast_is_the_cheap_schedule():

@@ -454,6 +454,7 @@ SAVINGS = {
     "`gradalign.direction.refresh_interval=4`": {"refresh_interval": 4},
     "`gradalign.validation.n=4`": {"validation_n": 4},
     "`gradalign.schedule=round`": {"schedule": "round", "num_candidates": 1280},
+    "`+gradalign=forecast`": {"schedule": "forecast"},
     "`gradalign.estimator=low_rank`": {"estimator": "low_rank"},
     "`gradalign.estimator=finite_difference`": {"estimator": "finite_difference"},
     "`gradalign.estimator=output_layer`": {"estimator": "output_layer"},
@@ -465,6 +466,19 @@ def test_the_page_states_what_each_change_saves(change):
     cost = estimate(Setting(shape_of("7b"), **SAVINGS[change]))
     (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {change}"))
     assert f"| {cost.ratios['flops']:.2f} | {cost.ratios['rollout']:.2f} |" in row
+
+
+@pytest.mark.parametrize(("batch", "n"), [(32, 8), (64, 8), (128, 8), (128, 16)])
+def test_the_page_states_what_a_forecast_costs(batch, n):
+    forecast = replace(FORECAST, train_batch_size=batch, rollout_n=n)
+    cost, step = estimate(forecast), alternatives(forecast)["step"]
+    less, whole = (estimate(replace(forecast, **key)) for key in ({"part": 0.1}, {"estimator": "ghost"}))
+    numbers = (step.ratios["rollout"], cost.ratios["rollout"], *(c.ratios["flops"] for c in (cost, less, whole)))
+    row = " | ".join(f"{number:.2f}" for number in numbers)
+    page = (PAGE.parent / "price_of_a_plain_step.md").read_text(encoding="utf-8")
+    assert f"| {batch} x {n} | {row} |" in page
+    assert "(0.09 GB at 7b)" in page and f"{cost.memory['replicated'] / 1e9:.2f}" == "0.09"
+    assert "(15 GB at 7b" in page and f"{whole.memory['replicated'] / 1e9:.0f}" == "15"
 
 
 def test_scoring_may_have_micro_batches_of_its_own():

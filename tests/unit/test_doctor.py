@@ -125,6 +125,7 @@ def test_what_is_wrong_and_the_cost_are_shown_and_everything_if_asked(command):
     assert not {"ok", "note"} & set(levels)
     assert "1 errors, " in short.stdout and "--verbose shows them" in short.stdout
     assert "responses generated" in short.stdout
+    assert "plain verl" in short.stdout and "schedule forecast" in short.stdout
     whole = runner.invoke(app, ["doctor", "--verbose", *command.overrides(*faults)], env={"COLUMNS": "250"})
     assert "verl accepts the configuration" in whole.stdout and "Python 3." in whole.stdout
     assert whole.stdout.index("algorithm.use_kl_in_reward=True") < whole.stdout.index("verl accepts")
@@ -414,6 +415,20 @@ def test_other_schedules_and_scores_have_a_cost(command):
     assert rounds["candidates"] == 80 * 8 / 10
     once = command("gradalign.schedule=once", "gradalign.curriculum.keep=0.5", "gradalign.curriculum.warmup_steps=4")
     assert once["cost"]["candidates"] == 120 * 8 / 40
+
+
+def test_a_forecast_has_its_own_cost(command):
+    """4 problems x 8 responses, a tenth of 24 x 8 trusted ones; 24 + 4 x 32 bytes of each of 120 problems are kept."""
+    in_update = ("gradalign.score=dot", "gradalign.measure=update", "gradalign.estimator=low_rank")
+    answer = command("gradalign.schedule=forecast", *in_update)
+    cost = answer["cost"]
+    assert not errors(answer) and (cost["candidates"], cost["trusted"], cost["generated"]) == (32, 19.2, 51.2)
+    assert cost["flops"]["features"] > 0 and cost["memory"]["score"] == 0 < cost["memory"]["replicated"]
+    kept = 24 * 8 * 5 * (cost["setting"]["prompt_tokens"] + cost["setting"]["response_tokens"]) * 48
+    assert cost["kept_bytes"] == pytest.approx(kept + 120 * (24 + 128))
+    rewards = command("gradalign.schedule=forecast", "gradalign.score=accuracy_greedy", "gradalign.validation.files=[]")
+    assert not errors(rewards) and rewards["cost"]["ratios"]["rollout"] == 1
+    assert rewards["cost"]["flops"]["direction"] == rewards["cost"]["flops"]["scores"] == 0
 
 
 def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):

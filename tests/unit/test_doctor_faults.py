@@ -382,7 +382,32 @@ REWARDS = {
     "manager without a file": (["reward.reward_manager.source=importlib"], ["reward.reward_manager"], ["reward.reward_manager.source=register"]),
     "metric that is not returned": (["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=accuracy"], ["algorithm.filter_groups.metric=accuracy"], None),
 }  # fmt: skip
-FAULTS = CONFIGURATION | NAMED | MODELS | FILES | CHECKPOINTS | REWARDS
+FORECAST = [
+    "gradalign.schedule=forecast",
+    "gradalign.measure=update",
+    "gradalign.score=dot",
+    "gradalign.estimator=low_rank",
+]
+FORECASTS = {
+    "update without forecast": (["gradalign.measure=update"], ["gradalign.measure='update'", "needs schedule forecast"], None),
+    "norms of the update": ([*FORECAST, "gradalign.score=cosine"], ["gradalign.score='cosine'", "gradient norms"], None),
+    "update of rewards": ([*FORECAST, "gradalign.score=accuracy_band"], ["gradalign.measure='update'", "rewards alone"], None),
+    "estimator of the update": ([*FORECAST, "gradalign.estimator=backward"], ["gradalign.estimator='backward'"], None),
+    "forecast of nothing": ([*FORECAST, "gradalign.score=random"], ["gradalign.score='random'", "nothing to forecast"], None),
+    "forecast of candidates": ([*FORECAST, "gradalign.score=learnalign"], ["gradalign.score='learnalign'", "another step"], None),
+    "metric of candidates": ([*FORECAST, "gradalign.direction.metric=candidates"], ["gradalign.direction.metric='candidates'"], None),
+    "no way back": ([*FORECAST, "gradalign.reliability.min_reliability=0.1"], ["gradalign.reliability.min_reliability=0.1"], ["gradalign.reliability.min_reliability=null"]),
+    "drawn together twice": ([*FORECAST, "gradalign.reliability.shrinkage=0.5"], ["gradalign.reliability.shrinkage=0.5"], None),
+    "trained on without forecast": (["gradalign.direction.train_on_trusted=true"], ["gradalign.direction.train_on_trusted=True"], None),
+    "groups of two sizes": ([*FORECAST, "gradalign.direction.train_on_trusted=true"], ["gradalign.validation.n=16", "groups of a batch have one size, 8"], None),
+    "no room for others": ([*FORECAST, "gradalign.direction.train_on_trusted=true", "gradalign.validation.n=8", "gradalign.direction.refresh_interval=1"], ["gradalign.direction.refresh_interval=1", "the batch is of 4"], ["gradalign.direction.refresh_interval=5"]),
+    "forecast ahead": ([*FORECAST, "trainer.v1.trainer_mode=gradalign_colocate_async"], ["gradalign.schedule=forecast"], None),
+    "unknown feature": ([*FORECAST, "gradalign.forecast.features=[colour]"], ["gradalign.forecast.features=['colour']"], ["gradalign.forecast.features=[source]"]),
+    "no feature function": ([*FORECAST, "gradalign.forecast.features=[/nowhere/mine.py:level]"], ["gradalign.forecast.features='/nowhere/mine.py:level'"], ["gradalign.forecast.features=[text]"]),
+    "feature that is none": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('levels.py', 'LEVEL = 3')}:LEVEL]"], ["levels.py:LEVEL", "is no function"], ["gradalign.forecast.features=[text]"]),
+    "small forecast pool": ([*FORECAST, "data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=64"], ["40 problems, fewer than a batch of 64"], ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=40"]),
+}  # fmt: skip
+FAULTS = CONFIGURATION | NAMED | MODELS | FILES | CHECKPOINTS | REWARDS | FORECASTS
 
 
 def mended(overrides, remedy):
@@ -414,6 +439,24 @@ def warnings_of(place, overrides):
     found = place.findings(overrides)
     assert not [f for f in found if f.level == "error"], found
     return " | ".join(f.message for f in found if f.level == "warning")
+
+
+def test_a_forecast_is_a_right_configuration_whose_cost_and_features_are_said(place):
+    found = place.findings(FORECAST)
+    assert {f.level for f in found} <= {"ok", "note"}, found
+    said = " | ".join(f.message for f in found)
+    # 4 problems x 8 responses, and a tenth of 15 x 16 trusted ones.
+    assert "generates 56 responses, 1.75 times those trained on" in said
+    assert "`prompt` asks the policy" in said and "16 are forecast in a step" in said
+    assert "measured in the update with estimator low_rank" in said
+    without = place.findings([*FORECAST, "gradalign.forecast.features=[source]"])
+    assert "asks the policy" not in " | ".join(f.message for f in without)
+
+
+def test_a_shortlist_of_the_whole_pool_and_filtered_groups_are_warnings(place):
+    assert "most of the 40 problems" in warnings_of(place, [*FORECAST, "gradalign.oversample=8"])
+    filters = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward"]
+    assert "never reach the forecast" in warnings_of(place, [*FORECAST, *filters])
 
 
 def test_a_grader_that_does_not_return_is_given_up_once(place, monkeypatch):

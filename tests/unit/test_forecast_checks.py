@@ -278,16 +278,14 @@ def write_problems(path, num, start):
     return str(path)
 
 
-def test_kept_trusted_responses_need_room_in_the_storage(verl_config, tmp_path, monkeypatch):
-    """16 x 8 answers, 5 x 40 kept trusted ones, and 4 fresh ones a step."""
+def test_a_forecasts_storage_holds_a_batch_and_no_candidates(verl_config, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     key = "transfer_queue.backend.SimpleStorage.total_storage_size"
-    files = {"data.train_files": write_problems(tmp_path / "pool.parquet", 200, 0)}
-    files["gradalign.validation.files"] = [write_problems(tmp_path / "trusted.parquet", 5, 1000)]
-    change(verl_config, {**files, key: 331})
-    with pytest.raises(ValueError, match=rf"{key}=331: .*needs 332 rows at once \(16 candidates x 8 responses and 204"):
+    files = {"data.train_files": write_problems(tmp_path / "pool.parquet", 200, 0), **NO_TRUSTED}
+    change(verl_config, {**files, "gradalign.score": "accuracy_greedy", "gradalign.measure": "before", key: 127})
+    with pytest.raises(ValueError, match=rf"{key}=127: .*needs 128 rows at once \(16 candidates x 8 responses\)"):
         check_data(read_config(verl_config), verl_config)
-    change(verl_config, {key: 332})
+    change(verl_config, {key: 128})
     check_data(read_config(verl_config), verl_config)
 
 

@@ -18,7 +18,7 @@ from typer import Argument, Exit, Option
 
 from verl_gradalign.cli.app import FAILED_RUN_EXIT_CODE, command
 from verl_gradalign.cli.cost import as_mapping, print_costs
-from verl_gradalign.cost import Cost
+from verl_gradalign.cost import Cost, alternatives
 from verl_gradalign.doctor.script import Launch, launch_of
 from verl_gradalign.findings import LEVELS, Findings
 
@@ -122,7 +122,7 @@ def _print(findings: Findings, cost: Cost | None, verbose: bool) -> None:
     if shown:
         console.print(table)
     if cost is not None:
-        print_costs([cost])
+        print_costs([cost], schedules=alternatives(cost.setting) if cost.setting.estimator else None)
     counts = {level: sum(f.level == level for f in findings.all) for level in ORDER}
     line = f"{counts['error']} errors, {counts['warning']} warnings"
     if not verbose:

@@ -8,6 +8,7 @@ Every refusal becomes a finding, so that one look shows all that is wrong. No Ra
 """
 
 import logging
+import math
 import netrc
 import os
 import tempfile
@@ -186,18 +187,20 @@ def _own_config(verl_config: DictConfig, findings: Findings) -> GradAlignConfig 
 
 @contextmanager
 def _warnings_of_checks(findings: Findings) -> Iterator[None]:
-    """Turn what `checks` only logs into findings, and keep it from the log."""
+    """Turn what the checks only log into findings, and keep it from the log."""
 
     def keep(record: logging.LogRecord) -> bool:
         findings.add(AREA, "warning", record.getMessage())
         return False
 
-    logger = logging.getLogger("verl_gradalign.integration.checks")
-    logger.addFilter(keep)
+    loggers = [logging.getLogger(f"verl_gradalign.integration.{name}") for name in ("checks", "forecast_checks")]
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _check_machine(verl_config: DictConfig, machine: Machine, findings: Findings) -> bool:
@@ -344,4 +347,6 @@ def _check_steps(verl_config: DictConfig, config: GradAlignConfig, num_problems:
     text = f"{num_problems} problems, {steps} steps of {batch} ({asked})"
     if config.schedule == "step" and score_of(config.score).rank is not None:
         text += f"; as candidates they are gone through {steps * batch * config.oversample / num_problems:.3g} times"
+    if config.is_forecast:
+        text += f"; {min(num_problems, math.ceil(batch * config.oversample))} are forecast in a step"
     findings.add("train files", "note", text)

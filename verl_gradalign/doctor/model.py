@@ -55,7 +55,8 @@ def examine_model(config: GradAlignConfig, verl_config: DictConfig, findings: Fi
         if refusals.untried:
             findings.add(AREA, "note", f"{name}: no small model of its kind was scored, as {refusals.untried}")
         if not refusals.errors:
-            findings.add(AREA, "ok", f"{name} can be scored with estimator {config.estimator}")
+            how = "measured in the update" if config.measures_in_update else "scored"
+            findings.add(AREA, "ok", f"{name} can be {how} with estimator {config.estimator}")
     num_parameters = model.num_parameters
     num_trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     shape = _shape(model.hf_config, num_parameters, findings)
@@ -119,6 +120,12 @@ def examine_cost(
     findings.add(COST, "note", text)
     for note in cost.notes:
         findings.add(COST, "note", note)
+    if features := cost.flops["features"]:
+        share = features / sum(cost.plain.values())
+        text = (
+            f"gradalign.forecast.features: `prompt` asks the policy, {share:.1%} of a plain step's operations at first"
+        )
+        findings.add(COST, "note", text, "gradalign.forecast.features=[source,text] asks nothing of it")
     if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
         text = f"score {config.score} reads the candidates twice; the operations count them once"
         findings.add(COST, "note", text, "gradalign.probe.pool_dots=sketch takes one pass")
