@@ -6,6 +6,8 @@ goes on and the problems count as failed. `+gradalign=...` lifts the limit (conf
 sets is checked here.
 """
 
+import math
+
 from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
