@@ -178,6 +178,15 @@ found["backend"] = torch.distributed.get_backend()
 total = torch.ones(2)
 torch.distributed.all_reduce(total)
 found["sum"] = total.tolist()
+import verl.utils.fsdp_utils as fsdp_utils
+from torch.distributed.device_mesh import init_device_mesh
+module = torch.nn.Linear(2, 2)
+torch.distributed.fsdp.fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+live = module.weight.to_local().data_ptr()
+found["saved_is_live"] = {}
+for name, save in {"ours": fsdp_utils.fsdp2_sharded_save_to_cpu, "verl": None}.items():
+    state, _ = (save or fsdp_utils.fsdp2_sharded_save_to_cpu.__wrapped__)(module)
+    found["saved_is_live"][name] = state["weight"][0].data_ptr() == live
 torch.distributed.destroy_process_group()
 import verl.workers.engine
 from verl.workers.engine.base import EngineRegistry
@@ -185,6 +194,8 @@ found["engine"] = EngineRegistry.get_engine_cls("language_model", "fsdp2").__nam
 import verl.workers.rollout.replica, verl.workers.rollout.base
 from verl.workers.rollout.replica import get_rollout_replica_class
 found["replica"] = get_rollout_replica_class("hf").__name__
+from verl.checkpoint_engine import CheckpointEngineRegistry
+found["checkpoint_engine"] = CheckpointEngineRegistry.get("gloo").__name__
 found["rollout"] = verl.workers.rollout.base.get_rollout_class("hf", "async").__name__
 answer(found)
 """
@@ -215,6 +226,12 @@ def test_the_cpu_platform_has_engines_and_the_hf_rollout(on_cpu):
     assert on_cpu["engine"] == "CpuFSDPEngineWithLMHead"
     assert on_cpu["replica"] == "HFReplica"
     assert on_cpu["rollout"] == "HFRollout"
+    assert on_cpu["checkpoint_engine"] == "GlooCheckpointEngine"
+
+
+def test_weights_laid_aside_are_copies_which_verls_own_are_not(on_cpu):
+    # If verl's own are copies too, the shim `_copy_saved_weights` can go.
+    assert on_cpu["saved_is_live"] == {"ours": False, "verl": True}
 
 
 IMPORT_VLLM = """

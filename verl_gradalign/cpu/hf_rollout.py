@@ -8,9 +8,10 @@ verl's asynchronous trainers abort what runs before they push weights; a client 
 
 import asyncio
 import hashlib
+import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import AsyncIterable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_gradalign.cpu.generate import Completion, SamplingParams, SequenceGenerator
 
@@ -203,7 +205,7 @@ class HFServer:
 
 
 class HFReplica(RolloutReplica):
-    """Launches one `HFServer` on the node of its first training worker."""
+    """Launches one `HFServer` on the node of its first worker, a training rank or one that only receives weights."""
 
     async def launch_servers(self) -> None:
         """Start the server and wait until its model is loaded."""
@@ -227,13 +229,24 @@ class HFReplica(RolloutReplica):
 
 
 class HFRollout(BaseRollout):
-    """The training worker's end of the weight push to its replica's server."""
+    """A worker's end of the weight push to its replica's server: a training rank's, or a separate rollout worker's."""
 
     resume = release = _no_op
 
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        """Find the server by this worker's rank among those of all replicas, or as the replica with the given rank."""
+        super().__init__(config, model_config, device_mesh)
+        rollout = self.config
+        num_workers = (
+            rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+        )
+        own_replica, place = divmod(int(os.environ["RANK"]), num_workers)
+        self.replica_rank = own_replica if replica_rank < 0 else replica_rank
+        self.is_leader_rank = place == 0
+
     async def update_weights(
         self,
-        weights: Generator[tuple[str, torch.Tensor], None, None],
+        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
         wire_format: str = "named_tensors",
         global_steps: int | None = None,
         peft_config: Any = None,
@@ -242,11 +255,10 @@ class HFRollout(BaseRollout):
         """Send the full weights to the server. Collective: gathering the tensors takes all ranks."""
         if wire_format != "named_tensors" or peft_config is not None:
             raise ValueError(
-                "the hf rollout takes full weights only: set checkpoint_engine.backend=naive and, "
-                "for LoRA, actor_rollout_ref.model.lora.merge=True"
+                "the hf rollout takes full weights only: set checkpoint_engine.backend=naive (gloo for separate_async) "
+                "and, for LoRA, actor_rollout_ref.model.lora.merge=True"
             )
-        tensors = {name: tensor.detach().cpu() for name, tensor in weights}
-        if any(self.device_mesh[axis].get_local_rank() for axis in ("infer_tp", "infer_pp")):
-            return
-        server = ray.get_actor(server_name(self.device_mesh["dp"].get_local_rank()))
-        await server.load_weights.remote(tensors, global_steps)
+        tensors = {name: tensor.detach().cpu() async for name, tensor in ensure_async_iterator(weights)}
+        if self.is_leader_rank:
+            server = ray.get_actor(server_name(self.replica_rank))
+            await server.load_weights.remote(tensors, global_steps)

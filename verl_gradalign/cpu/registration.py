@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that makes verl run without a GPU, registered when `VERL_PLATFORM=cpu`.
 
-Registrations in verl's own registries and one shim (`_use_gloo`), each done when verl imports the module that owns
-the registry. The engines bring further shims (`engines.py`), and vLLM's CPU build one (`_keep_weight_loaders`).
+Registrations in verl's own registries and two shims (`_use_gloo`, `_copy_saved_weights`), each done when verl imports
+the module concerned. The engines bring further shims (`engines.py`), and vLLM's CPU build one (`_keep_weight_loaders`).
 """
 
 from collections.abc import Callable
@@ -36,6 +36,30 @@ def _register_rollout() -> None:
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 
     _ROLLOUT_REGISTRY[("hf", "async")] = "verl_gradalign.cpu.hf_rollout.HFRollout"
+
+
+def _register_checkpoint_engine() -> None:
+    from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+    from verl_gradalign.cpu.checkpoint_engine import GlooCheckpointEngine
+
+    CheckpointEngineRegistry.register("gloo")(GlooCheckpointEngine)
+
+
+def _copy_saved_weights() -> None:
+    """Make the weights that verl lays aside in CPU memory copies, which no optimizer step changes.
+
+    separate_async computes old log-probs of later mini-batches at the weights of the first. Under FSDP2 verl saves
+    `tensor.cpu()`, which for a tensor on the CPU is that tensor itself, so they would be computed at the present
+    weights. FSDP1's are copied by verl. tests/unit/test_plugin.py fails when verl copies both.
+    """
+    import verl.utils.fsdp_utils as fsdp_utils
+
+    def with_copies(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, spec = wrapped(*args, **kwargs)
+        return {name: (tensor.clone(), own_spec) for name, (tensor, own_spec) in state.items()}, spec
+
+    wrapt.wrap_function_wrapper(fsdp_utils, "fsdp2_sharded_save_to_cpu", with_copies)
 
 
 def _use_gloo() -> None:
@@ -80,6 +104,8 @@ def register_cpu_hooks(reporting_failure: ReportingFailure) -> None:
         ("verl.workers.engine.fsdp.transformer_impl", "CPU engines", _register_engines),
         ("verl.workers.rollout.replica", "hf rollout replica", _register_replica),
         ("verl.workers.rollout.base", "hf rollout", _register_rollout),
+        ("verl.checkpoint_engine.base", "gloo checkpoint engine", _register_checkpoint_engine),
+        ("verl.utils.fsdp_utils", "copies of saved weights", _copy_saved_weights),
         ("verl.utils.distributed", "gloo process group", _use_gloo),
         ("vllm._custom_ops", "weight pushes into vLLM", _keep_weight_loaders),
     ):
