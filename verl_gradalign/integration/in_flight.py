@@ -12,7 +12,7 @@ class InFlight:
     def __init__(self) -> None:
         self._problems: dict[str, Problem] = {}
         self.num_candidates = 0
-        """Candidates that the step's selection is among."""
+        """Candidates that a selection is among. A step that is cut into several updates has one before each."""
         self.waits_for_trusted = False
         """Whether candidates cannot be scored before the trusted problems in flight are finished."""
 
