@@ -55,10 +55,10 @@ def with_forecasts(problems: Sequence[Problem], picks: Picks) -> list[Problem]:
     """
     if [problem.problem_id for problem in problems] != picks.problem_id_P.tolist():
         raise ValueError(f"{len(problems)} problems were sent, and the {len(picks.problem_id_P)} picks are of others")
-    forecasts = zip(picks.mean_P.tolist(), picks.deviation_P.tolist(), picks.is_uniform_P.tolist(), strict=True)
+    columns = picks.mean_P.tolist(), picks.deviation_P.tolist(), picks.is_uniform_P.tolist()
     return [
-        replace(problem, forecast=(mean, deviation), is_uniform=is_uniform)
-        for problem, (mean, deviation, is_uniform) in zip(problems, forecasts, strict=True)
+        replace(problem, forecast_mean=mean, forecast_deviation=deviation, is_uniform=is_uniform)
+        for problem, mean, deviation, is_uniform in zip(problems, *columns, strict=True)
     ]
 
 
@@ -67,14 +67,13 @@ def picks_of(problems: Iterable[Problem]) -> Picks:
 
     Of a problem that is there twice, as a small pool's may be, the first one counts.
     """
-    chosen: dict[int, tuple[float, float, bool]] = {}
+    chosen: dict[int, Problem] = {}
     for problem in problems:
-        if problem.forecast is not None:
-            chosen.setdefault(problem.problem_id, (*problem.forecast, problem.is_uniform))
-    means, deviations, are_uniform = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
+        if problem.forecast_mean is not None:
+            chosen.setdefault(problem.problem_id, problem)
     return Picks(
         problem_id_P=np.array(list(chosen), dtype=np.int64),
-        mean_P=np.array(means, dtype=np.float64),
-        deviation_P=np.array(deviations, dtype=np.float64),
-        is_uniform_P=np.array(are_uniform, dtype=bool),
+        mean_P=np.array([problem.forecast_mean for problem in chosen.values()], dtype=np.float64),
+        deviation_P=np.array([problem.forecast_deviation for problem in chosen.values()], dtype=np.float64),
+        is_uniform_P=np.array([problem.is_uniform for problem in chosen.values()], dtype=bool),
     )
