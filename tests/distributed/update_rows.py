@@ -145,9 +145,7 @@ def expected_update(model: nn.Module, update: Update, order: Sequence[Sequence[i
     return {"contribution": contribution, "derivative": derivative}
 
 
-def _has_one_coefficient(
-    row: Row, update: Update, log_prob_T: Tensor, entropy_T: Tensor, batch: Sequence[Row]
-) -> bool:
+def _has_one_coefficient(row: Row, update: Update, log_prob_T: Tensor, entropy_T: Tensor, batch: Sequence[Row]) -> bool:
     leaf_T = log_prob_T.detach().requires_grad_()
     coefficient_T = torch.autograd.grad(row_loss(row, update, leaf_T, entropy_T.detach(), batch), leaf_T)[0]
     chosen = coefficient_T[row.mask_T.bool()]

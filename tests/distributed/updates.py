@@ -158,7 +158,10 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
         outputs = [actor.train_mini_batch(update_data(actor, update, rows)) for actor in actors[:1]]
         reply = _measured(actors[1], direction, update_data(actors[1], update, rows), request)
         differs = differences(observe_model(undisturbed), observe_model(engine))
-        measured[name] = {**report(reply, len(rows)), "differs": sorted({key for keys in gather(differs) for key in keys})}
+        measured[name] = {
+            **report(reply, len(rows)),
+            "differs": sorted({key for keys in gather(differs) for key in keys}),
+        }
         assert tu.get(outputs[0], "metrics")["grad_norm"], "verl took a step"
     measured["failed"] = _failing(actors[1], direction, update_data(actors[1], update, rows))
     return measured
@@ -193,4 +196,6 @@ def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, 
 
 def _float32(row: Row) -> Row:
     """Return the row with log-probs as verl has them."""
-    return Row(row.prompt, row.response, row.mask_T, row.advantage, row.old_log_prob_T.float(), row.ref_log_prob_T.float())
+    return Row(
+        row.prompt, row.response, row.mask_T, row.advantage, row.old_log_prob_T.float(), row.ref_log_prob_T.float()
+    )

@@ -112,3 +112,13 @@ def test_random_is_stock_verl_and_costs_nothing(series: dict[str, Run], stock: R
             for run in (random, stock)
         )
         assert ours == theirs
+
+
+def test_verls_separate_async_trains_validates_and_receives_weights_on_the_cpu(separate: Run) -> None:
+    """Both updates of a step have old log-probs of the weights that were pushed before the step."""
+    assert len(separate.steps) == 2
+    for step, metrics in enumerate(separate.steps, start=1):
+        assert metrics["actor/grad_norm"] > 0 and metrics["timing_s/update_weights"] > 0
+        assert metrics["training/rollout_probs_diff_max"] < ATOL_PROBABILITY
+        assert len(separate.trained_rows(step)) == 4 * 8
+    assert any(name.startswith("val-core/") for name in separate.steps[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights for rollouts on machines of their own, sent over gloo: one actor rank sends, every rollout worker receives."""
+"""Weights for rollouts on machines of their own: one actor rank sends over gloo, every rollout worker receives."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -142,6 +142,36 @@ def test_an_asynchronous_step_goes_on_while_some_candidates_are_answered():
     assert buffer._terminal_eviction_reasons(3, "train")[2] == {"c1", "c2"}
 
 
+def test_trusted_groups_older_than_verl_allows_are_still_taken():
+    """verl asserts that no stale group is selected; trusted ones are not trained on, and weighed by their age."""
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    chooser = Chooser(buffer, ["t1", "c1"], num_candidates=1)
+    finish(buffer, ["t1", "c1"], steps={"t1": 1, "c1": 4})
+    buffer.sample(4, "train", 1)
+    assert chooser.asked == [(["c1", "t1"], [], 4)]
+
+
+def test_trusted_groups_do_not_count_as_samples_that_an_update_could_take():
+    """verl hands devices back to training when so many groups can be trained on."""
+    buffer = make(GradAlignAsyncSampler, "separate_async")
+    Chooser(buffer, ["t1", "t2", "c1"], num_candidates=2)
+    finish(buffer, ["t1", "t2", "c1"])
+    assert buffer.get_sampleable_count(1, "train") == 1
+
+
+def test_each_update_of_a_step_takes_the_oldest_groups_that_are_left():
+    """separate_async cuts a step into updates, and asks for a batch before each."""
+    buffer = make(GradAlignAsyncSampler, "separate_async")
+    sent = ["c4", "c2", "c3", "c1"]
+    chooser = Chooser(buffer, [*sent, "t1"], num_candidates=2)
+    for _ in range(2):
+        finish(buffer, [problem.uid for problem in chooser.in_flight])
+        buffer.finished_keys.clear()
+        buffer.sample(1, "train", 2)
+        chooser.in_flight.take(chooser.asked[-1][0])
+    assert [uids for uids, _, _ in chooser.asked] == [["c2", "c4", "t1"], ["c1", "c3"]]
+
+
 MODES = {"sync": "gradalign", "colocate_async": "gradalign_colocate_async", "separate_async": "gradalign"}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from verl.checkpoint_engine.base import CheckpointEngine
 
 TIMEOUT = timedelta(minutes=10)
@@ -30,7 +30,7 @@ class GlooCheckpointEngine(CheckpointEngine):
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
         self._is_sender = is_master
         self._store: TCPStore | None = None
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None  # torch's stubs leave out what a ProcessGroupGloo does
 
     def prepare(self) -> dict[str, Any]:
         """Return where the sender listens; nothing elsewhere."""
@@ -45,10 +45,10 @@ class GlooCheckpointEngine(CheckpointEngine):
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """Return arguments of `init_process_group`: the actor's other ranks are in no group."""
-        size, sender = 1 + rollout_world_size, metadata[0]
-        actor = {"rank": [SENDER] + [None] * (actor_wg_world_size - 1), "size": [size] * actor_wg_world_size}
-        rollout = {"rank": list(range(1, size)), "size": [size] * rollout_world_size}
-        return actor | {"sender": [sender] * actor_wg_world_size}, rollout | {"sender": [sender] * rollout_world_size}
+        size = 1 + rollout_world_size
+        ranks = [SENDER] + [None] * (actor_wg_world_size - 1), list(range(1, size))
+        actor, rollout = ({"rank": r, "size": [size] * len(r), "sender": metadata[:1] * len(r)} for r in ranks)
+        return actor, rollout
 
     def init_process_group(self, rank: int | None, size: int, sender: dict[str, Any]) -> None:
         """Join sender and receivers. Collective over these; returns at once in the actor's other ranks."""
@@ -83,5 +83,4 @@ class GlooCheckpointEngine(CheckpointEngine):
             yield name, tensor
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        assert self._group is not None, "init_process_group comes first"
         self._group.broadcast(tensor, SENDER).wait()

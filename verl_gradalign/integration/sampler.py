@@ -155,6 +155,12 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
         if partition_id == "train" and self._in_flight is not None:
             self._in_flight.take(uids)
 
+    def get_sampleable_count(self, global_steps: int, partition_id: str) -> int:
+        """Return how many candidates could be taken at once; separate_async lends devices by it."""
+        self._sync_metadata_from_transfer_queue()
+        reasons = self._terminal_eviction_reasons(global_steps, partition_id)
+        return len(self._without_trusted(self._sampleable_terminal_keys(partition_id, reasons)))
+
     def _has_enough_samples(
         self, global_steps: int, partition_id: str, batch_size: int, sampleable_keys: set[str]
     ) -> bool:
@@ -175,7 +181,8 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, candidates, batch_size)
         trusted = self._in_flight.trusted()
         self._taken = [*uids, *(sorted(trusted) if trusted <= sampleable_keys else ())]
-        return self._taken, snapshot, steps
+        # verl asserts that what it takes is not stale, by these steps; a trusted group without one passes.
+        return self._taken, snapshot, {uid: steps[uid] for uid in uids}
 
 
 def use_own_sampler(

@@ -36,6 +36,12 @@ class Problem:
     data_source: str
     trusted_set: str | None = None
     """Name of the trusted set it belongs to; None: a candidate."""
+    forecast_mean: float | None = None
+    """Score that was forecast when it was chosen; None: there was no forecast."""
+    forecast_deviation: float | None = None
+    """Standard deviation of that forecast."""
+    is_uniform: bool = False
+    """Whether it was drawn uniformly, whatever its forecast."""
 
 
 @dataclass(frozen=True)
