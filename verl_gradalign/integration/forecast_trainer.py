@@ -14,6 +14,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.integration.features import ProblemFeatures
 from verl_gradalign.integration.forecasting import Forecasting
+from verl_gradalign.integration.in_flight import picks_of, with_forecasts
 from verl_gradalign.integration.prompt_states import PromptStates, prompt_tokens
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.rollouts import read_responses
@@ -29,9 +30,8 @@ from verl_gradalign.metrics import named
 from verl_gradalign.probe.call import DirectionReply, ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw
-from verl_gradalign.selection.groups import Group
+from verl_gradalign.selection.groups import Group, Problem
 from verl_gradalign.selection.update_scores import scores_of_update
-from verl_gradalign.types import Picks
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class RolledOut:
     partition_id: str
     groups: Sequence[Group]
     trusted: Mapping[str, Sequence[Group]]
-    picks: Picks
     direction: DirectionReply | None
     """What was made for the step; None: nothing could be."""
 
@@ -70,6 +69,10 @@ class ForecastTrainer(SelectionTrainer):
         kept = self._kept_responses
         return self._curriculum.draw(step, 0 if kept is None else kept.num_trainable(step))
 
+    def _sent(self, problems: Sequence[Problem], is_drawn: bool) -> Sequence[Problem]:
+        picks = self._curriculum.picks if isinstance(self._curriculum, Forecasting) else None
+        return with_forecasts(problems, picks) if picks is not None and is_drawn else problems
+
     def on_init_end(self) -> None:
         """Make the first features while the rollout still sleeps: afterwards it holds the devices' memory."""
         if isinstance(self._curriculum, Forecasting):
@@ -82,16 +85,15 @@ class ForecastTrainer(SelectionTrainer):
         """Keep all groups; measure them now, or leave that to the update."""
         if not isinstance(self._curriculum, Forecasting):
             return super()._select(batch, groups, trusted, step)
-        picks = self._curriculum.picks_of(groups)
         self.free_rollout()
         # In time for the next step, whose prompts are sent while the rollout is awake.
         self._curriculum.prepare(step + 1)
         if not self._updates_measure(step):
-            rolled_out = RolledOut(step, batch.partition_id, groups, trusted, picks, None)
+            rolled_out = RolledOut(step, batch.partition_id, groups, trusted, None)
             return self._conclude(rolled_out, self._measure_step(batch, groups, trusted, step))
         made = self._renew_direction(batch, trusted, step)
-        self._unmeasured = RolledOut(step, batch.partition_id, groups, trusted, picks, made)
-        return self._selector.take_picks(groups, None, picks), {}
+        self._unmeasured = RolledOut(step, batch.partition_id, groups, trusted, made)
+        return self._selector.take_picks(groups, None), {}
 
     def _updates_measure(self, step: int) -> bool:
         """Return whether the step's update measures. verl does not update the actor while the critic warms up."""
@@ -100,14 +102,15 @@ class ForecastTrainer(SelectionTrainer):
     def _conclude(self, of: RolledOut, reply: ScoringReply | None) -> tuple[Choice, dict[str, float]]:
         """Learn from what was measured, and write it down; return the choice and its metrics."""
         assert isinstance(self._curriculum, Forecasting)
-        choice = self._selector.take_picks(of.groups, reply, of.picks)
+        choice, picks = self._selector.take_picks(of.groups, reply), picks_of(g.problem for g in of.groups)
         metrics: dict[str, float] = {}
         if choice.observations is not None:
-            sources = [group.problem.data_source for group in of.groups]
+            source_of = {group.problem.problem_id: group.problem.data_source for group in of.groups}
+            sources = [source_of[problem_id] for problem_id in picks.problem_id_P.tolist()]
             is_fresh = reply is not None and reply.is_fresh
-            metrics = self._curriculum.observe(of.step, of.picks, choice.observations, sources, is_fresh)
+            metrics = self._curriculum.observe(of.step, picks, choice.observations, sources, is_fresh)
         read = partial(read_responses, of.partition_id)
-        noted = of.step, read, of.groups, choice, reply, of.trusted, of.picks, choice.observations
+        noted = of.step, read, of.groups, choice, reply, of.trusted, picks, choice.observations
         return choice, metrics | self._notes.record(*noted) | self._kept_metrics()
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

@@ -169,12 +169,16 @@ class SelectionTrainer(MeasuringTrainer):
                 "step already. Remedy: add problems, lower gradalign.oversample, or set algorithm.filter_groups.enable="
                 "False."
             )
-        return self._candidates(further, None)
+        return self._candidates(further, None, is_drawn=False)
 
-    def _candidates(self, problem_ids: tuple[int, ...], n: int | None) -> TensorDict:
+    def _candidates(self, problem_ids: tuple[int, ...], n: int | None, is_drawn: bool = True) -> TensorDict:
         batch = self._pool.batch(problem_ids, self.global_steps, n or self._rollout_n)
-        self._in_flight.add(problems_of(batch))
+        self._in_flight.add(self._sent(problems_of(batch), is_drawn))
         return batch
+
+    def _sent(self, problems: Sequence[Problem], is_drawn: bool) -> Sequence[Problem]:
+        """Return problems as they are noted in flight; `is_drawn`: they are the step's draw, in its order."""
+        return problems
 
     def _choose(
         self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str], step: int

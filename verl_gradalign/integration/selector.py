@@ -22,7 +22,6 @@ from verl_gradalign.selection.chooser import Choice, Chooser
 from verl_gradalign.selection.curriculum import Draw
 from verl_gradalign.selection.groups import Group, measurements
 from verl_gradalign.selection.scores import learnability, score_of
-from verl_gradalign.types import Picks
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +137,9 @@ class AlignmentSelector:
             return self._chooser.take_all(candidates, is_planned)
         return self._chooser.choose(candidates, None if reply is None else reply.scores, draw.num_kept, step)
 
-    def take_picks(self, groups: Sequence[Group], reply: ScoringReply | None, picks: Picks) -> Choice:
+    def take_picks(self, groups: Sequence[Group], reply: ScoringReply | None) -> Choice:
         """Return what is kept of the groups that a forecast chose: all that did not fail."""
-        return self._chooser.take_picks(groups, None if reply is None else reply.scores, picks.is_uniform_P)
+        return self._chooser.take_picks(groups, None if reply is None else reply.scores)
 
     def direction_age(self, step: int, is_scored: bool) -> dict[str, float]:
         """Return the metric of how many steps ago the direction was made that chose what is trained on."""

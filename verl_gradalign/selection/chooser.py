@@ -77,13 +77,14 @@ class Chooser:
             selection = select_top(candidates, num_kept, self._config.dead_groups, seed)
         return Choice(selection, candidates, _reliability_metrics(reliability, is_unreliable))
 
-    def take_picks(self, groups: Sequence[Group], scores: ProblemScores | None, is_uniform_P: np.ndarray) -> Choice:
+    def take_picks(self, groups: Sequence[Group], scores: ProblemScores | None) -> Choice:
         """Keep every group that a forecast chose and that did not fail; `scores` are as for `choose`.
 
         Without scores that are asked for, nothing is observed.
         """
         candidates = tabulate(groups, self._config.success_threshold)
         live = [g for g in groups if g.is_live]
+        is_uniform_P = np.array([g.problem.is_uniform for g in groups], dtype=bool)
         if self._score.needs_gradients and live and scores is None:
             return Choice(select_picks(candidates, is_uniform_P), candidates)
         assert self._score.rank is not None, "score random ranks nothing, and is refused"
