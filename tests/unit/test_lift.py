@@ -129,6 +129,19 @@ def test_a_sentence_says_whether_it_pays_with_numbers(lift, num_uniform, beginni
     assert found.in_words().endswith(f"1,680 and {60 * num_uniform} problems).")
 
 
+def test_a_lift_that_is_hidden_by_noise_is_not_denied():
+    """Targets of .04 among single problems' noise of .3: 12% of random draws, 55% of forecast picks, 64 steps of 32."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(200):
+        uniform, forecast = (
+            (0.04 * (random.random((64, num)) < share) + 0.3 * random.standard_normal((64, num))).sum(1)
+            for num, share in ((4, 0.12), (28, 0.55))
+        )
+        found.append(estimate(PickSums(np.full(64, 28), forecast, np.full(64, 4), uniform)))
+    assert 0.1 < np.mean([lift.pays for lift in found]) < 0.4
+    assert np.mean(["The forecast does not pay here" in lift.in_words() for lift in found]) < 0.05
+
+
 class Run:
     """A run whose forecast has this lift, step by step, as the meter of it sees it."""
 

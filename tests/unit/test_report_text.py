@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from verl_gradalign.log.figures import composition_over_time, curves, score_against_success, thinned
+from verl_gradalign.log.figures import composition_over_time, curves, interval_over_time, score_against_success, thinned
 from verl_gradalign.report.pictures import picture
 from verl_gradalign.report.visible_text import short, shown, visible
 
@@ -90,6 +90,7 @@ def test_figures_are_drawn_of_nothing_and_of_much_and_stay_small(size):
         score_against_success(random.random(size), values, values > 0.5),
         composition_over_time(steps, {"a": (values, values), "b": (1 - values, 1 - values)}),
         composition_over_time(steps, {}),
+        interval_over_time("title", "times", steps, values + 1, values, values + 2, 1.0),
         curves("title", "share", {"a": (steps, values), "b": (steps, values)}),
         curves("title", "correlation", {"a": (steps, values)}),
         curves("title", "share", {}),

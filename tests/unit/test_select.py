@@ -12,13 +12,16 @@ from tests.unit import tables
 from verl_gradalign.selection.select import (
     DEAD,
     FAILED,
+    FORECAST,
     KEPT_REASONS,
     LOW_SCORE,
     NON_FINITE,
     REASONS,
     REJECTED_REASONS,
     SCHEDULED,
+    UNIFORM,
     select_all,
+    select_picks,
     select_random,
     select_top,
 )
@@ -105,6 +108,19 @@ def test_every_candidate_has_one_reason_and_kept_means_a_reason_for_keeping(rows
     check_reasons(candidates, select_top(candidates, num_kept, dead_groups, seed))
     check_reasons(candidates, select_random(candidates, num_kept, seed))
     check_reasons(candidates, select_all(candidates, SCHEDULED))
+
+
+@untimed
+@given(candidate_lists(), st.randoms(use_true_random=False))
+def test_of_picks_all_that_did_not_fail_are_kept_in_their_order_by_how_they_were_picked(rows, rng):
+    candidates, is_uniform = candidates_of(rows), [rng.random() < 0.5 for _ in rows]
+    selection = select_picks(candidates, np.array(is_uniform, dtype=bool))
+    assert ids_kept(candidates, selection) == [row[0] for row in rows if not row[1]]
+    expected = [
+        FAILED if row[1] else UNIFORM if drawn else FORECAST for row, drawn in zip(rows, is_uniform, strict=True)
+    ]
+    assert list(reasons(candidates, selection).values()) == expected
+    check_reasons(candidates, selection)
 
 
 def test_no_reason_is_both_for_keeping_and_for_rejecting():

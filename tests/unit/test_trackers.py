@@ -119,6 +119,8 @@ def wandb_run(tmp_path_factory):
         composition = {"composition/data_source/math/pool": 1.0, "composition/data_source/math/kept": 1.0}
         for step in STEPS:
             pages.add(step, selection(), samples(step), composition)
+            pages.add_lift(step, of_step(step))
+            pages.add_lift(step + 2, {"gradalign/forecast/lift": 2.0})  # no interval yet
             if step == STEPS[-1]:
                 pages.publish(wandb, step)
             tracking.log(of_step(step), step=step)
@@ -146,7 +148,7 @@ def test_wandb_gets_a_table_of_problems_in_the_same_step_as_the_metrics(wandb_ru
     assert rows[0]["prompt"].startswith("<b>problem ") and rows[0]["prompt"].endswith("\u4e2d")
 
 
-@pytest.mark.parametrize("name", ["score_against_success", "composition"])
+@pytest.mark.parametrize("name", ["score_against_success", "composition", "lift"])
 def test_wandb_gets_figures_in_the_same_step_as_the_metrics(wandb_run, name):
     assert history(wandb_run)[STEPS[-1]][f"gradalign/figures/{name}/format"] == "png"
     (picture,) = wandb_run.glob(f"wandb/offline-run-*/files/media/images/gradalign/figures/{name}_*.png")

@@ -9,7 +9,8 @@ Forecast and uniform picks of *one step* are compared, and the steps are the sam
 the share of uniform picks may change, and the error of a step's direction is common to all that it measured. If L is
 the true ratio, then w (mean of the forecast picks - L x mean of the uniform ones) has mean zero in every step, whatever
 the step's weight w; the interval holds every L that a t-test over the steps does not reject. That is Fieller's interval
-with the covariance between both means. It is bounded only where the mean of the uniform picks is clearly above zero;
+with the covariance between both means. (Of a direction that is held for several steps the error is common to these, and
+not accounted for.) It is bounded only where the mean of the uniform picks is clearly above zero;
 elsewhere a ratio means nothing and the difference of the means is said. Both agree on the question that decides: the
 ratio's interval holds 1 exactly where the difference's holds 0.
 
