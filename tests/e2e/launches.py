@@ -41,15 +41,25 @@ SCHEDULES = {
         "gradalign.curriculum.keep=5",
         "data.train_max_samples=18",
     ],
+    "forecast": [
+        "gradalign.direction.refresh_interval=4",
+        "gradalign.direction.replay=2",
+        "gradalign.forecast.features=[source,prompt,text]",
+        "gradalign.forecast.num_features=4",
+        "gradalign.forecast.rest=2",
+        "gradalign.probe.rank=4",
+        "gradalign.probe.canary_interval=2",
+    ],
 }
 # The moments at which each run is killed; the next one resumes. Scoring and update count calls since the start.
 KILLS = {
     "step": ["rollout 2", "scoring 2", "update 2", "checkpoint 5"],
     "round": ["rollout 2", "scoring 1", "update 2", "checkpoint 5"],
     "staged": ["rollout 2", "scoring 1", "update 2", "checkpoint 5"],
+    "forecast": ["rollout 2", "update 2", "checkpoint 5"],
 }
 # After how many steps each run of the series ends, before it is resumed.
-PAUSES = {"step": (2, 5), "round": (1, 4), "staged": (2, 4)}
+PAUSES = {"step": (2, 5), "round": (1, 4), "staged": (2, 4), "forecast": (2, 5)}
 
 
 def launch(function: Callable[[Workplace], Any]) -> Callable[[Workplace], Any]:
@@ -61,7 +71,7 @@ def launch(function: Callable[[Workplace], Any]) -> Callable[[Workplace], Any]:
 def scheduled(workplace: Workplace, schedule: str, num_steps: int = NUM_STEPS) -> list[str]:
     """Return the overrides of a run that repeats itself, of one schedule."""
     return [
-        *gradalign("cosine", workplace.files),
+        *gradalign("forecast" if schedule == "forecast" else "cosine", workplace.files),
         f"data.train_files={rewritten(workplace, 'pool', 'clean_pool', clean)}",
         "trainer.save_freq=1",
         "trainer.max_actor_ckpt_to_keep=2",
@@ -206,6 +216,19 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
             "gradalign.curriculum.keep=6",
             "gradalign.curriculum.n=12",
             "trainer.total_training_steps=4",
+        ],
+        # Chosen by forecast, measured in a pass before the update, with trusted groups in the batch.
+        "forecast_before": [
+            *gradalign("cosine", files, schedule="forecast", forecast__floor=0.25, direction__train_on_trusted="true"),
+            "gradalign.direction.refresh_interval=12",
+            "gradalign.validation.n=8",
+            TWO_STEPS,
+        ],
+        # No trusted set: which problems are half solved is forecast.
+        "difficulty": [
+            *gradalign("accuracy_greedy", {"trusted": ""}, schedule="forecast", forecast__features="[source,text]"),
+            "gradalign.forecast.per=token",
+            TWO_STEPS,
         ],
         "degenerate": [*gradalign("cosine", lost, oversample=2), TWO_STEPS],
         "stop": [*gradalign("cosine", lost, oversample=1, direction__on_degenerate="stop"), TWO_STEPS],

@@ -147,7 +147,7 @@ class SelectionTrainer(MeasuringTrainer):
             self._submit_batch_to_rollout(trusted)
         self._in_flight.num_candidates = len(self._draw.problem_ids)
         # Kept responses are of many steps, so none is waited for.
-        self._in_flight.waits_for_trusted = self._store is None and not self._selector.has_direction
+        self._in_flight.waits_for_trusted = self._kept_responses is None and not self._selector.has_direction
 
     def _draw_problems(self, step: int) -> Draw:
         assert self._curriculum is not None
@@ -197,6 +197,7 @@ class SelectionTrainer(MeasuringTrainer):
         self._warn_of_failures(groups)
         metrics |= self._selector.direction_age(step, self._draw.is_scored)
         metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
+        metrics["responses/trained"] = len({key.rsplit("_", 1)[0] for key in kept.keys})
         metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
         return kept, named(metrics)
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems are chosen by a forecast, trained on all of them, and measured by the update that trains on them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.e2e.launches import NUM_STEPS
+from tests.e2e.runs import Run
+
+pytestmark = pytest.mark.e2e
+
+BATCH, N = 4, 8
+"""configs/regime/quickstart.yaml"""
+NUM_TRUSTED, INTERVAL = 24, 4
+
+
+@pytest.fixture
+def run(series: dict[str, Run]) -> Run:
+    return series["whole_forecast"]
+
+
+def test_nothing_is_generated_but_what_is_trained_on_and_a_share_of_the_trusted_set(run: Run) -> None:
+    assert len(run.steps) == NUM_STEPS
+    trusted = [m["gradalign/responses/trusted"] for m in run.steps]
+    num_of_a_problem = trusted[0] / (NUM_TRUSTED / INTERVAL)
+    assert num_of_a_problem == int(num_of_a_problem) >= 2
+    for m in run.steps:
+        assert m["gradalign/responses/trusted"] == NUM_TRUSTED / INTERVAL * num_of_a_problem
+        assert m["gradalign/responses/trained"] == BATCH * N
+        assert m["gradalign/responses/generated"] == BATCH * N + m["gradalign/responses/trusted"]
+        assert m["gradalign/cost/trusted_share"] == pytest.approx(m["gradalign/responses/trusted"] / (BATCH * N))
+
+
+def test_a_step_trains_on_what_it_picked_and_none_returns_before_its_rest(run: Run) -> None:
+    picked = [{row["problem_id"] for row in run.log if row["step"] == step} for step in range(1, NUM_STEPS + 1)]
+    assert all(len(problems) == BATCH for problems in picked)
+    for step, problems in enumerate(picked):
+        assert not problems & set().union(*picked[max(0, step - 2) : step]), "forecast.rest=2"
+        assert len(run.trained_rows(step + 1)) == BATCH * N
+    assert all(row["kept"] and row["reason"] in ("forecast", "uniform") for row in run.log)
+
+
+def test_the_first_step_is_drawn_uniformly_and_later_ones_mostly_by_forecast(run: Run) -> None:
+    reasons = [[row["reason"] for row in run.log if row["step"] == step] for step in range(1, NUM_STEPS + 1)]
+    assert set(reasons[0]) == {"uniform"}
+    assert all(of_step.count("uniform") <= 1 for of_step in reasons[1:]), "an eighth of four, rounded at random"
+    assert all(row["forecast_mean"] == 0 for row in run.log if row["step"] == 1)
+    later = [row for row in run.log if row["step"] > 1]
+    assert all(math.isfinite(row["forecast_mean"]) and row["forecast_deviation"] > 0 for row in later)
+
+
+def test_what_the_update_measured_adds_up_to_its_own_gradient(run: Run) -> None:
+    audited = [m for m in run.steps if "gradalign/update/fidelity" in m]
+    assert [int(m["training/global_step"]) for m in audited] == [1, 3, 5], "probe.canary_interval=2"
+    for m in run.steps:
+        assert 0 < m["gradalign/update/energy_kept"] <= 1
+        # Along the direction cut to rank 4: what is cut off is missing from the sum.
+        assert 0 <= m["gradalign/update/sum_error"] < 1
+    assert all(m["gradalign/update/fidelity"] > 0.5 for m in audited)
+    measured = [row for row in run.log if row["dot"] is not None and math.isfinite(row["dot"])]
+    assert len(measured) > len(run.log) / 3 and all(row["norm"] is None or math.isnan(row["norm"]) for row in measured)
+    assert all(row["observed"] == pytest.approx(row["dot"]) and row["dot_error"] > 0 for row in measured)
+
+
+def test_every_step_has_a_direction_of_kept_responses(run: Run) -> None:
+    kept = [m["gradalign/direction/kept_responses"] for m in run.steps]
+    assert kept == sorted(kept) and kept[-1] > kept[0] > 0
+    for m in run.steps:
+        assert m["gradalign/direction/age"] == 0 and 0 < m["gradalign/direction/part_responses"]
+        assert 0 <= m["gradalign/direction/accuracy"] <= 1
+
+
+def test_cosine_is_forecast_too_and_trusted_groups_take_places_of_the_batch(series: dict[str, Run]) -> None:
+    run = series["forecast_before"]
+    for step, m in enumerate(run.steps, start=1):
+        rows = [row for row in run.log if row["step"] == step]
+        num_trusted = m["gradalign/responses/trusted"] / N
+        assert num_trusted == NUM_TRUSTED / 12
+        # Of the two that a step rolls out those of the audit are not trained on.
+        assert BATCH - num_trusted <= len(rows) <= BATCH
+        assert m["gradalign/responses/trained"] == BATCH * N == len(run.trained_rows(step))
+        assert {"gradalign/direction/accuracy", "gradalign/score/mean"} <= set(m)
+    assert any(math.isfinite(row["norm"]) for row in run.log if row["norm"] is not None)
+
+
+def test_a_difficulty_forecast_needs_no_trusted_set_and_measures_nothing(series: dict[str, Run]) -> None:
+    run = series["difficulty"]
+    for m in run.steps:
+        assert m["gradalign/responses/generated"] == m["gradalign/responses/trained"] == BATCH * N
+        assert "gradalign/update/sum_error" not in m and "gradalign/direction/norm" not in m
+    for row in run.log:
+        live = 0 < row["success_rate"] < 1
+        assert row["observed"] == pytest.approx(0.5 - abs(row["success_rate"] - 0.5) if live else 0.0)
