@@ -23,6 +23,8 @@ from tests.numerics.problems import TEMPERATURE, VOCABULARY
 LEARNING_RATE = 0.05
 """Of plain gradient descent: Adam would divide rounding by rounding where a gradient vanishes."""
 MAX_NORM = 1.0
+SHUFFLE_SEED = 3
+"""Of verl's shuffle of a rank's rows, to which it adds the rank."""
 CLIP_RATIO, DUAL_CLIP = 0.2, 3.0
 
 
@@ -145,9 +147,7 @@ def expected_update(model: nn.Module, update: Update, order: Sequence[Sequence[i
     return {"contribution": contribution, "derivative": derivative}
 
 
-def _has_one_coefficient(
-    row: Row, update: Update, log_prob_T: Tensor, entropy_T: Tensor, batch: Sequence[Row]
-) -> bool:
+def _has_one_coefficient(row: Row, update: Update, log_prob_T: Tensor, entropy_T: Tensor, batch: Sequence[Row]) -> bool:
     leaf_T = log_prob_T.detach().requires_grad_()
     coefficient_T = torch.autograd.grad(row_loss(row, update, leaf_T, entropy_T.detach(), batch), leaf_T)[0]
     chosen = coefficient_T[row.mask_T.bool()]

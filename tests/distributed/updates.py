@@ -32,16 +32,13 @@ from tests.distributed.engines import build_engine
 from tests.distributed.observations import differences, local, observe, observe_model
 from tests.distributed.scoring import gather, scoring
 from tests.distributed.setups import CANDIDATES, WIDE, Setup, reference_model
-from tests.distributed.update_rows import LEARNING_RATE, UPDATES, Row, Update, draw_rows
+from tests.distributed.update_rows import LEARNING_RATE, SHUFFLE_SEED, UPDATES, Row, Update, draw_rows
 from tests.numerics.problems import TEMPERATURE
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.update_measure import UpdateReply, UpdateRequest, measured_update
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.taps import Taps
-
-SEED = 3
-"""Of verl's shuffle of rows."""
 
 
 class Actor(TrainingWorker):
@@ -80,7 +77,7 @@ def update_data(actor: Actor, update: Update, rows: Sequence[Row]) -> TensorDict
         global_batch_size=mini_batch_size,
         mini_batch_size=mini_batch_size,
         epochs=update.epochs,
-        seed=SEED,
+        seed=SHUFFLE_SEED,
         dataloader_kwargs={"shuffle": update.shuffles},
         temperature=TEMPERATURE,
         use_remove_padding=actor.engine_config.use_remove_padding,
@@ -158,7 +155,10 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
         outputs = [actor.train_mini_batch(update_data(actor, update, rows)) for actor in actors[:1]]
         reply = _measured(actors[1], direction, update_data(actors[1], update, rows), request)
         differs = differences(observe_model(undisturbed), observe_model(engine))
-        measured[name] = {**report(reply, len(rows)), "differs": sorted({key for keys in gather(differs) for key in keys})}
+        measured[name] = {
+            **report(reply, len(rows)),
+            "differs": sorted({key for keys in gather(differs) for key in keys}),
+        }
         assert tu.get(outputs[0], "metrics")["grad_norm"], "verl took a step"
     measured["failed"] = _failing(actors[1], direction, update_data(actors[1], update, rows))
     return measured
@@ -193,4 +193,6 @@ def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, 
 
 def _float32(row: Row) -> Row:
     """Return the row with log-probs as verl has them."""
-    return Row(row.prompt, row.response, row.mask_T, row.advantage, row.old_log_prob_T.float(), row.ref_log_prob_T.float())
+    return Row(
+        row.prompt, row.response, row.mask_T, row.advantage, row.old_log_prob_T.float(), row.ref_log_prob_T.float()
+    )
