@@ -99,8 +99,8 @@ def measure_update(root: Path, setup: Setup, name: str) -> dict[str, Any]:
     return {**report(reply, len(rows)), "left": differences(before, _traces(engine))}
 
 
-def _traces(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
-    return {key: value for key, value in observe(engine).items() if key.split()[0] in ("hooks", "requires_grad")}
+def _traces(engine: CpuFSDPEngineWithLMHead, kinds: tuple[str, ...] = ("hooks", "requires_grad")) -> dict[str, Any]:
+    return {key: value for key, value in observe(engine).items() if key.split()[0] in kinds}
 
 
 def _direction(engine: CpuFSDPEngineWithLMHead) -> Direction:
@@ -146,10 +146,11 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
     rows = draw_rows(reference_model(root, setup.model, has_adapters=False))
     rows = [_float32(row) for row in rows]
     direction = _direction(engine)
+    # Both first: after an update or two most of these rows are clipped, and contribute nothing.
     requests = {
+        "both": UpdateRequest("low_rank", ProbeConfig(rank=4), is_audited=True),
         "whole": UpdateRequest("ghost", ProbeConfig()),
         "cut": UpdateRequest("low_rank", ProbeConfig(rank=4)),
-        "both": UpdateRequest("low_rank", ProbeConfig(rank=4), is_audited=True),
     }
     for name, request in requests.items():
         outputs = [actor.train_mini_batch(update_data(actor, update, rows)) for actor in actors[:1]]
@@ -166,7 +167,7 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
 
 def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, Any]:
     """Return what an update leaves behind that fails in its second micro-batch's backward pass."""
-    before, loss_fn, receive, calls = _traces(actor.engine), actor.loss_fn, Taps._receive, 0
+    before, loss_fn, receive, calls = _traces(actor.engine, ("hooks",)), actor.loss_fn, Taps._receive, 0
 
     def failing(self: Taps, *args: Any) -> None:
         nonlocal calls
@@ -185,7 +186,7 @@ def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, 
         Taps._receive = receive  # type: ignore[method-assign]
     return {
         "has_failed": has_failed,
-        "left": differences(before, _traces(actor.engine)),
+        "left": differences(before, _traces(actor.engine, ("hooks",))),
         "has_own_loss": actor.loss_fn is loss_fn,
         "optimizer_hooks": len(actor.engine.optimizer._optimizer_step_pre_hooks),
     }

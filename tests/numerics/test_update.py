@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from tests.numerics.models import MODELS, make_model
 from tests.numerics.problems import VOCABULARY
 from tests.numerics.test_layer_rules import LAYERS
-from verl_gradalign.config import ProbeConfig
-from verl_gradalign.integration.update_measure import check
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.layout import packed_layout, padded_layout
@@ -286,12 +284,3 @@ def test_a_cut_direction_gives_the_products_with_what_is_left_of_it() -> None:
         meter.end()
     wanted_R = expected_contributions(make_model("qwen3-tied"), rows, left)
     assert torch.allclose(meter.contribution_KR[0], wanted_R, rtol=RTOL_FLOAT64)
-
-
-def test_models_without_rules_and_estimators_that_need_more_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"no layer rule covers .* set gradalign.measure=before"):
-        check(nn.Conv1d(3, 3, 1), "ghost", ProbeConfig())
-    with pytest.raises(ValueError, match=r"gradalign.estimator=backward: .* Remedy: set gradalign.estimator=ghost"):
-        check(make_model("qwen2-tied"), "backward", ProbeConfig())
-    for estimator in ("ghost", "low_rank"):
-        check(make_model("qwen2-tied"), estimator, ProbeConfig())
