@@ -23,6 +23,8 @@ from tests.numerics.problems import TEMPERATURE, VOCABULARY
 LEARNING_RATE = 0.05
 """Of plain gradient descent: Adam would divide rounding by rounding where a gradient vanishes."""
 MAX_NORM = 1.0
+SHUFFLE_SEED = 3
+"""Of verl's shuffle of a rank's rows, to which it adds the rank."""
 CLIP_RATIO, DUAL_CLIP = 0.2, 3.0
 
 

@@ -32,16 +32,13 @@ from tests.distributed.engines import build_engine
 from tests.distributed.observations import differences, local, observe, observe_model
 from tests.distributed.scoring import gather, scoring
 from tests.distributed.setups import CANDIDATES, WIDE, Setup, reference_model
-from tests.distributed.update_rows import LEARNING_RATE, UPDATES, Row, Update, draw_rows
+from tests.distributed.update_rows import LEARNING_RATE, SHUFFLE_SEED, UPDATES, Row, Update, draw_rows
 from tests.numerics.problems import TEMPERATURE
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.update_measure import UpdateReply, UpdateRequest, measured_update
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.taps import Taps
-
-SEED = 3
-"""Of verl's shuffle of rows."""
 
 
 class Actor(TrainingWorker):
@@ -80,7 +77,7 @@ def update_data(actor: Actor, update: Update, rows: Sequence[Row]) -> TensorDict
         global_batch_size=mini_batch_size,
         mini_batch_size=mini_batch_size,
         epochs=update.epochs,
-        seed=SEED,
+        seed=SHUFFLE_SEED,
         dataloader_kwargs={"shuffle": update.shuffles},
         temperature=TEMPERATURE,
         use_remove_padding=actor.engine_config.use_remove_padding,
@@ -102,8 +99,8 @@ def measure_update(root: Path, setup: Setup, name: str) -> dict[str, Any]:
     return {**report(reply, len(rows)), "left": differences(before, _traces(engine))}
 
 
-def _traces(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
-    return {key: value for key, value in observe(engine).items() if key.split()[0] in ("hooks", "requires_grad")}
+def _traces(engine: CpuFSDPEngineWithLMHead, kinds: tuple[str, ...] = ("hooks", "requires_grad")) -> dict[str, Any]:
+    return {key: value for key, value in observe(engine).items() if key.split()[0] in kinds}
 
 
 def _direction(engine: CpuFSDPEngineWithLMHead) -> Direction:
@@ -149,10 +146,11 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
     rows = draw_rows(reference_model(root, setup.model, has_adapters=False))
     rows = [_float32(row) for row in rows]
     direction = _direction(engine)
+    # Both first: after an update or two most of these rows are clipped, and contribute nothing.
     requests = {
+        "both": UpdateRequest("low_rank", ProbeConfig(rank=4), is_audited=True),
         "whole": UpdateRequest("ghost", ProbeConfig()),
         "cut": UpdateRequest("low_rank", ProbeConfig(rank=4)),
-        "both": UpdateRequest("low_rank", ProbeConfig(rank=4), is_audited=True),
     }
     for name, request in requests.items():
         outputs = [actor.train_mini_batch(update_data(actor, update, rows)) for actor in actors[:1]]
@@ -169,7 +167,7 @@ def measure_update_neutrality(root: Path, setup: Setup) -> dict[str, Any]:
 
 def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, Any]:
     """Return what an update leaves behind that fails in its second micro-batch's backward pass."""
-    before, loss_fn, receive, calls = _traces(actor.engine), actor.loss_fn, Taps._receive, 0
+    before, loss_fn, receive, calls = _traces(actor.engine, ("hooks",)), actor.loss_fn, Taps._receive, 0
 
     def failing(self: Taps, *args: Any) -> None:
         nonlocal calls
@@ -188,7 +186,7 @@ def _failing(actor: Actor, direction: Direction, data: TensorDict) -> dict[str, 
         Taps._receive = receive  # type: ignore[method-assign]
     return {
         "has_failed": has_failed,
-        "left": differences(before, _traces(actor.engine)),
+        "left": differences(before, _traces(actor.engine, ("hooks",))),
         "has_own_loss": actor.loss_fn is loss_fn,
         "optimizer_hooks": len(actor.engine.optimizer._optimizer_step_pre_hooks),
     }
