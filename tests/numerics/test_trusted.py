@@ -6,6 +6,7 @@ Shape legend: G all trainable numbers, P problems.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, Problem, draw_problem, tabulate
 from verl_gradalign.config import DirectionConfig, ProbeConfig
+from verl_gradalign.probe.call import DirectionRequest, ScoringRequest, make_direction, measure
 from verl_gradalign.probe.direction import Direction, compute_direction, no_direction
+from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
 from verl_gradalign.probe.plain_engine import PlainEngine
@@ -193,3 +196,36 @@ def test_adams_metric_is_without_effect_before_the_first_step(model: nn.Module) 
         engine = PlainEngine(model, rows, TEMPERATURE)
         direction = compute_direction(engine, shares)
         assert with_adam_metric(direction, engine, optimizer) is direction
+
+
+@pytest.mark.parametrize("metric", ["none", "candidates"])
+def test_a_direction_made_in_a_call_of_its_own_scores_as_one_made_with_the_scores(
+    model: nn.Module, metric: str
+) -> None:
+    rows, shares = tabulate([*FIRST, *CANDIDATES, *DEAD])
+    trusted, candidates, dead = split(shares[:2]), tuple(shares[2:5]), tuple(shares[5:])
+    weights, config = {"only": 1.0}, DirectionConfig(metric=metric, ema=0.5)
+    budget = TokenBudget(16384, is_padded=True)
+    scoring = ScoringRequest(
+        "ghost", ProbeConfig(), config, budget, TEMPERATURE, metric_on=(0, 2), candidates=candidates
+    )
+    making = DirectionRequest(config, budget, TEMPERATURE, weights, {"only": tuple(trusted)})
+    with leave_no_trace(model):
+        engine = PlainEngine(model, rows, TEMPERATURE)
+        before = compute_direction(engine, shares[2:3])
+        together = replace(scoring, set_weights=weights, trusted=making.trusted)
+        wanted, wanted_fresh = measure(engine, together, before, None)
+        made, fresh = make_direction(engine, making, before)
+        assert fresh is not None and wanted_fresh is not None
+        scored, none = measure(engine, scoring, fresh, None)
+        lost, nothing = make_direction(engine, replace(making, trusted={"only": dead}), before)
+    assert_close(flat(fresh), flat(wanted_fresh))
+    found = made.with_scores(scored)
+    assert (none, found.is_fresh, found.reports) == (None, True, wanted.reports)
+    assert found.cosine_previous == wanted.cosine_previous
+    assert found.scores is not None and wanted.scores is not None
+    assert_close(found.scores.dot_P, wanted.scores.dot_P)
+    assert found.direction_s >= made.direction_s and found.scores_s == scored.scores_s
+    # A degenerate direction is returned as none, so that the one before stays.
+    assert (nothing, lost.is_fresh, lost.reports) == (None, False, {}) and math.isnan(lost.cosine_previous)
+    assert lost.with_scores(None).scores is None

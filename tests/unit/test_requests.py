@@ -14,13 +14,14 @@ from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration.requests import (
     ProblemKeys,
     audited_problems,
+    build_direction_requests,
     build_requests,
     build_shares,
     keys_by_rank,
     owners_of,
     token_budget,
 )
-from verl_gradalign.probe.call import ScoringRequest
+from verl_gradalign.probe.call import DirectionRequest, ScoringRequest
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.groups import Group, Problem
@@ -246,6 +247,27 @@ def test_requests_cover_every_row_once_and_end_each_table_with_the_shortest_row(
         for share, group in zip(mine.candidates, candidate_groups, strict=True):
             is_whole = estimator == "ghost" and budget.holds([ProblemKeys("", group.keys, _of(group, length)).size])
             assert not is_whole or tuple(meta.keys[row] for row in share.rows) in ((), group.keys)
+    assert sorted(computed) == sorted(length)
+
+
+@given(
+    trusted=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5),
+    dp_size=st.integers(1, 4),
+)
+def test_requests_for_a_direction_cover_every_row_once_in_the_rows_own_partition(trusted, dp_size):
+    groups, length = make_groups("t", trusted)
+    batch = KVBatchMeta(keys=list(length), tags=[{"seq_len": v} for v in length.values()], partition_id="kept")
+    weights = {"first": 1.0, "absent": 2.0, "second": 0.5}
+    request = DirectionRequest(DirectionConfig(), TokenBudget(9, is_padded=True), 1.0, weights)
+    sets = {"first": groups[:1], "second": groups[1:]}
+    metas, requests = build_direction_requests(batch, sets, range(dp_size), request)
+    assert {meta.partition_id for meta in metas} == {"kept"}
+    computed = []
+    for meta, mine in zip(metas, requests, strict=True):
+        assert mine == replace(request, trusted=mine.trusted) and list(mine.trusted) == list(weights)
+        assert length[meta.keys[-1]] == min(length.values())
+        assert [len(shares) for shares in mine.trusted.values()] == [1, 0, len(groups) - 1]
+        computed += [meta.keys[row] for shares in mine.trusted.values() for share in shares for row in share.rows]
     assert sorted(computed) == sorted(length)
 
 
