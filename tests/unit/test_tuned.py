@@ -12,13 +12,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from typer.testing import CliRunner
 
 from verl_gradalign import configs
+from verl_gradalign.cli import app
 from verl_gradalign.config import ScoreOptions
-from verl_gradalign.experiments import shuffled_scores
+from verl_gradalign.experiments import shuffled_scores, tuned
 from verl_gradalign.experiments.compare import Comparison
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, paired, read_curve, responses_to
-from verl_gradalign.experiments.methods import BATCH_SIZE, METHODS, overrides_of
+from verl_gradalign.experiments.methods import BATCH_SIZE, DEFAULT_METHODS, METHODS, overrides_of
 from verl_gradalign.experiments.plan import DONE, RunPlan
 from verl_gradalign.experiments.tuned import Tuning, choose_rates, compare_tuned
 from verl_gradalign.experiments.tuned_report import by_method, summary_table, threshold, write_report
@@ -251,3 +253,32 @@ def test_the_learning_rate_of_a_regimes_file_is_the_middle_one_that_is_tried(nam
     own, shared = (OmegaConf.load(Path(configs.__path__[0]) / "regime" / f"{file}.yaml") for file in (name, "mini"))
     rate = OmegaConf.select(own, LEARNING_RATE_KEY) or OmegaConf.select(shared, LEARNING_RATE_KEY)
     assert rate == MINIATURES[name].learning_rates[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rates", "1e-4"], "--rates 1e-4: is for --tuned"),
+        (["--responses", "512"], "--responses 512: is for --tuned"),
+        (["--tuned", "--rates", "high,low"], "--rates high,low: must be numbers above 0"),
+        (["--tuned", "--rates", "1e-4,1e-4"], "none twice"),
+    ],
+)
+def test_options_of_tuned_comparisons_are_refused_elsewhere_and_where_they_are_no_numbers(tmp_path, options, message):
+    done = CliRunner().invoke(app, ["compare", REGIME, "--output", str(tmp_path), *options])
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_the_command_hands_on_what_is_tuned_and_knows_the_usual_methods_and_seeds(tmp_path, monkeypatch):
+    given = []
+
+    def note(*arguments):
+        given.extend(arguments)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(tuned, "compare_tuned", note)
+    options = ["--tuned", "--rates", "1e-4,2e-4", "--tuning-seed", "7", "--responses", "512"]
+    CliRunner().invoke(app, ["compare", REGIME, "--output", str(tmp_path), *options])
+    comparison, tuning, _ = given
+    assert (comparison.methods, comparison.seeds) == (DEFAULT_METHODS, (1, 2, 3, 4, 5))
+    assert tuning == Tuning(seed=7, learning_rates=(1e-4, 2e-4), num_responses=512)
