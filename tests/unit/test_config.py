@@ -66,7 +66,9 @@ def test_base_yaml_builds_the_default_configuration():
 
 
 def test_the_directions_upkeep_follows_the_schedule_where_it_is_left_open():
-    by_schedule = {name: built({"score": "accuracy_greedy", "schedule": name}).direction for name in ("step", "forecast")}
+    by_schedule = {
+        name: built({"score": "accuracy_greedy", "schedule": name}).direction for name in ("step", "forecast")
+    }
     kept = {name: (d.refresh_interval, d.rolling, d.replay, d.keeps_responses) for name, d in by_schedule.items()}
     assert kept == {"step": (1, False, 1, False), "forecast": (10, True, 5, True)}
     own = {"schedule": "forecast", "direction": {"refresh_interval": 3, "rolling": False, "replay": 1}}
