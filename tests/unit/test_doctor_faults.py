@@ -404,7 +404,9 @@ FORECASTS = {
     "forecast ahead": ([*FORECAST, "trainer.v1.trainer_mode=gradalign_colocate_async"], ["gradalign.schedule=forecast"], None),
     "unknown feature": ([*FORECAST, "gradalign.forecast.features=[colour]"], ["gradalign.forecast.features=['colour']"], ["gradalign.forecast.features=[source]"]),
     "no feature function": ([*FORECAST, "gradalign.forecast.features=[/nowhere/mine.py:level]"], ["gradalign.forecast.features='/nowhere/mine.py:level'"], ["gradalign.forecast.features=[text]"]),
-    "feature that is none": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('levels.py', 'LEVEL = 3')}:LEVEL]"], ["levels.py:LEVEL", "is no function"], ["gradalign.forecast.features=[text]"]),
+    "feature that is none": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('levels.py', 'LEVEL = 3')}:LEVEL]"], ["levels.py:LEVEL", "no function"], ["gradalign.forecast.features=[text]"]),
+    "feature without a key": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('raising.py', 'level = lambda row: row[1]')}:level]"], ["raising.py:level", "raised KeyError"], ["gradalign.forecast.features=[text]"]),
+    "feature in words": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('words.py', 'level = lambda row: chr(97)')}:level]"], ["words.py:level", "of problem 0"], ["gradalign.forecast.features=[text]"]),
     "small forecast pool": ([*FORECAST, "data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=64"], ["40 problems, fewer than a batch of 64"], ["data.train_batch_size=40", "actor_rollout_ref.actor.ppo_mini_batch_size=40"]),
 }  # fmt: skip
 FAULTS = CONFIGURATION | NAMED | MODELS | FILES | CHECKPOINTS | REWARDS | FORECASTS
@@ -447,10 +449,11 @@ def test_a_forecast_is_a_right_configuration_whose_cost_and_features_are_said(pl
     said = " | ".join(f.message for f in found)
     # 4 problems x 8 responses, and a tenth of 15 x 16 trusted ones.
     assert "generates 56 responses, 1.75 times those trained on" in said
-    assert "`prompt` asks the policy" in said and "16 are forecast in a step" in said
+    assert "`prompt` asks the policy" in said and "reading prompts for" in said and "16 are forecast in a step" in said
     assert "measured in the update with estimator low_rank" in said
     without = place.findings([*FORECAST, "gradalign.forecast.features=[source]"])
-    assert "asks the policy" not in " | ".join(f.message for f in without)
+    text = " | ".join(f.message for f in without)
+    assert "asks the policy" not in text and "reading prompts" not in text
 
 
 def test_a_shortlist_of_the_whole_pool_and_filtered_groups_are_warnings(place):

@@ -202,19 +202,19 @@ def test_a_set_with_another_number_of_responses_is_named(verl_config):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "features"),
+    ("key", "value"),
     [
-        ("gradalign.forecast.features", "['source', 'prompt']", "[source]"),
-        (f"{ACTOR}.ulysses_sequence_parallel_size", 2, None),
-        ("actor_rollout_ref.model.use_fused_kernels", True, None),
+        (f"{ACTOR}.strategy", "megatron"),
+        (f"{ACTOR}.ulysses_sequence_parallel_size", 2),
+        ("actor_rollout_ref.model.use_fused_kernels", True),
     ],
 )
-def test_prompt_features_need_an_actor_that_can_be_read_where_the_score_does_not(verl_config, key, value, features):
+def test_prompt_features_need_an_actor_that_can_be_read_where_the_score_does_not(verl_config, key, value):
     rewards_alone = {"gradalign.score": "accuracy_greedy", "gradalign.measure": "before", **NO_TRUSTED}
-    own = {f"{ACTOR}.strategy": "megatron"} if features else {key: value}
-    message = refused(verl_config, rewards_alone | own, key, value)
-    assert features is None or f"gradalign.forecast.features={features}" in message
-    change(verl_config, {"gradalign.forecast.features": ["source"]})
+    name, features = "gradalign.forecast.features", "['source', 'prompt']"
+    message = refused(verl_config, {**rewards_alone, key: value}, name, features)
+    assert f"{name}=[source,text]" in message
+    change(verl_config, {name: ["source", "text"]})
     check(verl_config)
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.doctor.features import examine_features
 from verl_gradalign.doctor.files import (
     Frame,
     examine_columns,
@@ -90,6 +91,7 @@ def examine_data(
         if source.area == TRAIN:
             train = prompts
             _check_labels(frame, config, findings)
+            examine_features(frame, config, verl_config, findings)
         elif source.area == TRUSTED:
             _noise(source.name, min(distinct, prompts.num_left), source.n, findings)
             num_trusted, responses = num_trusted + prompts.num_left, responses + prompts.num_left * source.n

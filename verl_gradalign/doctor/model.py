@@ -122,9 +122,7 @@ def examine_cost(
         findings.add(COST, "note", note)
     if features := cost.flops["features"]:
         share = features / sum(cost.plain.values())
-        text = (
-            f"gradalign.forecast.features: `prompt` asks the policy, {share:.1%} of a plain step's operations at first"
-        )
+        text = f"reading prompts for gradalign.forecast.features is {share:.1%} of a plain step's operations at first"
         findings.add(COST, "note", text, "gradalign.forecast.features=[source,text] asks nothing of it")
     if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
         text = f"score {config.score} reads the candidates twice; the operations count them once"

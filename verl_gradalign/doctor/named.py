@@ -24,12 +24,10 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from verl_gradalign.errors import refuse
 from verl_gradalign.findings import Findings
-from verl_gradalign.selection.own_scores import load
 
 AREA = "loaded by name"
 SAMPLER = "trainer.v1.sampler.custom_sampler"
 AGENT = "actor_rollout_ref.rollout.agent"
-FEATURES = "gradalign.forecast.features"
 MODULE_OF_LOGGER = {
     "wandb": "wandb",
     "tracking": "wandb",
@@ -56,7 +54,7 @@ def examine_named(verl_config: DictConfig, findings: Findings) -> bool:
     with findings.refusals(AREA):
         _data_set(verl_config)
     has_data_set = findings.num_errors == num_errors
-    checks = (_sampler, _agent_loops, _tools, _callback, _external_lib, _rollout, _loggers, _features)
+    checks = (_sampler, _agent_loops, _tools, _callback, _external_lib, _rollout, _loggers)
     for check in checks:
         with findings.refusals(AREA, "correct the name"):
             check(verl_config)
@@ -170,15 +168,6 @@ def _loggers(verl_config: DictConfig) -> None:
             for variable in ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION"):
                 if variable not in os.environ:
                     refuse("trainer.logger", name, f"{variable} is not set", f"set {variable} in the environment")
-
-
-def _features(verl_config: DictConfig) -> None:
-    """The user's functions of a problem's row, by which schedule forecast knows it."""
-    if OmegaConf.select(verl_config, "gradalign.schedule") != "forecast":
-        return
-    for name in OmegaConf.select(verl_config, FEATURES) or ():
-        if ":" in name and not callable(load(name, "forecast.features", "function")):
-            refuse(FEATURES, name, "is no function", "name a function of a problem's row, that returns numbers")
 
 
 def _is_there(module: str) -> bool:

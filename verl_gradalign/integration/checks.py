@@ -15,6 +15,7 @@ from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
 from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
+from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.storage import check_storage
@@ -136,10 +137,11 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
         _check_filter,
         _check_mode,
         _check_reward_model,
+        check_prompt_states,
         *VERL_CHECKS,
     )
     if not score_of(config.score).needs_gradients:
-        return (*checks, _check_prompt_features)
+        return checks
     return (
         *checks,
         _check_advantages,
@@ -272,28 +274,10 @@ def _check_distillation(_: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse(key, False, why, "set it to True, or gradalign.score=random to train without selection")
 
 
-def _engine(verl_config: DictConfig) -> str:
-    """Return the actor's engine: each has a block of its own, the strategy alone does not make FSDP's of it."""
-    actor = verl_config.actor_rollout_ref.actor
-    is_own = "fsdp_config" in actor or actor.strategy not in ENGINES
-    return str(actor.strategy if is_own else verl_config.model_engine)
-
-
-def _check_prompt_features(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Refuse prompt features of an actor that cannot be read, where nothing else is read of it."""
-    if not config.is_forecast or "prompt" not in config.forecast.features:
-        return
-    features, engine = list(config.forecast.features), _engine(verl_config)
-    others = [name for name in features if name != "prompt"] or ["source"]
-    why = f"`prompt` reads the policy's hidden states, on {' and '.join(ENGINES)} only, and the actor is {engine}'s"
-    if engine not in ENGINES:
-        refuse("gradalign.forecast.features", features, why, f"set gradalign.forecast.features=[{','.join(others)}]")
-    for check in (_check_fused_kernels, _check_sequence_parallel):
-        check(config, verl_config)
-
-
 def _check_engine(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    actor, engine = verl_config.actor_rollout_ref.actor, _engine(verl_config)
+    actor = verl_config.actor_rollout_ref.actor
+    # Each engine has an actor block of its own; the strategy alone does not make FSDP's of it.
+    engine = actor.strategy if "fsdp_config" in actor or actor.strategy not in ENGINES else verl_config.model_engine
     if engine in ENGINES:
         return
     why = f"gradients are read from {' and '.join(ENGINES)} only"
