@@ -99,7 +99,7 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("forecast/explained_problems", "share", "the same, by the problems' own parts"),
         ("forecast/tau", "score", "standard deviation of the problems' own parts"),
         ("forecast/size", "score", "root mean square of the measured scores, which the forecast counts in"),
-        ("forecast/excess", "score", "standard deviation of measurements beyond their standard errors and all forecasts"),
+        ("forecast/excess", "score", "standard deviation of measurements beyond their standard errors and forecasts"),
         ("forecast/common", "score", "standard deviation of a step's error that all its measurements share"),
         ("forecast/known", "problems", "measured at least once so far"),
         ("forecast/resting", "problems", "that may not be picked yet (forecast.rest)"),

@@ -15,7 +15,7 @@ from verl_gradalign.data.tasks import AUDIT
 from verl_gradalign.experiments.metrics_file import accuracies, metrics_by_step
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.results import SHARE, family
-from verl_gradalign.report.suspicious import student_t
+from verl_gradalign.student import student_t
 from verl_gradalign.toy.regimes import MINIATURES
 
 LEARNING_RATE = "actor/lr"
