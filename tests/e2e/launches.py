@@ -353,6 +353,20 @@ def separate(workplace: Workplace) -> Run:
 
 
 @launch
+def asynchronous_forecast(workplace: Workplace) -> Run:
+    """Return a run that chooses by forecast while earlier choices are still being answered."""
+    return workplace.run(
+        "async_forecast",
+        *gradalign("forecast", workplace.files),
+        "gradalign.direction.refresh_interval=4",
+        "trainer.v1.trainer_mode=gradalign_colocate_async",
+        "trainer.v1.colocate_async.num_warmup_batches=1",
+        "trainer.total_training_steps=4",
+        batched=False,
+    )
+
+
+@launch
 def ppo(workplace: Workplace) -> Run:
     """Return a run with a critic."""
     return workplace.run(

@@ -94,3 +94,18 @@ def test_a_difficulty_forecast_needs_no_trusted_set_and_measures_nothing(series:
     for row in run.log:
         live = 0 < row["success_rate"] < 1
         assert row["observed"] == pytest.approx(0.5 - abs(row["success_rate"] - 0.5) if live else 0.0)
+
+
+def test_an_asynchronous_run_learns_from_groups_that_were_chosen_steps_before(asynchronous_forecast: Run) -> None:
+    run = asynchronous_forecast
+    assert len(run.steps) == 4
+    for m in run.steps:
+        assert m["gradalign/responses/trained"] == BATCH * N
+    # What was sent ahead of the first step was drawn without a forecast, and shows no lift.
+    ahead = [row for row in run.log if row["pick"] == ""]
+    assert len(ahead) == BATCH
+    drawn = [row for row in run.log if row["pick"]]
+    assert len(drawn) == 3 * BATCH and {row["step"] for row in drawn} == {2, 3, 4}
+    assert run.steps[-1]["gradalign/forecast/known"] > 0
+    assert all(m["gradalign/update/sum_error"] < 1 for m in run.steps if "gradalign/update/sum_error" in m)
+    assert sum("gradalign/update/sum_error" in m for m in run.steps) >= 2, "directions are of kept responses"

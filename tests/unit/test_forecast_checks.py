@@ -115,8 +115,6 @@ FORECAST = [
     ("gradalign.reliability.min_reliability", 0.1, {"gradalign.reliability.of": "direction"},
      {"gradalign.reliability.min_reliability": None}),
     ("gradalign.reliability.shrinkage", 0.5, BEFORE, {"gradalign.reliability.shrinkage": 0}),
-    ("gradalign.schedule", "forecast", {"trainer.v1.trainer_mode": "gradalign_colocate_async"},
-     {"trainer.v1.trainer_mode": "gradalign"}),
 ]  # fmt: skip
 TRAINED = {"gradalign.direction.train_on_trusted": True}
 TRUSTED = [

@@ -102,6 +102,16 @@ def test_an_asynchronous_selection_takes_the_oldest_candidates_and_leaves_the_ot
     assert chooser.asked == [(["c2", "c3"], [], 3)]  # the trusted group is not finished, and not waited for
 
 
+@pytest.mark.parametrize(("is_singly", "taken"), [(False, ["c1"]), (True, ["c1", "t1"])])
+def test_trusted_groups_whose_responses_are_kept_are_taken_as_they_finish(is_singly, taken):
+    buffer = make(GradAlignAsyncSampler, "colocate_async")
+    chooser = Chooser(buffer, ["c1", "t1", "t2"], num_candidates=1)
+    chooser.in_flight.takes_trusted_singly = is_singly
+    finish(buffer, ["c1", "t1"])
+    buffer.sample(3, "train", 1)
+    assert chooser.asked == [(taken, [], 3)]
+
+
 def test_the_first_direction_is_waited_for():
     buffer = make(GradAlignAsyncSampler, "colocate_async")
     chooser = Chooser(buffer, ["c1", "t1"], num_candidates=1, has_direction=False)

@@ -196,12 +196,9 @@ def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
     mode = verl_config.trainer.v1.trainer_mode
     if mode not in OWN_MODES:
         refuse("trainer.v1.trainer_mode", mode, *foreign_mode(mode))
-    if mode == "gradalign_colocate_async" and config.schedule != "step":
+    if mode == "gradalign_colocate_async" and config.schedule not in ("step", "forecast"):
         why = "prompts are in flight before a selection is made, so kept problems could not be the next ones trained on"
         remedy = "set it to step, or train synchronously with trainer.v1.trainer_mode=gradalign"
-        if config.is_forecast:
-            why = "groups are trained on steps after they were chosen, and trusted ones need not be there in every step"
-            remedy = "train synchronously with trainer.v1.trainer_mode=gradalign"
         refuse("gradalign.schedule", config.schedule, f"under trainer.v1.trainer_mode={mode} {why}", remedy)
 
 

@@ -17,6 +17,8 @@ class InFlight:
         self._problems: dict[str, Problem] = {}
         self.num_candidates = 0
         """Candidates that a selection is among. A step that is cut into several updates has one before each."""
+        self.takes_trusted_singly = False
+        """Whether finished trusted groups are of use without the others in flight, as where responses are kept."""
         self.waits_for_trusted = False
         """Whether candidates cannot be scored before the trusted problems in flight are finished."""
 

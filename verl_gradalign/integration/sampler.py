@@ -119,7 +119,8 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
     """verl's asynchronous replay buffer: chooses among the oldest finished candidates while others are generated.
 
     Staleness is verl's: groups beyond `max_off_policy_threshold` are evicted and replaced before the choice. Trusted
-    groups are used when all of a refresh are there; only the first direction is waited for.
+    groups are used when all of a refresh are there, or as they finish where their responses are kept; only the first
+    direction of a refresh is waited for.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -174,13 +175,15 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
-        """Take the oldest candidates, and the trusted groups if all of them are there."""
+        """Take the oldest candidates, and the trusted groups: all of them or none, unless each is of use alone."""
         if partition_id != "train" or self._in_flight is None:
             return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         candidates = self._without_trusted(sampleable_keys)
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, candidates, batch_size)
         trusted = self._in_flight.trusted()
-        self._taken = [*uids, *(sorted(trusted) if trusted <= sampleable_keys else ())]
+        ready = trusted & sampleable_keys
+        takes_them = ready == trusted or self._in_flight.takes_trusted_singly
+        self._taken = [*uids, *(sorted(ready) if takes_them else ())]
         # verl asserts that what it takes is not stale, by these steps; a trusted group without one passes.
         return self._taken, snapshot, {uid: steps[uid] for uid in uids}
 

@@ -147,6 +147,7 @@ class SelectionTrainer(MeasuringTrainer):
             self._submit_batch_to_rollout(trusted)
         self._in_flight.num_candidates = len(self._draw.problem_ids)
         # Kept responses are of many steps, so none is waited for.
+        self._in_flight.takes_trusted_singly = self._kept_responses is not None
         self._in_flight.waits_for_trusted = self._kept_responses is None and not self._selector.has_direction
 
     def _draw_problems(self, step: int) -> Draw:
