@@ -10,8 +10,8 @@ import torch
 
 from tests.unit.test_scores import OPTIONS, Pool, make_pool
 from verl_gradalign.rank_correlation import spearman, spearman_brown
-from verl_gradalign.selection.reliability import half_of, score_reliability
-from verl_gradalign.selection.scores import SCORES
+from verl_gradalign.selection.reliability import half_of, score_errors, score_reliability, without_response
+from verl_gradalign.selection.scores import SCORES, Score
 
 
 def draw_pool(rng, alignment, num_problems=120, num_responses=16, size=24):
@@ -92,3 +92,68 @@ def test_spearman_brown_doubles_the_length():
     assert spearman_brown(0.5) == pytest.approx(2 / 3)
     assert spearman_brown(0.0) == 0.0 and spearman_brown(1.0) == 1.0
     assert spearman_brown(-0.9) == spearman_brown(-1.0) == -1.0
+
+
+def spread_over_repetitions(name, rewards_of, num_repetitions=300, num_responses=12):
+    """The mean standard error of one problem's score, and how much the score varies over fresh responses."""
+    rng = np.random.default_rng(0)
+    v = np.eye(24)[0]
+    scores, errors = [], []
+    for _ in range(num_repetitions):
+        reward = rewards_of(rng, num_responses)
+        gradient = rng.standard_normal((num_responses, 24)) - 2 * np.outer(reward - 0.5, v)
+        m = Pool([gradient], [reward], v).measurements()
+        scores.append(SCORES[name].rank(m, OPTIONS).item())
+        errors.append(score_errors(m, SCORES[name], OPTIONS).item())
+    return np.mean(np.square(errors)) ** 0.5, np.std(scores)
+
+
+@pytest.mark.parametrize("name", ["dot", "cosine", "correlation", "lower_bound", "cosine_learnability"])
+def test_the_standard_error_is_how_much_a_score_varies_with_the_responses(name):
+    """Of random rewards. The norm counts as known, so a cosine's error leaves out what varies with it."""
+    error, spread = spread_over_repetitions(name, lambda rng, num: rng.permutation([1.0] * 6 + [0.0] * (num - 6)))
+    assert 0.8 < error / spread < 1.5
+
+
+def test_the_standard_error_of_a_success_rate_is_the_binomial_one():
+    by_rate = Score(lambda m, _: m.success_rate_P)
+    pool = make_pool(3, num_problems=20, min_responses=3)
+    p = np.array([r.mean() for r in pool.rewards])
+    n = np.array([len(r) for r in pool.rewards])
+    found = score_errors(pool.measurements(), by_rate, OPTIONS).numpy()
+    np.testing.assert_allclose(found, np.sqrt(p * (1 - p) / (n - 1)))
+
+
+def test_the_standard_error_of_dot_is_that_of_its_measurements():
+    m = make_pool(1, num_problems=30).measurements()
+    torch.testing.assert_close(score_errors(m, SCORES["dot"], OPTIONS), m.dot_error_P, rtol=1e-12, atol=0)
+    unknown = torch.full_like(m.contribution_PR, math.nan)
+    by_half = dataclasses.replace(m, contribution_PR=unknown)
+    torch.testing.assert_close(score_errors(by_half, SCORES["dot"], OPTIONS), by_half.dot_error_P)
+    mixed = dataclasses.replace(m, contribution_PR=torch.cat([unknown[:5], m.contribution_PR[5:]]))
+    torch.testing.assert_close(score_errors(mixed, SCORES["dot"], OPTIONS), mixed.dot_error_P)
+    nothing = dataclasses.replace(by_half, half_dot_P2=torch.full_like(m.half_dot_P2, math.nan))
+    assert score_errors(nothing, SCORES["dot"], OPTIONS).isnan().all()
+
+
+def test_a_group_without_a_response_is_that_group_measured_alone():
+    pool = make_pool(4, num_problems=6, min_responses=4)
+    left = without_response(pool.measurements(), 2)
+    others = [np.arange(len(r)) != 2 for r in pool.rewards]
+    contribution = [
+        -a[k] * (q[k] @ pool.direction) / np.linalg.norm(pool.direction) / len(a)
+        for a, q, k in zip(pool.advantages, pool.gradients, others, strict=True)
+    ]
+    expected = [c.sum() * len(r) / (len(r) - 1) for c, r in zip(contribution, pool.rewards, strict=True)]
+    np.testing.assert_allclose(left.dot_P, expected)
+    np.testing.assert_allclose(left.contribution_PR.nansum(1), expected)
+    rates = [r[k].mean() for r, k in zip(pool.rewards, others, strict=True)]
+    np.testing.assert_allclose(left.success_rate_P, rates)
+
+
+def test_what_no_part_of_a_group_is_an_estimate_of_has_no_standard_error():
+    m = make_pool(0).measurements()
+    for name in ("learnalign", "pool_cosine", "norm", "random"):
+        assert score_errors(m, SCORES[name], OPTIONS).isnan().all()
+    single = Pool([np.ones((1, 3))], [np.array([1.0])], np.ones(3)).measurements()
+    assert score_errors(single, SCORES["correlation"], OPTIONS).isnan().all()

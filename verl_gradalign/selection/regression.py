@@ -54,7 +54,7 @@ class Belief:
         return x_PF @ self.mean_F
 
     def variance(self, x_PF: np.ndarray) -> np.ndarray:
-        return np.einsum("pf,fg,pg->p", x_PF, self.covariance_FF, x_PF)
+        return ((x_PF @ self.covariance_FF) * x_PF).sum(axis=1)
 
 
 @dataclass(frozen=True)

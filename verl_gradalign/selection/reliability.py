@@ -83,7 +83,8 @@ def score_errors(m: Measurements, score: Score, options: ScoreOptions) -> torch.
     if score.rank is None or not score.is_split or not len(num_P):
         return torch.full((len(num_P),), torch.nan, dtype=torch.float64)
     first_P, second_P = (score.rank(half_of(m, which), options) for which in (0, 1))
-    by_half_P = (first_P - second_P).abs() / 2
+    are_both_there_P = torch.stack([(m.half_PR == which).any(1) for which in (0, 1)]).all(0)
+    by_half_P = torch.where(are_both_there_P, (first_P - second_P).abs().double() / 2, torch.nan)
     scores_PR = torch.full((len(num_P), width), torch.nan, dtype=torch.float64)
     for j in range(width):
         is_there_P = m.half_PR[:, j] >= 0
@@ -91,7 +92,7 @@ def score_errors(m: Measurements, score: Score, options: ScoreOptions) -> torch.
     deviation_PR = scores_PR - scores_PR.nanmean(1, keepdim=True)
     variance_P = deviation_PR.square().nansum(1) * (num_P - 1) / num_P
     is_known_P = (scores_PR.isfinite().sum(1) == num_P) & (num_P > 1)
-    return torch.where(is_known_P, variance_P.sqrt(), by_half_P.double())
+    return torch.where(is_known_P, variance_P.sqrt(), by_half_P)
 
 
 def without_response(m: Measurements, j: int) -> Measurements:
