@@ -52,7 +52,8 @@ def narrow_prior(num: int) -> np.ndarray:
 class Sources:
     """One-hot of what problems are of. Which values have a feature is decided by the whole pool, once.
 
-    A column of one value only says no more than the constant and has none. A byte for each problem and column is kept.
+    A column of one value only says no more than the constant and has none. Eight bytes a problem are kept, and one for
+    each column.
 
     Args:
         problem_ids: int64, distinct.
