@@ -113,11 +113,11 @@ def test_a_source_whose_rewards_break_for_fifty_steps_comes_back_after_their_rep
     (17) and 12 (22) of scores that were half as bad, and as bad, as they had been good. What is seen of it meanwhile is
     what the uniform part holds, one problem a step, and what was believed fades with a memory of 20 steps.
     """
-    share = np.zeros((len(SEEDS), 95))
+    share = np.zeros((len(SEEDS), 89))
     for seed in SEEDS:
         pool = Pool(4000, shares=(0.25,) * 4, means=(0.1, 0.02, 0.02, 0.02), noise=0.1, seed=seed)
         forecaster = pool.forecaster(seed=seed)
-        for step in range(1, 96):
+        for step in range(1, 90):
             shortlist = forecaster.shortlist(step)
             picks = forecaster.pick(step, shortlist, pool.features(shortlist), 32)
             o = pool.measure(picks.problem_id_P)
