@@ -25,8 +25,9 @@ def shares_by_step(num_steps, batch_size=32, seeds=SEEDS, **values):
 
 
 def test_targets_of_twelve_per_cent_are_found_through_noise_eight_times_their_score():
-    """Mean .04, noise .3. Measured over eight seeds: .28, .36, .33, .37, .40, .40 in tens of steps of a batch of 32; over
-    four: .20, .32, .42, .42 in fives of steps of a batch of 128. At most .435."""
+    """Mean .04, noise .3. Measured: .28, .36, .33, .37, .40, .40 in tens of steps of a batch of 32 (eight seeds); .20,
+    .32, .42, .42 in fives of steps of a batch of 128 (four). At most .435.
+    """
     share = shares_by_step(60)
     assert share[:1].mean() < 0.25 and share[10:60].mean() > 0.25
     large = shares_by_step(30, 128)
@@ -60,8 +61,9 @@ def test_own_parts_raise_what_is_picked_where_problems_differ_and_are_met_again(
 
 
 def test_own_parts_are_not_drawn_as_the_largest_of_thousands_of_draws_is_noise():
-    """The best 64 of two thousand, of which 12% are targets. Measured over six seeds: 94% targets without draws of u, 41%
-    with them; mean true score .18 and .07, where the truth's own best have .25."""
+    """The best 64 of two thousand, of which 12% are targets. Measured over six seeds: 94% targets without draws of u,
+    41% with them; mean true score .18 and .07, where the truth's own best have .25.
+    """
     found, shares = {"mean": [], "drawn": []}, {"mean": [], "drawn": []}
     for seed in SEEDS:
         pool = Pool(4000, means=(0.1, 0.0), own=0.1, noise=0.15, seed=seed)
