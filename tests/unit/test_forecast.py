@@ -226,6 +226,30 @@ def test_observations_may_come_steps_later_and_each_is_learnt_from_once():
         forecaster.observe(3, strangers)
 
 
+def test_a_direction_that_is_held_says_less_than_as_many_new_ones():
+    deviation = {}
+    for is_fresh in (True, False):
+        forecaster, pool = trained(0, Pool(3000, means=(0.1, 0.0), noise=0.02))
+        for step in range(1, 7):
+            picks = pick(forecaster, pool, step, 32)[1]
+            forecaster.observe(step, pool.measure(picks.problem_id_P), is_fresh=is_fresh or step == 1)
+        deviation[is_fresh] = forecaster.forecast(7, pool.ids, pool.features(pool.ids))[1].mean()
+    assert deviation[False] > 1.3 * deviation[True]
+
+
+def test_thousands_of_steps_of_dead_groups_end_in_uniform_picks_and_what_follows_is_learnt():
+    forecaster, pool = trained(5)
+    for step in (6000, 20_000):
+        picks = pick(forecaster, pool, step, 32)[1]
+        dead = Observations(picks.problem_id_P, np.zeros(32), np.full(32, np.nan), np.full(32, 9.0))
+        forecaster.observe(step, dead)
+    picks = pick(forecaster, pool, 20_001, 32)[1]
+    assert picks.is_uniform_P.all()
+    forecaster.observe(20_001, pool.measure(picks.problem_id_P))
+    picks = pick(forecaster, pool, 20_002, 32)[1]
+    assert not picks.is_uniform_P.all() and np.isfinite(picks.deviation_P).all()
+
+
 def test_further_problems_are_the_next_best_then_any_that_are_not_in_the_step():
     forecaster, pool = trained(20, Pool(400, noise=0.01, means=(1.0, 0.0)), oversample=2)
     shortlist, picks = pick(forecaster, pool, 21, 16, floor=0.0)

@@ -25,20 +25,25 @@ def shares_by_step(num_steps, batch_size=32, seeds=SEEDS, **values):
 
 
 def test_targets_of_twelve_per_cent_are_found_through_noise_eight_times_their_score():
-    """Mean .04, noise .3: measured .28, .34 and .34 in steps 11-20, 31-40, 51-60 of a batch of 32."""
+    """Mean .04, noise .3. Measured: .28, .36, .33, .37, .40, .40 in tens of steps of a batch of 32 (eight seeds); .20,
+    .32, .42, .42 in fives of steps of a batch of 128 (four). At most .435.
+    """
     share = shares_by_step(60)
     assert share[:1].mean() < 0.25 and share[10:60].mean() > 0.25
     large = shares_by_step(30, 128)
-    assert large[20:].mean() > 0.9 * CEILING  # measured .44 of .435
+    assert large[20:].mean() > 0.85 * CEILING
 
 
 def test_features_that_tell_nothing_cost_little():
-    """32 of them: the share of targets in a batch of 128 stays above twice the pool's."""
+    """32 of them, a batch of 128: measured .24, .29, .37, .40 in tens of steps."""
     assert shares_by_step(30, 128, (0,), num_noise_features=32)[15:].mean() > 0.24
 
 
 def test_the_common_error_of_a_step_does_not_lock_the_choice_in():
-    """Each kind's score is off by more than the targets' mean in every step, alike for all that is measured."""
+    """Each kind's score is off by more than the targets' mean in every step, alike for all that is measured.
+
+    Batch of 128: measured .24, .35, .37, .38, .41 in tens of steps.
+    """
     assert shares_by_step(50, 128, common=0.05)[30:].mean() > 0.2
 
 
@@ -56,8 +61,10 @@ def test_own_parts_raise_what_is_picked_where_problems_differ_and_are_met_again(
 
 
 def test_own_parts_are_not_drawn_as_the_largest_of_thousands_of_draws_is_noise():
-    """From one shortlist of thousands, of which 12% are targets: with a draw of every problem's u, and without."""
-    found = {"mean": [], "drawn": []}
+    """The best 64 of two thousand, of which 12% are targets. Measured over six seeds: 94% targets without draws of u,
+    41% with them; mean true score .18 and .07, where the truth's own best have .25.
+    """
+    found, shares = {"mean": [], "drawn": []}, {"mean": [], "drawn": []}
     for seed in SEEDS:
         pool = Pool(4000, means=(0.1, 0.0), own=0.1, noise=0.15, seed=seed)
         forecaster = pool.forecaster(64, seed=seed)
@@ -67,12 +74,15 @@ def test_own_parts_are_not_drawn_as_the_largest_of_thousands_of_draws_is_noise()
         mean, deviation = forecaster.forecast(61, ids, pool.features(ids))
         drawn = mean + deviation * pool.rng.standard_normal(len(ids))
         for name, value in (("mean", mean), ("drawn", drawn)):
-            found[name].append(pool.truth(ids[np.argsort(-value)[:64]]).mean())
-    assert np.mean(found["mean"]) > 1.2 * np.mean(found["drawn"])
+            best = ids[np.argsort(-value)[:64]]
+            found[name].append(pool.truth(best).mean())
+            shares[name].append(pool.share_of_targets(best))
+    assert np.mean(shares["mean"]) > 0.8 > 0.6 > np.mean(shares["drawn"])
+    assert np.mean(found["mean"]) > 1.5 * np.mean(found["drawn"])
 
 
 def test_near_duplicates_fill_the_best_of_the_whole_pool_and_not_a_batch():
-    """A hundred clusters of forty near-duplicates, of which some look best: the pool's best are a few clusters."""
+    """A hundred clusters of forty near-duplicates: the pool's best 32 are of one of them, the picks of twenty."""
     rng = np.random.default_rng(0)
     pool = Pool(4000, shares=(1.0,), means=(0.0,), noise=0.1, own=0.0)
     cluster = np.arange(4000) % 100
@@ -113,11 +123,11 @@ def test_a_source_whose_rewards_break_for_fifty_steps_comes_back_after_their_rep
     (17) and 12 (22) of scores that were half as bad, and as bad, as they had been good. What is seen of it meanwhile is
     what the uniform part holds, one problem a step, and what was believed fades with a memory of 20 steps.
     """
-    share = np.zeros((len(SEEDS), 95))
+    share = np.zeros((len(SEEDS), 89))
     for seed in SEEDS:
         pool = Pool(4000, shares=(0.25,) * 4, means=(0.1, 0.02, 0.02, 0.02), noise=0.1, seed=seed)
         forecaster = pool.forecaster(seed=seed)
-        for step in range(1, 96):
+        for step in range(1, 90):
             shortlist = forecaster.shortlist(step)
             picks = forecaster.pick(step, shortlist, pool.features(shortlist), 32)
             o = pool.measure(picks.problem_id_P)

@@ -106,7 +106,7 @@ class Forecaster:
         rng, position_S = self._rng(PICKS, step), self._positions(problem_ids)
         share = self._config.forecast.floor if floor is None else floor
         is_known = self._score is not None and self._score.is_known
-        num_uniform = math.floor(share * num + rng.random()) if is_known else num
+        num_uniform = min(num, math.floor(share * num + rng.random())) if is_known else num
         order = rng.permutation(len(problem_ids))
         value_S = self._values(step, position_S, features.values_SF, rng)
         by_value = order[num_uniform:][np.argsort(-value_S[order[num_uniform:]], kind="stable")]

@@ -36,6 +36,8 @@ NORMAL = 1.4826
 """Standard deviation over median absolute value of normal numbers: the size of the very first values."""
 LEAST_ERROR = 0.01
 """Sizes of y that any measurement is uncertain by: of equal responses the standard error is 0."""
+NO_SIZE = 1e-100
+"""A mean of y^2 below which there is nothing to compare with: of zeros alone, or after thousands of steps of them."""
 MOMENTS = ("square", "noise", "error", "excess", "spread", "left_by_features", "left_by_all")
 
 
@@ -60,7 +62,7 @@ class Predictor:
     @property
     def is_known(self) -> bool:
         """Whether anything was learnt."""
-        return self._moment["square"].mean > 0
+        return self._moment["square"].mean > NO_SIZE
 
     @property
     def size(self) -> float:
@@ -101,14 +103,14 @@ class Predictor:
         """
         keep = self._keep ** max(0, step - self._step)
         y_P, error_P = self._drawn_in(y_P, error_P)
-        if not self.is_known and not y_P.any():
-            return  # zeros alone have no size
         self._step = max(step, self._step)
         is_live_P = np.isfinite(error_P)
         self._moment["square"].add(y_P**2, keep=keep)
         self._moment["noise"].add(np.where(is_live_P, error_P, 0.0) ** 2, keep=keep)
         self._moment["error"].add(error_P[is_live_P], keep=keep)
         self._regression.discount(keep)
+        if not self.is_known:
+            return
         prior_variance = self.prior_variance
         if is_fresh:
             self._regression.begin_refresh(prior_variance)

@@ -37,6 +37,8 @@ more, the prior's own error would be taken for agreement."""
 FIRST_COMMON_SHARE = 0.25
 """omega^2 over the prior variance before it was measured, with the weight of one rough value: the first direction may
 be a wrong one, and what it said is remembered as long as what the others say."""
+LEAST_OWN = 1e-9
+"""Share of a measurement that its own fit leaves to it, at least: rounding must not make it 0."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Regression:
         step = self._present + information_of(x_PF, y_P, noise_P)
         covariance_FF = _symmetric(inv(before_FF + step.matrix_FF))
         mean_F = covariance_FF @ (before_FF @ belief.mean_F + step.vector_F)
-        is_own_P = 1 - Belief(mean_F, covariance_FF).variance(x_PF) / noise_P  # 1 - leverage
+        leverage_P = Belief(mean_F, covariance_FF).variance(x_PF) / noise_P
+        is_own_P = np.maximum(1 - leverage_P, LEAST_OWN)
         return Fit((y_P - x_PF @ mean_F) / is_own_P, noise_P / is_own_P)
 
     def learn(self, x_PF: np.ndarray, y_P: np.ndarray, noise_P: np.ndarray, prior_variance: float) -> None:
