@@ -33,7 +33,7 @@ from tests.distributed.setups import Setup
 from tests.numerics.problems import TEMPERATURE, VOCABULARY, build_model
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import trusted_rows
-from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.engine import STORED_LOG_PROBS, VerlEngine, scoring_mode
 from verl_gradalign.integration.rollouts import add_values, read_step
 from verl_gradalign.integration.trusted_rows import PARTITION, copy_rows, load_rows, save_rows
 from verl_gradalign.integration.trusted_store import TrustedStore
@@ -199,9 +199,28 @@ def measure(root: Path) -> dict[str, Any]:
     ]
     found["after_resuming"] = _keys(PARTITION)
     found["refusals"] = _refusals(resumed, load_state(state_file)["trusted"], rows_file)
+    found["not_finite"] = _with_nan(run)
     found["images_differ"] = _differences_of_images(root)
     tq.close()
     return found
+
+
+def _with_nan(run: Run) -> dict[str, Any]:
+    """Return what a store keeps of a step in which one response's log-probs are not finite."""
+    store, (trusted, batch) = run.new_store(), run.roll_out(9)
+    spoilt = ""
+
+    def add_log_probs(copies: KVBatchMeta) -> None:
+        nonlocal spoilt
+        run.add_log_probs(copies)
+        spoilt, length = copies.keys[0], copies.tags[0]["response_len"]
+        column = torch.nested.as_nested_tensor([torch.full((length,), torch.nan)], layout=torch.jagged)
+        tq.kv_batch_put(keys=[spoilt], partition_id=PARTITION, fields=TensorDict({STORED_LOG_PROBS: column}, 1))
+
+    store.keep(trusted, batch, 9, add_log_probs)
+    of_group = [key for key in _keys(PARTITION) if key.split("_")[0] == spoilt.split("_")[0]]
+    drawn = [key for members in store.draw(9).values() for kept in members for key in kept.group.keys]
+    return {"rows_left": of_group, "is_drawn": spoilt in drawn}
 
 
 def _bytes_per_token(path: Path) -> float:

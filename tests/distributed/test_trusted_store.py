@@ -129,5 +129,9 @@ def test_a_file_of_rows_that_is_not_the_states_is_refused_with_the_remedy(found:
     assert "gradalign_trusted.pt" in message and "Remedy: restore the file, or delete gradalign.npz" in message
 
 
+def test_responses_without_finite_log_probs_enter_no_direction(found: dict[str, Any]) -> None:
+    assert found["not_finite"] == {"rows_left": [], "is_drawn": False}
+
+
 def test_images_and_their_positions_survive_copy_and_file(found: dict[str, Any]) -> None:
     assert found["images_differ"] == []
