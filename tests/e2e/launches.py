@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from transformers import Qwen3MoeConfig
 
 from tests.e2e import comparisons, offline
-from tests.e2e.runs import OWN_LOOP, REPOSITORY, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
+from tests.e2e.runs import OWN_LOOP, REPOSITORY, SEPARATE, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
 
 LAUNCHES: dict[str, Callable[[Workplace], Any]] = {}
 
@@ -333,23 +333,9 @@ def asynchronous(workplace: Workplace) -> Run:
 
 @launch
 def separate(workplace: Workplace) -> Run:
-    """Return a run of verl's own separate_async: a rollout on a logical GPU of its own, beside the training rank's.
-
-    Without prompts ahead, all responses are of the weights that were pushed last.
-    """
-    return workplace.run(
-        "separate",
-        "trainer.v1.trainer_mode=separate_async",
-        "trainer.v1.separate_async.parameter_sync_step=2",
-        "trainer.v1.separate_async.num_warmup_batches=0",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
-        "actor_rollout_ref.rollout.nnodes=1",
-        "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo",
-        "ray_kwargs.ray_init.num_gpus=2",
-        "trainer.test_freq=2",
-        TWO_STEPS,
-        batched=False,
-    )
+    """Return a run of verl's own separate_async, all of whose responses are of the weights that were pushed last."""
+    mode = ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.num_warmup_batches=0"]
+    return workplace.run("separate", *SEPARATE, *mode, "trainer.test_freq=2", TWO_STEPS, batched=False)
 
 
 @launch

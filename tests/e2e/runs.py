@@ -35,6 +35,15 @@ BATCHED = [
 ]
 OWN_LOOP = ["~actor_rollout_ref.rollout.agent.agent_loop_manager_class", "reward.num_workers=1"]
 
+# A rollout beside the training rank, on a logical GPU of its own, and two updates a step.
+SEPARATE = [
+    "trainer.v1.separate_async.parameter_sync_step=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo",
+    "ray_kwargs.ray_init.num_gpus=2",
+]
+
 
 @dataclass(frozen=True)
 class Run:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from verl.workers.config import RolloutConfig
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 
-from verl_gradalign.cpu.hf_rollout import HFServer
+from verl_gradalign.cpu.hf_rollout import HFRollout, HFServer
 from verl_gradalign.toy.model import build_tiny_model
 
 LOG_PROB_ATOL = 1e-4  # float32, cached against whole-sequence forwards; measured 5e-6
@@ -221,3 +222,17 @@ def test_many_at_once_are_what_single_requests_give_in_their_order(server, folde
             )
     assert [len(group) for group in many] == counts and version == 0
     assert [g[0].token_ids for g in at_first] != [g[0].token_ids for g in many]
+
+
+def test_one_worker_of_a_replica_pushes_weights_to_its_server(monkeypatch):
+    """Training ranks count through all replicas; the workers of a separate one begin at 0 and are told which it is."""
+    config = RolloutConfig(name="hf", tensor_model_parallel_size=2)
+
+    def places(num_ranks, **replica):
+        for rank in range(num_ranks):
+            monkeypatch.setenv("RANK", str(rank))
+            rollout = HFRollout(config, {}, device_mesh=None, **replica)
+            yield rollout.replica_rank, rollout.is_leader_rank
+
+    assert list(places(4)) == [(0, True), (0, False), (1, True), (1, False)]
+    assert list(places(2, replica_rank=3)) == [(3, True), (3, False)]
