@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.benchmarks.counting import peak_bytes
 from tests.numerics.models import MODELS, make_model
 from tests.numerics.problems import VOCABULARY
 from tests.numerics.test_layer_rules import LAYERS
@@ -184,6 +185,35 @@ def test_checkpointed_activations_are_freed_while_an_update_is_measured() -> Non
         alive = [reference for reference in seen if reference() is not None]
         del loss
     assert len(seen) == len(watch) and not alive
+
+
+def test_a_measured_update_holds_no_more_than_the_update_and_the_replica() -> None:
+    model, rows = make_model("qwen2-tied"), [ids.repeat(8) for ids in ids_of_rows()]
+    direction = random_direction(model)
+    replicas = [
+        whole_replica(gather_of(direction), product_points(model)),
+        cut_replica(gather_of(direction), product_points(model, are_factored=True), rank=2),
+    ]
+    layout = padded_layout(len(rows), 8 * max(LENGTHS), (1,) * len(rows))
+
+    def update(reading: Reading | None) -> None:
+        model.zero_grad()
+        if reading is None:
+            row_losses(model, rows).sum().backward()
+            return
+        with measuring(model, [reading], len(rows), torch.device("cpu")) as meter:
+            loss = row_losses(model, rows).sum()
+            meter.begin(range(len(rows)), layout, 1.0, torch.float64)
+            loss.backward()
+            meter.end()
+
+    update(None)
+    plain = peak_bytes(lambda: update(None), "cpu")
+    for replica in replicas:
+        parts = {use.identity: replica.reading.gather(use) for p in replica.reading.points for use in p.placements}
+        replica_bytes = sum(part.numel() * part.element_size() for part in parts.values())
+        # The tracker counts what was there before, such as the replica, where it is looked at.
+        assert peak_bytes(lambda replica=replica: update(replica.reading), "cpu") <= 1.05 * plain + replica_bytes
 
 
 ROW_N = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])

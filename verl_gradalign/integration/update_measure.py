@@ -12,7 +12,7 @@ rows stay verl's. Rows are known by a column of numbers that goes with them thro
 Shape legend: R rows of a rank, B rows of a micro-batch, N its tokens, M its response tokens, K readings.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -184,11 +184,11 @@ class MeasuredUpdate:
         units = self._engine.gradient_scale / int(data["dp_size"])
         self._meter.begin(data[ROW].tolist(), layout, units, dtype)
         if log_probs is not None and log_probs.requires_grad:
-            note = partial(self._meter.note_coefficients, **response_tokens(data))
-            log_probs.register_hook(lambda grad: note(_values(grad)))
+            tokens = response_tokens(data)
+            log_probs.register_hook(lambda grad: self._meter.note_coefficients(_values(grad), **tokens))
         for name, value in model_output.items():
             if name != "log_probs" and isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda grad: self._meter.note_other_term(_values(grad)))
+                value.register_hook(partial(_with_values, self._meter.note_other_term))  # type: ignore[no-untyped-call]
 
     def reply(self, output: TensorDict | None) -> UpdateReply:
         """Return what was measured, given what verl's `train_mini_batch` returned. Collective."""
@@ -229,6 +229,10 @@ def response_tokens(data: TensorDict) -> dict[str, Tensor]:
     is_counted_N = torch.zeros(len(row_N), dtype=torch.bool, device=row_N.device)
     is_counted_N[start_B[row_M] + prompt_B[row_M] - 1 + place_M] = data["response_mask"].values().bool()
     return {"row_N": row_N, "is_counted_N": is_counted_N}
+
+
+def _with_values(note: Callable[[Tensor], None], grad: Tensor) -> None:
+    note(_values(grad))
 
 
 def _values(grad: Tensor) -> Tensor:

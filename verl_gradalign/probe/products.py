@@ -81,7 +81,7 @@ def layer_norm(call: LayerCall) -> LayerScores:
     parts: dict[str, Any] = {name: value.to(call.dtype) for name, value in call.direction.items()}
     weight_D, bias_D = parts.get("weight"), parts.get("bias")
     if weight_D is None:
-        return scores(call.delta.to(call.dtype) @ bias_D, call)
+        return scores(call.delta.to(call.dtype) @ parts["bias"], call)
     change_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], weight_D, bias_D, module.eps)
     return scores(dots(change_ND, call.delta, call.dtype), call)
 

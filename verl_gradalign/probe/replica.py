@@ -73,8 +73,8 @@ def cut(matrix_OI: Tensor, rank: int, power_iterations: int = POWER_ITERATIONS) 
     rank = min(rank, *matrix_OI.shape)
     width = min(rank + OVERSAMPLING, *matrix_OI.shape)
     generator = torch.Generator(matrix_OI.device).manual_seed(0)
-    options = {"dtype": matrix_OI.dtype, "device": matrix_OI.device}
-    left_OK = _orthonormal(matrix_OI @ torch.randn(matrix_OI.shape[1], width, generator=generator, **options))
+    random_IK = matrix_OI.new_empty(matrix_OI.shape[1], width).normal_(generator=generator)
+    left_OK = _orthonormal(matrix_OI @ random_IK)
     for _ in range(power_iterations):
         left_OK = _orthonormal(matrix_OI @ _orthonormal(matrix_OI.T @ left_OK))
     right_IK = matrix_OI.T @ left_OK
