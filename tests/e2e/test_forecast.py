@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from tests.e2e.launches import NUM_STEPS
 from tests.e2e.runs import Run
+from tests.e2e.series_runs import NUM_STEPS
 
 pytestmark = pytest.mark.e2e
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launches import NUM_STEPS, SCHEDULES
 from tests.e2e.runs import Run
+from tests.e2e.series_runs import NUM_STEPS, SCHEDULES
 from verl_gradalign.experiments.metrics_file import read_metrics
 
 pytestmark = pytest.mark.e2e
