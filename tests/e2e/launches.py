@@ -127,6 +127,22 @@ def separate(workplace: Workplace) -> Run:
 
 
 @launch
+def separate_forecast(workplace: Workplace) -> tuple[Run, Run]:
+    """Return a run that chooses by forecast beside a rollout of its own, and what went on from its checkpoint."""
+    overrides = [
+        *gradalign("forecast", workplace.files, estimator="ghost"),
+        "gradalign.direction.refresh_interval=4",
+        *SEPARATE,
+        "trainer.v1.trainer_mode=gradalign_separate_async",
+        "trainer.v1.separate_async.num_warmup_batches=1",
+        "trainer.save_freq=3",
+    ]
+    first = workplace.run("separate_forecast", *overrides, "trainer.total_training_steps=3", batched=False)
+    goes_on = [f"trainer.default_local_dir={first.folder}", "trainer.total_training_steps=4"]
+    return first, workplace.run("separate_forecast_resumed", *overrides, *goes_on, batched=False)
+
+
+@launch
 def asynchronous_forecast(workplace: Workplace) -> Run:
     """Return a run that chooses by forecast while earlier choices are still being answered."""
     return workplace.run(

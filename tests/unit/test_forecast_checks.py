@@ -137,15 +137,38 @@ COEFFICIENTS = [
     (f"{ACTOR}.ppo_mini_batch_size", 4, CORRELATION, {f"{ACTOR}.ppo_mini_batch_size": 16}),
     ("algorithm.rollout_correction.bypass_mode", True, CORRELATION, DOT),
 ]
+MODE = "trainer.v1.trainer_mode"
+APART, TOGETHER = {MODE: "gradalign_separate_async"}, {MODE: "gradalign_colocate_async"}
+SEPARATE = [
+    ("gradalign.schedule", "step", BEFORE | APART, TOGETHER),
+    ("gradalign.measure", "before", APART, {"gradalign.measure": "update"}),
+    ("gradalign.measure", "before", APART | {"gradalign.estimator": "backward"},
+     {"gradalign.measure": "update", "gradalign.estimator": "low_rank"}),
+    ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"}, {"gradalign.measure": "update"} | DOT),
+    ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"}, TOGETHER),
+    ("gradalign.direction.train_on_trusted", True, APART, {"gradalign.direction.train_on_trusted": False}),
+    ("gradalign.direction.train_on_trusted", True, APART, TOGETHER),
+    ("trainer.critic_warmup", 5, APART, {"trainer.critic_warmup": 0}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "value", "others", "remedy"), [*IN_UPDATE, *FORECAST, *TRUSTED, *COEFFICIENTS])
+@pytest.mark.parametrize(
+    ("key", "value", "others", "remedy"), [*IN_UPDATE, *FORECAST, *TRUSTED, *COEFFICIENTS, *SEPARATE]
+)
 def test_what_cannot_be_combined_is_refused_and_the_remedy_passes(verl_config, key, value, others, remedy):
     said = refused(verl_config, {key: value, **others}, key, value).split("Remedy: ")[1].lower()
     written = {name: "null" if good is None else str(good).lower() for name, good in remedy.items()}
     of_itself = f"set it to {written.get(key)}" in said or "leave it out" in said
     assert of_itself or all(f"{name}={good}" in said for name, good in written.items()), said
     change(verl_config, remedy)
+    check(verl_config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradalign.estimator": "ghost"}, {"gradalign.score": "accuracy_band", "gradalign.measure": "before"}]
+)
+def test_a_forecast_measured_in_the_update_or_of_rewards_alone_may_be_generated_apart(verl_config, changes):
+    change(verl_config, APART | changes)
     check(verl_config)
 
 

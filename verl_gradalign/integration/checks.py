@@ -19,7 +19,7 @@ from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.storage import check_storage
-from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, foreign_mode
+from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, SEPARATE, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
@@ -204,7 +204,7 @@ def _check_mode(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_reward_model(_: GradAlignConfig, verl_config: DictConfig) -> None:
     mode, reward_model = verl_config.trainer.v1.trainer_mode, verl_config.reward.reward_model
-    if mode == "gradalign_colocate_async" and reward_model.enable and not reward_model.enable_resource_pool:
+    if mode in ("gradalign_colocate_async", SEPARATE) and reward_model.enable and not reward_model.enable_resource_pool:
         why = f"has not been shown to work with trainer.v1.trainer_mode={mode}"
         remedy = "set it to True, or trainer.v1.trainer_mode=gradalign"
         refuse("reward.reward_model.enable_resource_pool", False, why, remedy)

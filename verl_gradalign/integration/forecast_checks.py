@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse, require
+from verl_gradalign.integration.trainer_modes import SEPARATE
 from verl_gradalign.selection.scores import Score, score_of
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 OF_UPDATE = ("low_rank", "ghost")
 """Estimators of the update's own backward pass: the direction's factors, or the whole direction."""
 OF_CANDIDATES = ("pool", "learnability")
+MODE, ANY_SCHEDULE = "trainer.v1.trainer_mode", "gradalign_colocate_async"
 
 
 def _otherwise(config: GradAlignConfig) -> str:
@@ -182,7 +184,59 @@ def _check_filter_of_forecast(config: GradAlignConfig, verl_config: DictConfig) 
         )
 
 
-VERL_CHECKS = (_check_size_of_trusted_groups, _check_coefficients_of_update, _check_filter_of_forecast)
+def _check_schedule_of_separate(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    if _is_separate(verl_config) and not config.is_forecast:
+        why = (
+            f"is refused under {MODE}={SEPARATE}: a step is cut into several updates, and a selection among candidates "
+            "would have to be made ahead of each"
+        )
+        remedy = f"write +gradalign=forecast (score dot, or one of rewards alone), or set {MODE}={ANY_SCHEDULE}"
+        refuse("gradalign.schedule", config.schedule, why, remedy)
+
+
+def _check_measure_of_separate(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    is_before = config.is_forecast and not config.measures_in_update and score_of(config.score).needs_gradients
+    if _is_separate(verl_config) and is_before:
+        why = (
+            f"is refused under {MODE}={SEPARATE}, which would need a pass of its own ahead of each of a step's updates"
+        )
+        score = " with gradalign.score=dot" if score_of(config.score).needs_norm else ""
+        estimator = "" if config.estimator in OF_UPDATE else " and gradalign.estimator=low_rank"
+        remedy = f"set gradalign.measure=update{score}{estimator}, or {MODE}={ANY_SCHEDULE}"
+        refuse("gradalign.measure", "before", why, remedy)
+
+
+def _check_trained_trusted_of_separate(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    if _is_separate(verl_config) and config.direction.train_on_trusted:
+        why = (
+            f"is refused under {MODE}={SEPARATE}: an update there is of one mini-batch "
+            "(actor_rollout_ref.actor.ppo_mini_batch_size), which the step's picks fill"
+        )
+        refuse("gradalign.direction.train_on_trusted", True, why, f"set it to false, or {MODE}={ANY_SCHEDULE}")
+
+
+def _check_warm_up_of_separate(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    steps = verl_config.trainer.critic_warmup
+    if _is_separate(verl_config) and config.measures_in_update and steps > 1:
+        why = (
+            f"under {MODE}={SEPARATE} what is trained on is measured by the actor's update, which there is none of then"
+        )
+        refuse("trainer.critic_warmup", steps, why, f"set it to 0, or {MODE}={ANY_SCHEDULE}")
+
+
+def _is_separate(verl_config: DictConfig) -> bool:
+    return bool(verl_config.trainer.v1.trainer_mode == SEPARATE)
+
+
+VERL_CHECKS = (
+    _check_size_of_trusted_groups,
+    _check_coefficients_of_update,
+    _check_filter_of_forecast,
+    _check_schedule_of_separate,
+    _check_measure_of_separate,
+    _check_trained_trusted_of_separate,
+    _check_warm_up_of_separate,
+)
 
 
 def check_pool(config: GradAlignConfig, num_problems: int, batch_size: int) -> None:

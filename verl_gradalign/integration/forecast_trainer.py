@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """schedule=forecast in the trainer: what a forecast chose is rolled out, all of it is trained on, and measured.
 
-With `measure=update` the update itself measures: the step's choice is concluded when the actor was updated. With
-`before`, and for scores of rewards alone, it is concluded before, as in the other schedules.
+With `measure=update` the update itself measures; with `before`, and for scores of rewards alone, all is known before.
+Either way the forecast learns, and the log is written, when the step's updates are through (`trained_step.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from verl_gradalign.integration.prompt_states import PromptStates, prompt_tokens
 from verl_gradalign.integration.requests import token_budget
 from verl_gradalign.integration.rollouts import read_responses
 from verl_gradalign.integration.selection_trainer import SelectionTrainer
+from verl_gradalign.integration.trained_step import TrainedStep
 from verl_gradalign.integration.update_measure import (
     MEASURE,
     UpdateReply,
@@ -27,29 +27,16 @@ from verl_gradalign.integration.update_measure import (
     require_agreement,
 )
 from verl_gradalign.metrics import named
-from verl_gradalign.probe.call import DirectionReply, ScoringReply
 from verl_gradalign.selection.chooser import Choice
 from verl_gradalign.selection.curriculum import Curriculum, Draw
 from verl_gradalign.selection.groups import Group, Problem
-from verl_gradalign.selection.update_scores import scores_of_update
-
-
-@dataclass(frozen=True)
-class RolledOut:
-    """What a step rolled out, until it is measured."""
-
-    step: int
-    partition_id: str
-    groups: Sequence[Group]
-    trusted: Mapping[str, Sequence[Group]]
-    direction: DirectionReply | None
-    """What was made for the step; None: nothing could be."""
 
 
 class ForecastTrainer(SelectionTrainer):
     """The selecting trainer, with one more schedule."""
 
-    _unmeasured: RolledOut | None = None
+    _trained_step: TrainedStep | None = None
+    """Of schedule forecast, while its updates are made."""
 
     def _new_curriculum(self) -> Curriculum | Forecasting | None:
         if not self.gradalign.is_forecast:
@@ -86,22 +73,65 @@ class ForecastTrainer(SelectionTrainer):
         if not isinstance(self._curriculum, Forecasting):
             return super()._select(batch, groups, trusted, step)
         self.free_rollout()
-        # In time for the next step, whose prompts are sent while the rollout is awake.
-        self._curriculum.prepare(step + 1)
-        if not self._updates_measure(step):
-            rolled_out = RolledOut(step, batch.partition_id, groups, trusted, None)
-            return self._conclude(rolled_out, self._measure_step(batch, groups, trusted, step))
-        made = self._renew_direction(batch, trusted, step)
-        self._unmeasured = RolledOut(step, batch.partition_id, groups, trusted, made)
-        return self._selector.take_picks(groups, None), {}
+        is_first, updates_measure = self.local_trigger_step == 0, self._updates_measure(step)
+        if is_first:
+            # In time for the next step, whose prompts are sent while the rollout is awake.
+            self._curriculum.prepare(step + 1)
+        made = self._renew_direction(batch, trusted, step) if updates_measure else None
+        if is_first:
+            self._trained_step = TrainedStep(step, batch.partition_id, made)
+        assert self._trained_step is not None
+        self._trained_step.add(groups, trusted)
+        reply = None if updates_measure else self._measure_step(batch, groups, trusted, step)
+        self._trained_step.measured_before = reply
+        return self._selector.take_picks(groups, reply), {}
 
     def _updates_measure(self, step: int) -> bool:
-        """Return whether the step's update measures. verl does not update the actor while the critic warms up."""
+        """Return whether the step's updates measure. verl does not update the actor while the critic warms up."""
         return self.gradalign.measures_in_update and self.config.trainer.critic_warmup <= step
 
-    def _conclude(self, of: RolledOut, reply: ScoringReply | None) -> tuple[Choice, dict[str, float]]:
-        """Learn from what was measured, and write it down; return the choice and its metrics."""
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Have verl's update measure what it trains on."""
+        of = self._trained_step
+        if of is None or not self._updates_measure(of.step):
+            return super()._update_actor(batch, metrics)
+        if self._selector.has_direction:
+            batch.extra_info[MEASURE] = self._update_request(of.step)
+        keys = list(batch.keys)
+        batch = super()._update_actor(batch, metrics)
+        self._note_update(of, keys)
+        return batch
+
+    def _update_request(self, step: int) -> UpdateRequest:
+        config, interval = self.gradalign, self.gradalign.probe.canary_interval
+        is_audited = interval > 0 and step % interval == 1 % interval
+        return UpdateRequest(config.estimator, config.probe, config.direction.metric, is_audited)
+
+    def _note_update(self, of: TrainedStep, keys: Sequence[str]) -> None:
+        """Take what the update measured of the rows that it was given, if it measured anything.
+
+        Raises: RuntimeError if that does not add up to the update's own gradient.
+        """
+        workers = self.actor_rollout_wg
+        replies: list[UpdateReply] = workers.gradalign_update_reply()
+        if replies[0] is None:
+            return
+        require_agreement(replies[0], self.gradalign.probe)
+        contribution_R, derivative_R = in_batch_order(replies, list(workers._query_dispatch_info("actor")))
+        of.add_update(keys, contribution_R, derivative_R, replies[0].diagnostics)
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
+        """Make verl's step, and learn from it: the checkpoint, which follows, holds what was learnt."""
+        self._trained_step = None
+        batch = super().step(metrics, timing_raw)
+        if self._trained_step is not None:
+            metrics |= named(self._conclude(self._trained_step))
+        return batch
+
+    def _conclude(self, of: TrainedStep) -> dict[str, float]:
+        """Learn from what a step measured, and write it down; return the metrics."""
         assert isinstance(self._curriculum, Forecasting)
+        reply = of.reply(self._selector.direction_norm)
         choice, picks = self._selector.take_picks(of.groups, reply), picks_of(g.problem for g in of.groups)
         metrics: dict[str, float] = {}
         if choice.observations is not None:
@@ -111,43 +141,7 @@ class ForecastTrainer(SelectionTrainer):
             metrics = self._curriculum.observe(of.step, picks, choice.observations, sources, is_fresh)
         read = partial(read_responses, of.partition_id)
         noted = of.step, read, of.groups, choice, reply, of.trusted, picks, choice.observations
-        return choice, metrics | self._notes.record(*noted) | self._kept_metrics()
-
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """Have verl's update measure what it trains on. The checkpoint, which follows, holds what was learnt of it."""
-        of, self._unmeasured = self._unmeasured, None
-        if of is None:
-            return super()._update_actor(batch, metrics)
-        if self._selector.has_direction:
-            batch.extra_info[MEASURE] = self._update_request(of.step)
-        keys = list(batch.keys)
-        batch = super()._update_actor(batch, metrics)
-        reply = self._measured_in_update(of, keys)
-        metrics |= named(self._conclude(of, reply)[1])
-        return batch
-
-    def _update_request(self, step: int) -> UpdateRequest:
-        config, interval = self.gradalign, self.gradalign.probe.canary_interval
-        is_audited = interval > 0 and step % interval == 1 % interval
-        return UpdateRequest(config.estimator, config.probe, config.direction.metric, is_audited)
-
-    def _measured_in_update(self, of: RolledOut, keys: Sequence[str]) -> ScoringReply | None:
-        """Return what the update measured of the rows that it was given; None if it measured nothing.
-
-        Raises: RuntimeError if that does not add up to the update's own gradient.
-        """
-        workers = self.actor_rollout_wg
-        replies: list[UpdateReply] = workers.gradalign_update_reply()
-        if replies[0] is None:
-            return None
-        require_agreement(replies[0], self.gradalign.probe)
-        contribution_R, derivative_R = in_batch_order(replies, list(workers._query_dispatch_info("actor")))
-        live = [group for group in of.groups if group.is_live]
-        norm, diagnostics = self._selector.direction_norm, replies[0].diagnostics
-        scores = scores_of_update(live, keys, contribution_R, derivative_R, norm, diagnostics)
-        if of.direction is None:  # along an earlier one
-            return ScoringReply(scores, False, {}, 0.0, 0.0)
-        return of.direction.with_scores(ScoringReply(scores, False, {}, 0.0, 0.0))
+        return metrics | self._notes.record(*noted) | self._kept_metrics()
 
     def _trained(
         self, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], choice: Choice, step: int

@@ -85,7 +85,8 @@ class MeasuringTrainer(_Trainer):
     ) -> DirectionReply | None:
         """Keep the trusted responses, and have the actor make the step's direction of a part of all that are kept.
 
-        None without any that has a gradient.
+        None without any that has a gradient, and ahead of a step's further updates: the direction is one for all. The
+        log-probs are those of the policy that was pushed last, which verl sets back to where a step has several.
         """
         if self._kept_responses is None:
             return None
@@ -95,6 +96,8 @@ class MeasuringTrainer(_Trainer):
         self._kept_responses.keep(
             trusted, batch, step, lambda rows: on_all_ranks(rows, log_probs, workers, eos_token_id)
         )
+        if self.local_trigger_step > 0:
+            return None
         self._part = self._kept_responses.draw(step)
         if not self._part:
             return None
@@ -125,13 +128,13 @@ class MeasuringTrainer(_Trainer):
         return reply
 
     def free_rollout(self) -> None:
-        """Put the rollout replicas to sleep before scoring, as verl does after sampling."""
+        """End the sampling before scoring: verl puts replicas on the training devices to sleep, and stops its clock."""
         if not self._is_asleep:
             super().on_sample_end()
         self._is_asleep = True
 
     def on_sample_end(self) -> None:
-        """Put the replicas to sleep unless scoring has done it already."""
+        """End the sampling unless scoring has done it already."""
         self.free_rollout()
         self._is_asleep = False
 

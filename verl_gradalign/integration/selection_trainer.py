@@ -31,7 +31,7 @@ from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, r
 from verl_gradalign.integration.rollouts import keep_rows, needs_completion, on_all_ranks, read_responses, read_step
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
 from verl_gradalign.integration.selector import AlignmentSelector
-from verl_gradalign.integration.worker import use_own_workers
+from verl_gradalign.integration.worker import GradAlignWorker, use_own_workers
 from verl_gradalign.log.columns import StepSeconds
 from verl_gradalign.log.run_log import RunNotes
 from verl_gradalign.metrics import named
@@ -53,11 +53,13 @@ logger = logging.getLogger(__name__)
 class SelectionTrainer(MeasuringTrainer):
     """Rolls out more candidates than it trains on, and the trusted sets; trains on the best.
 
-    Mixed into a trainer of verl. `verl_mode` is that trainer's name, `sampler_class` what waits for its groups.
+    Mixed into a trainer of verl. `verl_mode` is that trainer's name, `sampler_class` what waits for its groups,
+    `worker_class` what its actor is.
     """
 
     verl_mode: str
     sampler_class: type[GradAlignSampler] | type[GradAlignAsyncSampler]
+    worker_class: type[GradAlignWorker] = GradAlignWorker
     _has_warned_of_failures = False
 
     def __init__(self, config: DictConfig) -> None:
@@ -76,7 +78,9 @@ class SelectionTrainer(MeasuringTrainer):
         self._score = score_of(self.gradalign.score)
         self._in_flight = InFlight()
         self._draw = Draw((), 0)
-        self._sending_s = self._selection_s = 0.0
+        self._sending_s = 0.0
+        self._sums: dict[str, float] = {}
+        """Metrics of the step, added up over its selections: verl would report the mean of several."""
 
     @property
     def trainer_mode(self) -> str:
@@ -114,7 +118,7 @@ class SelectionTrainer(MeasuringTrainer):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        use_own_workers(self.role_worker_mapping)
+        use_own_workers(self.role_worker_mapping, self.worker_class)
 
     def on_init_end(self) -> None:
         """Refuse, before anything is rolled out, an actor that cannot be scored."""
@@ -145,7 +149,8 @@ class SelectionTrainer(MeasuringTrainer):
             trusted = table.batch(problem_ids, step, n or self._rollout_n)
             self._in_flight.add(problems_of(trusted, name))
             self._submit_batch_to_rollout(trusted)
-        self._in_flight.num_candidates = len(self._draw.problem_ids)
+        # Each of a step's updates takes its share.
+        self._in_flight.num_candidates = len(self._draw.problem_ids) // self.parameter_sync_step
         # Kept responses are of many steps, so none is waited for.
         self._in_flight.takes_trusted_singly = self._kept_responses is not None
         self._in_flight.waits_for_trusted = self._kept_responses is None and not self._selector.has_direction
@@ -197,10 +202,20 @@ class SelectionTrainer(MeasuringTrainer):
             raise RuntimeError(f"step {step}: {failures_in_words(counts, len(groups))} {self._ask_reward()}")
         self._warn_of_failures(groups)
         metrics |= self._selector.direction_age(step, self._draw.is_scored)
-        metrics["tokens/trained"] = sum(tag["response_len"] for tag in kept.tags)
-        metrics["responses/trained"] = len({key.rsplit("_", 1)[0] for key in kept.keys})
-        metrics["seconds/selection"] = self._selection_s = time.perf_counter() - started
+        self._add("tokens/trained", sum(tag["response_len"] for tag in kept.tags))
+        self._add("responses/trained", len({key.rsplit("_", 1)[0] for key in kept.keys}))
+        self._add("seconds/selection", time.perf_counter() - started)
         return kept, named(metrics)
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
+        """Make verl's step: one selection and update, or several."""
+        self._sums = {}
+        batch = super().step(metrics, timing_raw)
+        metrics |= named(self._sums)
+        return batch
 
     def _read(
         self, batch: KVBatchMeta, uids: Sequence[str], failed: set[str]
@@ -294,6 +309,8 @@ class SelectionTrainer(MeasuringTrainer):
         # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
         self._in_flight.retain(restored)
+        # verl fills up its warm-up to so many prompts, of which a trusted one is none that a step takes.
+        self._restored_tq_prompt_count -= len(self._in_flight.trusted())
         logger.info("resumed the selection of step %d from %s", self.global_steps, run_identity.state_file(folder))
 
     def _compute_metrics(
@@ -303,8 +320,8 @@ class SelectionTrainer(MeasuringTrainer):
         seconds = StepSeconds(
             step=timing_raw["step"],
             # verl's sampling waits for the groups and then has them chosen among.
-            rollout=max(0.0, self._sending_s + timing_raw["gen"] - self._selection_s),
-            selection=self._selection_s,
+            rollout=max(0.0, self._sending_s + timing_raw["gen"] - self._sums["seconds/selection"]),
+            selection=self._sums["seconds/selection"],
             update=timing_raw.get("update_actor", 0.0),
         )
         metrics.update(self._notes.end_step(global_steps, metrics, seconds, self.logger))

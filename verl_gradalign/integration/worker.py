@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from tensordict import TensorDict
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -137,11 +138,15 @@ class GradAlignWorker(ActorRolloutRefWorker):
         return True
 
 
-def use_own_workers(role_worker_mapping: dict[Any, Any]) -> None:
-    """Give the actor's role this worker, before verl starts its processes."""
+class DetachedWorker(GradAlignWorker, DetachActorWorker):
+    """The same for separate_async, whose actor can go back to the policy that was pushed last."""
+
+
+def use_own_workers(role_worker_mapping: dict[Any, Any], worker_class: type[GradAlignWorker] = GradAlignWorker) -> None:
+    """Give the actor's role a worker of this package, before verl starts its processes."""
     for role in role_worker_mapping:
         if "actor" in str(role):
-            role_worker_mapping[role] = ray.remote(GradAlignWorker)
+            role_worker_mapping[role] = ray.remote(worker_class)
 
 
 def load_direction(workers: Any, folder: Path, offload: bool) -> bool:
