@@ -99,7 +99,7 @@ class Step(SelectionTrainer):
             self._curriculum = Curriculum(config, np.arange(NUM_CANDIDATES), NUM_KEPT)
         self._notes = RunNotes(config, self.log_folder, {}, problems=OneSource(), decode=str)
         self.config = copy.deepcopy(VERL)
-        self._in_flight = InFlight()
+        self._in_flight, self._sums = InFlight(), {}
         self._selector = AlignmentSelector(config, self.config, NUM_CANDIDATES)
         self.actor_rollout_wg = SimpleNamespace(gradalign_score=self.score, _query_dispatch_info=lambda _: [0])
         self.monkeypatch = monkeypatch
