@@ -204,6 +204,13 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
             "gradalign.validation.n=8",
             TWO_STEPS,
         ],
+        # The whole direction, held for two steps, in the update's backward pass.
+        "forecast_held": [
+            *gradalign("correlation", files, schedule="forecast", measure="update", direction__refresh_interval=2),
+            "gradalign.direction.rolling=false",
+            "gradalign.direction.replay=1",
+            "trainer.total_training_steps=3",
+        ],
         # No trusted set: which problems are half solved is forecast.
         "difficulty": [
             *gradalign("accuracy_greedy", {"trusted": ""}, schedule="forecast", forecast__features="[source,text]"),

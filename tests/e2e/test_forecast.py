@@ -86,6 +86,15 @@ def test_cosine_is_forecast_too_and_trusted_groups_take_places_of_the_batch(seri
     assert any(math.isfinite(row["norm"]) for row in run.log if row["norm"] is not None)
 
 
+def test_the_whole_direction_is_exact_in_the_update_and_may_be_held(series: dict[str, Run]) -> None:
+    run = series["forecast_held"]
+    assert [m["gradalign/responses/trusted"] > 0 for m in run.steps] == [True, False, True]
+    assert [m["gradalign/direction/age"] for m in run.steps] == [0, 1, 0]
+    for m in run.steps:
+        assert m["gradalign/update/sum_error"] < 1e-4 and m["gradalign/update/energy_kept"] == 1
+    assert any(-1 <= row["score"] <= 1 for row in run.log if row["score"] is not None)
+
+
 def test_a_difficulty_forecast_needs_no_trusted_set_and_measures_nothing(series: dict[str, Run]) -> None:
     run = series["difficulty"]
     for m in run.steps:

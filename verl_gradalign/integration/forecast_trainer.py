@@ -6,7 +6,7 @@ With `measure=update` the update itself measures: the step's choice is concluded
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,10 @@ class RolledOut:
     partition_id: str
     groups: Sequence[Group]
     trusted: Mapping[str, Sequence[Group]]
-    direction: DirectionReply | None
+    direction: DirectionReply | None = None
     """What was made for the step; None: nothing could be."""
+    is_measured: bool = False
+    """Whether the update measures: there is a direction to measure along."""
 
 
 class ForecastTrainer(SelectionTrainer):
@@ -88,16 +90,14 @@ class ForecastTrainer(SelectionTrainer):
         self.free_rollout()
         # In time for the next step, whose prompts are sent while the rollout is awake.
         self._curriculum.prepare(step + 1)
-        if not self._updates_measure(step):
-            rolled_out = RolledOut(step, batch.partition_id, groups, trusted, None)
+        rolled_out = RolledOut(step, batch.partition_id, groups, trusted)
+        if not self.gradalign.measures_in_update:
             return self._conclude(rolled_out, self._measure_step(batch, groups, trusted, step))
         made = self._renew_direction(batch, trusted, step)
-        self._unmeasured = RolledOut(step, batch.partition_id, groups, trusted, made)
+        if self.config.trainer.critic_warmup > step:  # no update to measure in
+            return self._conclude(rolled_out, None)
+        self._unmeasured = replace(rolled_out, direction=made, is_measured=self._selector.may_measure(step))
         return self._selector.take_picks(groups, None), {}
-
-    def _updates_measure(self, step: int) -> bool:
-        """Return whether the step's update measures. verl does not update the actor while the critic warms up."""
-        return self.gradalign.measures_in_update and self.config.trainer.critic_warmup <= step
 
     def _conclude(self, of: RolledOut, reply: ScoringReply | None) -> tuple[Choice, dict[str, float]]:
         """Learn from what was measured, and write it down; return the choice and its metrics."""
@@ -118,7 +118,7 @@ class ForecastTrainer(SelectionTrainer):
         of, self._unmeasured = self._unmeasured, None
         if of is None:
             return super()._update_actor(batch, metrics)
-        if self._selector.has_direction:
+        if of.is_measured:
             batch.extra_info[MEASURE] = self._update_request(of.step)
         keys = list(batch.keys)
         batch = super()._update_actor(batch, metrics)

@@ -83,12 +83,13 @@ class MeasuringTrainer(_Trainer):
     def _renew_direction(
         self, batch: KVBatchMeta, trusted: Mapping[str, Sequence[Group]], step: int
     ) -> DirectionReply | None:
-        """Keep the trusted responses, and have the actor make the step's direction of a part of all that are kept.
+        """Have the actor make the step's direction of a part of the kept responses, or of those just generated.
 
-        None without any that has a gradient.
+        None where there are none with a gradient.
         """
         if self._kept_responses is None:
-            return None
+            reply = self._measure_groups(batch, (), trusted, step) if trusted else None
+            return None if reply is None else reply.of_direction()
         self.free_rollout()
         workers, eos_token_id = self.actor_rollout_wg, self.tokenizer.eos_token_id
         log_probs = super()._compute_old_log_prob
