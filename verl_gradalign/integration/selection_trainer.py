@@ -284,9 +284,10 @@ class SelectionTrainer(MeasuringTrainer):
         super()._load_checkpoint()
         self._notes.begin(self.global_steps)
         folder = run_identity.resume_folder(self.config)
-        if folder is None or not self.global_steps or not run_identity.state_file(folder).exists():
+        if folder is None or not self.global_steps or not run_identity.saved_state_file(folder).exists():
             return
-        state = load_state(run_identity.state_file(folder))
+        path = run_identity.saved_state_file(folder)
+        state = load_state(path)
         self._selector.restore(state, has_direction=self._load_trusted(folder, state["trusted"]))
         if self._curriculum is not None:
             self._curriculum.restore(state["curriculum"])
@@ -294,7 +295,7 @@ class SelectionTrainer(MeasuringTrainer):
         # A synchronous step leaves nothing in flight; of an asynchronous one, what verl restored is still to come.
         restored = (tq.kv_list("train") or {}).get("train", {}) if self.verl_mode != "sync" else {}
         self._in_flight.retain(restored)
-        logger.info("resumed the selection of step %d from %s", self.global_steps, run_identity.state_file(folder))
+        logger.info("resumed the selection of step %d from %s", self.global_steps, path)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
