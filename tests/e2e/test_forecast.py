@@ -73,6 +73,14 @@ def test_every_step_has_a_direction_of_kept_responses(run: Run) -> None:
         assert 0 <= m["gradalign/direction/accuracy"] <= 1
 
 
+def test_candidates_of_every_step_are_scored_along_kept_responses_too(series: dict[str, Run]) -> None:
+    for m in series["kept"].steps:
+        assert m["gradalign/candidates"] == 2 * BATCH and m["gradalign/kept"] == BATCH
+        assert m["gradalign/responses/trusted"] < NUM_TRUSTED * N / 2
+        assert m["gradalign/direction/age"] == 0 and m["gradalign/direction/part_responses"] >= N
+        assert math.isfinite(m["gradalign/score/mean"])
+
+
 def test_cosine_is_forecast_too_and_trusted_groups_take_places_of_the_batch(series: dict[str, Run]) -> None:
     run = series["forecast_before"]
     for step, m in enumerate(run.steps, start=1):
