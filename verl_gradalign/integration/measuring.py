@@ -37,6 +37,8 @@ class MeasuringTrainer(_Trainer):
     _in_flight: InFlight
     _draw: Draw
     _is_asleep = False
+    _kept_responses: TrustedStore | None = None
+    """None: v is made of the trusted responses of one step."""
     _part: Part = {}
     """Kept responses that the step's direction was made of."""
     _replayed: Mapping[str, float] = {}
@@ -49,7 +51,6 @@ class MeasuringTrainer(_Trainer):
             for s in self.gradalign.validation.trusted_sets()
             if self._score.needs_direction
         }
-        self._kept_responses: TrustedStore | None = None
         if self._trusted and self.gradalign.direction.keeps_responses:
             problem_ids = {name: table.problem_ids.tolist() for name, (table, _) in self._trusted.items()}
             self._kept_responses = TrustedStore(self.gradalign, self.config, problem_ids)
