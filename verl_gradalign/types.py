@@ -83,11 +83,11 @@ class ProblemScores:
     half_dot_P2: Tensor | None = None
     """<g_ih, v / |v|> of the two halves h of each problem's rows, float64; they add up to dot_P. nan for problems that
     were not split; None if the estimator cannot tell halves apart."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What the estimator reports about itself, by metric name."""
     contribution_PR: Tensor | None = None
     """Each row's part of dot_P, float64, as response_derivative_PR; None where it follows from the derivative and the
     row's coefficient."""
-    diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the estimator reports about itself, by metric name."""
 
     @property
     def cosine_P(self) -> Tensor:

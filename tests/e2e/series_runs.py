@@ -197,12 +197,24 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
             "gradalign.curriculum.n=12",
             "trainer.total_training_steps=4",
         ],
+        # Kept trusted responses serve the other schedules too.
+        "kept": [
+            *gradalign("cosine", files, oversample=2, direction__rolling="true", direction__refresh_interval=4),
+            TWO_STEPS,
+        ],
         # Chosen by forecast, measured in a pass before the update, with trusted groups in the batch.
         "forecast_before": [
             *gradalign("cosine", files, schedule="forecast", forecast__floor=0.25, direction__train_on_trusted="true"),
             "gradalign.direction.refresh_interval=12",
             "gradalign.validation.n=8",
             TWO_STEPS,
+        ],
+        # The whole direction, held for two steps, in the update's backward pass.
+        "forecast_held": [
+            *gradalign("correlation", files, schedule="forecast", measure="update", direction__refresh_interval=2),
+            "gradalign.direction.rolling=false",
+            "gradalign.direction.replay=1",
+            "trainer.total_training_steps=3",
         ],
         # No trusted set: which problems are half solved is forecast.
         "difficulty": [

@@ -74,6 +74,14 @@ def test_every_step_has_a_direction_of_kept_responses(run: Run) -> None:
         assert 0 <= m["gradalign/direction/accuracy"] <= 1
 
 
+def test_candidates_of_every_step_are_scored_along_kept_responses_too(series: dict[str, Run]) -> None:
+    for m in series["kept"].steps:
+        assert m["gradalign/candidates"] == 2 * BATCH and m["gradalign/kept"] == BATCH
+        assert m["gradalign/responses/trusted"] < NUM_TRUSTED * N / 2
+        assert m["gradalign/direction/age"] == 0 and m["gradalign/direction/part_responses"] >= N
+        assert math.isfinite(m["gradalign/score/mean"])
+
+
 def test_cosine_is_forecast_too_and_trusted_groups_take_places_of_the_batch(series: dict[str, Run]) -> None:
     run = series["forecast_before"]
     for step, m in enumerate(run.steps, start=1):
@@ -85,6 +93,15 @@ def test_cosine_is_forecast_too_and_trusted_groups_take_places_of_the_batch(seri
         assert m["gradalign/responses/trained"] == BATCH * N == len(run.trained_rows(step))
         assert {"gradalign/direction/accuracy", "gradalign/score/mean"} <= set(m)
     assert any(math.isfinite(row["norm"]) for row in run.log if row["norm"] is not None)
+
+
+def test_the_whole_direction_is_exact_in_the_update_and_may_be_held(series: dict[str, Run]) -> None:
+    run = series["forecast_held"]
+    assert [m["gradalign/responses/trusted"] > 0 for m in run.steps] == [True, False, True]
+    assert [m["gradalign/direction/age"] for m in run.steps] == [0, 1, 0]
+    for m in run.steps:
+        assert m["gradalign/update/sum_error"] < 1e-4 and m["gradalign/update/energy_kept"] == 1
+    assert any(-1 <= row["score"] <= 1 for row in run.log if row["score"] is not None)
 
 
 def test_a_difficulty_forecast_needs_no_trusted_set_and_measures_nothing(series: dict[str, Run]) -> None:

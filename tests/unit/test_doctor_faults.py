@@ -401,7 +401,6 @@ FORECASTS = {
     "trained on without forecast": (["gradalign.direction.train_on_trusted=true"], ["gradalign.direction.train_on_trusted=True"], None),
     "groups of two sizes": ([*FORECAST, "gradalign.direction.train_on_trusted=true"], ["gradalign.validation.n=16", "groups of a batch have one size, 8"], None),
     "no room for others": ([*FORECAST, "gradalign.direction.train_on_trusted=true", "gradalign.validation.n=8", "gradalign.direction.refresh_interval=1"], ["gradalign.direction.refresh_interval=1", "the batch is of 4"], ["gradalign.direction.refresh_interval=5"]),
-    "forecast ahead": ([*FORECAST, "trainer.v1.trainer_mode=gradalign_colocate_async"], ["gradalign.schedule=forecast"], None),
     "unknown feature": ([*FORECAST, "gradalign.forecast.features=[colour]"], ["gradalign.forecast.features=['colour']"], ["gradalign.forecast.features=[source]"]),
     "no feature function": ([*FORECAST, "gradalign.forecast.features=[/nowhere/mine.py:level]"], ["gradalign.forecast.features='/nowhere/mine.py:level'"], ["gradalign.forecast.features=[text]"]),
     "feature that is none": (lambda p: [*FORECAST, f"gradalign.forecast.features=[{p.write('levels.py', 'LEVEL = 3')}:LEVEL]"], ["levels.py:LEVEL", "no function"], ["gradalign.forecast.features=[text]"]),

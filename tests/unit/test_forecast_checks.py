@@ -144,11 +144,11 @@ SEPARATE = [
     ("gradalign.measure", "before", APART, {"gradalign.measure": "update"}),
     ("gradalign.measure", "before", APART | {"gradalign.estimator": "backward"},
      {"gradalign.measure": "update", "gradalign.estimator": "low_rank"}),
-    ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"}, {"gradalign.measure": "update"} | DOT),
+    ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"},
+     {"gradalign.measure": "update"} | DOT),
     ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"}, TOGETHER),
     ("gradalign.direction.train_on_trusted", True, APART, {"gradalign.direction.train_on_trusted": False}),
     ("gradalign.direction.train_on_trusted", True, APART, TOGETHER),
-    ("trainer.critic_warmup", 5, APART, {"trainer.critic_warmup": 0}),
 ]  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def test_what_cannot_be_combined_is_refused_and_the_remedy_passes(verl_config, k
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradalign.estimator": "ghost"}, {"gradalign.score": "accuracy_band", "gradalign.measure": "before"}]
+    "changes",
+    [{}, {"gradalign.estimator": "ghost"}, {"gradalign.score": "accuracy_band", "gradalign.measure": "before"}],
 )
 def test_a_forecast_measured_in_the_update_or_of_rewards_alone_may_be_generated_apart(verl_config, changes):
     change(verl_config, APART | changes)

@@ -57,7 +57,7 @@ def test_every_key_with_a_fixed_choice_of_names_shows_them_all():
     """Another name is refused, with the same list."""
     page = reference.configuration_page()
     choices = reference.choices_of_keys()
-    assert {"score", "schedule", "probe.oversized", "reliability.of"} <= set(choices) and len(choices) == 13
+    assert {"score", "schedule", "probe.oversized", "reliability.of"} <= set(choices) and len(choices) == 16
     for key, names in choices.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `gradalign.{key}` |")]
         assert all(f"`{name}`" in row for name in names)

@@ -107,9 +107,18 @@ def test_trusted_groups_whose_responses_are_kept_are_taken_as_they_finish(is_sin
     buffer = make(GradAlignAsyncSampler, "colocate_async")
     chooser = Chooser(buffer, ["c1", "t1", "t2"], num_candidates=1)
     chooser.in_flight.takes_trusted_singly = is_singly
-    finish(buffer, ["c1", "t1"], steps={"c1": 3})
-    buffer.sample(3, "train", 1)
-    assert chooser.asked == [(taken, [], 3)]
+    finish(buffer, ["c1", "t1"])
+    buffer.sample(1, "train", 1)
+    assert chooser.asked == [(taken, [], 1)]
+
+
+def test_trusted_groups_that_are_of_no_use_to_the_next_selection_stay_in_flight():
+    buffer = make(GradAlignAsyncSampler, "separate_async")
+    chooser = Chooser(buffer, ["c1", "t1"], num_candidates=1)
+    chooser.in_flight.takes_trusted = False
+    finish(buffer, ["c1", "t1"])
+    buffer.sample(1, "train", 1)
+    assert chooser.asked == [(["c1"], [], 1)]
 
 
 def test_the_first_direction_is_waited_for():

@@ -215,15 +215,6 @@ def _check_trained_trusted_of_separate(config: GradAlignConfig, verl_config: Dic
         refuse("gradalign.direction.train_on_trusted", True, why, f"set it to false, or {MODE}={ANY_SCHEDULE}")
 
 
-def _check_warm_up_of_separate(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    steps = verl_config.trainer.critic_warmup
-    if _is_separate(verl_config) and config.measures_in_update and steps > 1:
-        why = (
-            f"under {MODE}={SEPARATE} what is trained on is measured by the actor's update, which there is none of then"
-        )
-        refuse("trainer.critic_warmup", steps, why, f"set it to 0, or {MODE}={ANY_SCHEDULE}")
-
-
 def _is_separate(verl_config: DictConfig) -> bool:
     return bool(verl_config.trainer.v1.trainer_mode == SEPARATE)
 
@@ -235,7 +226,6 @@ VERL_CHECKS = (
     _check_schedule_of_separate,
     _check_measure_of_separate,
     _check_trained_trusted_of_separate,
-    _check_warm_up_of_separate,
 )
 
 

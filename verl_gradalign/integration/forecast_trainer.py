@@ -73,30 +73,29 @@ class ForecastTrainer(SelectionTrainer):
         if not isinstance(self._curriculum, Forecasting):
             return super()._select(batch, groups, trusted, step)
         self.free_rollout()
-        is_first, updates_measure = self.local_trigger_step == 0, self._updates_measure(step)
-        if is_first:
+        if self.local_trigger_step == 0:
             # In time for the next step, whose prompts are sent while the rollout is awake.
             self._curriculum.prepare(step + 1)
-        made = self._renew_direction(batch, trusted, step) if updates_measure else None
-        if is_first:
-            self._trained_step = TrainedStep(step, batch.partition_id, made)
-        assert self._trained_step is not None
-        self._trained_step.add(groups, trusted)
-        reply = None if updates_measure else self._measure_step(batch, groups, trusted, step)
-        self._trained_step.measured_before = reply
-        return self._selector.take_picks(groups, reply), {}
-
-    def _updates_measure(self, step: int) -> bool:
-        """Return whether the step's updates measure. verl does not update the actor while the critic warms up."""
-        return self.gradalign.measures_in_update and self.config.trainer.critic_warmup <= step
+            self._trained_step = TrainedStep(step, batch.partition_id)
+        of = self._trained_step
+        assert of is not None
+        of.add(groups, trusted)
+        if not self.gradalign.measures_in_update:
+            of.measured_before = self._measure_step(batch, groups, trusted, step)
+            return self._selector.take_picks(groups, of.measured_before), {}
+        made = self._renew_direction(batch, trusted, step)
+        if self.local_trigger_step == 0:
+            # While the critic warms up, there is no update to measure in.
+            has_update = self.config.trainer.critic_warmup <= step
+            of.direction, of.is_measured = made, has_update and self._selector.may_measure(step)
+        return self._selector.take_picks(groups, None), {}
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Have verl's update measure what it trains on."""
         of = self._trained_step
-        if of is None or not self._updates_measure(of.step):
+        if of is None or not of.is_measured:
             return super()._update_actor(batch, metrics)
-        if self._selector.has_direction:
-            batch.extra_info[MEASURE] = self._update_request(of.step)
+        batch.extra_info[MEASURE] = self._update_request(of.step)
         keys = list(batch.keys)
         batch = super()._update_actor(batch, metrics)
         self._note_update(of, keys)

@@ -19,6 +19,8 @@ class InFlight:
         """Candidates that a selection is among. A step that is cut into several updates has one before each."""
         self.takes_trusted_singly = False
         """Whether finished trusted groups are of use without the others in flight, as where responses are kept."""
+        self.takes_trusted = True
+        """Whether trusted groups are of use to the next selection; else they stay in flight."""
         self.waits_for_trusted = False
         """Whether candidates cannot be scored before the trusted problems in flight are finished."""
 

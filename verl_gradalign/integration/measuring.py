@@ -37,6 +37,8 @@ class MeasuringTrainer(_Trainer):
     _in_flight: InFlight
     _draw: Draw
     _is_asleep = False
+    _kept_responses: TrustedStore | None = None
+    """None: v is made of the trusted responses of one step."""
     _part: Part = {}
     """Kept responses that the step's direction was made of."""
     _replayed: Mapping[str, float] = {}
@@ -49,7 +51,6 @@ class MeasuringTrainer(_Trainer):
             for s in self.gradalign.validation.trusted_sets()
             if self._score.needs_direction
         }
-        self._kept_responses: TrustedStore | None = None
         if self._trusted and self.gradalign.direction.keeps_responses:
             problem_ids = {name: table.problem_ids.tolist() for name, (table, _) in self._trusted.items()}
             self._kept_responses = TrustedStore(self.gradalign, self.config, problem_ids)
@@ -83,15 +84,17 @@ class MeasuringTrainer(_Trainer):
     def _renew_direction(
         self, batch: KVBatchMeta, trusted: Mapping[str, Sequence[Group]], step: int
     ) -> DirectionReply | None:
-        """Keep the trusted responses, and have the actor make the step's direction of a part of all that are kept.
+        """Have the actor make the step's direction of a part of the kept responses, or of those just generated.
 
-        None without any that has a gradient, and ahead of a step's further updates: the direction is one for all. The
-        log-probs are those of the policy that was pushed last, which verl sets back to where a step has several.
+        None where there are none with a gradient, and ahead of a step's further updates: the direction is one for all.
         """
         if self._kept_responses is None:
-            return None
+            # Trusted groups that finish later stay in flight for the next step (`InFlight.takes_trusted`).
+            reply = self._measure_groups(batch, (), trusted, step) if trusted else None
+            return None if reply is None else reply.of_direction()
         self.free_rollout()
         workers, eos_token_id = self.actor_rollout_wg, self.tokenizer.eos_token_id
+        # Of the policy that was pushed last: where a step has several updates, verl goes back to it.
         log_probs = super()._compute_old_log_prob
         self._kept_responses.keep(
             trusted, batch, step, lambda rows: on_all_ranks(rows, log_probs, workers, eos_token_id)

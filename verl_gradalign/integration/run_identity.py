@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run's selection lies beside verl's checkpoint, and what it belongs to.
 
-`global_step_<n>/gradalign.npz` holds the state; each rank keeps its shards of the direction beside its weights, in
-`global_step_<n>/actor` (`probe.direction_file`). Both are written before verl writes
-`latest_checkpointed_iteration.txt`, which makes the checkpoint the one to resume from.
+`global_step_<n>/actor/gradalign.npz` holds the state; each rank keeps its shards of the direction in the same folder,
+beside its weights (`probe.direction_file`). Both are written before verl writes `latest_checkpointed_iteration.txt`,
+which makes the checkpoint the one to resume from.
 """
 
 import importlib.metadata
@@ -25,6 +25,7 @@ from verl_gradalign.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
+STATE = "gradalign.npz"
 DECISIVE_OF_VERL = (
     "data.train_batch_size",
     "data.train_max_samples",
@@ -42,8 +43,14 @@ DECISIVE_PACKAGES = ("verl", "verl-gradalign", "numpy")
 
 
 def state_file(folder: Path) -> Path:
-    """Return where a checkpoint's selection state lies."""
-    return folder / "gradalign.npz"
+    """Return where a checkpoint's selection state is written: in the actor's folder, which verl removes in its time."""
+    return folder / "actor" / STATE
+
+
+def saved_state_file(folder: Path) -> Path:
+    """Return where a checkpoint's selection state lies, if it has one; earlier versions wrote it one level higher."""
+    earlier = folder / STATE
+    return earlier if earlier.exists() and not state_file(folder).exists() else state_file(folder)
 
 
 def direction_folder(folder: Path) -> Path:
@@ -103,7 +110,7 @@ def check_resume(current: dict[str, Any], verl_config: DictConfig) -> None:
         return
     if not folder.is_dir():
         refuse("trainer.resume_from_path", folder, "no such folder", "give the global_step_<n> folder of a checkpoint")
-    path = state_file(folder)
+    path = saved_state_file(folder)
     if path.exists():
         require_same(path, read_identity(path), current)
     else:

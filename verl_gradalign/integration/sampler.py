@@ -180,7 +180,7 @@ class GradAlignAsyncSampler(_Selecting, ReplayBufferAsync):
             return super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         candidates = self._without_trusted(sampleable_keys)
         uids, snapshot, steps = super()._select_prompt_uids(partition_id, candidates, batch_size)
-        trusted = self._in_flight.trusted()
+        trusted = self._in_flight.trusted() if self._in_flight.takes_trusted else set()
         ready = trusted & sampleable_keys
         takes_them = ready == trusted or self._in_flight.takes_trusted_singly
         self._taken = [*uids, *(sorted(ready) if takes_them else ())]

@@ -151,6 +151,7 @@ class SelectionTrainer(MeasuringTrainer):
             self._submit_batch_to_rollout(trusted)
         # Each of a step's updates takes its share.
         self._in_flight.num_candidates = len(self._draw.problem_ids) // self.parameter_sync_step
+        self._in_flight.takes_trusted = True
         # Kept responses are of many steps, so none is waited for.
         self._in_flight.takes_trusted_singly = self._kept_responses is not None
         self._in_flight.waits_for_trusted = self._kept_responses is None and not self._selector.has_direction
@@ -222,6 +223,8 @@ class SelectionTrainer(MeasuringTrainer):
     ) -> tuple[list[Group], dict[str, list[Group]]]:
         """Return the groups that the sampler took: candidates, and those of each trusted set."""
         taken = self._in_flight.take(uids)
+        # A direction of just these is that of all the step's updates, so it is made ahead of the first.
+        self._in_flight.takes_trusted = self._kept_responses is not None
         if self.verl_mode == "sync":
             self._in_flight.retain(())  # what was not taken has been evicted
         config, is_scored = self.gradalign, self._draw.is_scored
@@ -299,9 +302,10 @@ class SelectionTrainer(MeasuringTrainer):
         super()._load_checkpoint()
         self._notes.begin(self.global_steps)
         folder = run_identity.resume_folder(self.config)
-        if folder is None or not self.global_steps or not run_identity.state_file(folder).exists():
+        if folder is None or not self.global_steps or not run_identity.saved_state_file(folder).exists():
             return
-        state = load_state(run_identity.state_file(folder))
+        path = run_identity.saved_state_file(folder)
+        state = load_state(path)
         self._selector.restore(state, has_direction=self._load_trusted(folder, state["trusted"]))
         if self._curriculum is not None:
             self._curriculum.restore(state["curriculum"])
@@ -311,7 +315,7 @@ class SelectionTrainer(MeasuringTrainer):
         self._in_flight.retain(restored)
         # verl fills up its warm-up to so many prompts, of which a trusted one is none that a step takes.
         self._restored_tq_prompt_count -= len(self._in_flight.trusted())
-        logger.info("resumed the selection of step %d from %s", self.global_steps, run_identity.state_file(folder))
+        logger.info("resumed the selection of step %d from %s", self.global_steps, path)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int

@@ -137,6 +137,17 @@ class AlignmentSelector:
             return self._chooser.take_all(candidates, is_planned)
         return self._chooser.choose(candidates, None if reply is None else reply.scores, draw.num_kept, step)
 
+    def may_measure(self, step: int) -> bool:
+        """Return whether there is a direction to measure along: one of this step, or an earlier one where that will do.
+
+        Raises: RuntimeError if there is none, and `direction.on_degenerate=stop`.
+        """
+        degenerate = self._config.direction.on_degenerate
+        if self.has_direction and (degenerate == "previous" or not self.needs_trusted(step)):
+            return True
+        self._chooser.note_no_direction(step, "nothing is measured in this step")
+        return False
+
     def take_picks(self, groups: Sequence[Group], reply: ScoringReply | None) -> Choice:
         """Return what is kept of the groups that a forecast chose: all that did not fail."""
         return self._chooser.take_picks(groups, None if reply is None else reply.scores)

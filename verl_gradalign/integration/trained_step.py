@@ -4,7 +4,7 @@
 verl's separate_async cuts a step into several updates, each of a batch of its own; the other modes have one. The
 forecast learns once a step, of all of them together, and so does the log.
 
-    trained = TrainedStep(step, batch.partition_id, made)
+    trained = TrainedStep(step, batch.partition_id, direction=made, is_measured=True)
     trained.add(groups, trusted)                                             # before each update
     trained.add_update(keys, contribution_R, derivative_R, diagnostics)      # after it, with measure=update
     reply = trained.reply(direction_norm)
@@ -31,8 +31,10 @@ class TrainedStep:
     partition_id: str
     direction: DirectionReply | None = None
     """What was made for the step; None: nothing could be."""
+    is_measured: bool = False
+    """Whether the updates measure: there is a direction to measure along."""
     measured_before: ScoringReply | None = None
-    """Of a pass of its own, with measure=before: in modes that update once a step."""
+    """Of a pass of its own ahead of the update, with measure=before, which modes allow that update once a step."""
     groups: list[Group] = field(default_factory=list)
     trusted: dict[str, list[Group]] = field(default_factory=dict)
     _keys: list[str] = field(default_factory=list)

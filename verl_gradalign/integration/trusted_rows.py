@@ -23,7 +23,7 @@ from verl_gradalign.integration.engine import taken_apart
 PARTITION = "gradalign_trusted"
 VERSION = 1
 """Of {"version", "rows": {key: {column: tensor, or images}}, "tags": {key: tag}}."""
-REMEDY = "Remedy: restore the file, or delete gradalign.npz beside its folder to start the selection afresh"
+REMEDY = "Remedy: restore the file, or delete gradalign.npz beside it to start the selection afresh"
 
 
 def copy_rows(batch: KVBatchMeta, keys: Sequence[str]) -> KVBatchMeta:

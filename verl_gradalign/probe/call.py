@@ -6,6 +6,8 @@
 Every rank makes the same call with its own share of the problems. Shape legend: P problems.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +68,10 @@ class ScoringReply:
     scores_s: float
     cosine_previous: float = math.nan
     """Between the fresh direction and the one before; nan without either."""
+
+    def of_direction(self) -> DirectionReply:
+        """Return what was found of the direction alone."""
+        return DirectionReply(self.is_fresh, self.reports, self.direction_s, self.cosine_previous)
 
 
 @dataclass(frozen=True)

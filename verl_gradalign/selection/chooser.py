@@ -66,7 +66,8 @@ class Chooser:
         if self._score.rank is None:
             return Choice(select_random(candidates, num_kept, seed), candidates)
         if self._score.needs_gradients and live and scores is None:
-            return Choice(self._without_direction(candidates, num_kept, step), candidates)
+            self.note_no_direction(step, "selecting at random in this step")
+            return Choice(select_random(candidates, num_kept, seed), candidates)
         m = measurements(live, scores, len(groups), self._config.success_threshold)
         candidates = candidates.measured(m).of_live(score_P=self._remembered(m))
         reliability = score_reliability(m, self._score, self._config.score_options)
@@ -136,8 +137,8 @@ class Chooser:
             is_finite_P &= np.isfinite(candidates.norm_P)
         return candidates.failing(candidates.is_live_P & ~is_finite_P, NON_FINITE)
 
-    def _without_direction(self, candidates: Candidates, num_kept: int, step: int) -> Selection:
-        """Select at random, or stop, as configured for a step without a direction."""
+    def note_no_direction(self, step: int, consequence: str) -> None:
+        """Warn of a step without a direction, or stop there, as configured."""
         message = (
             f"step {step}: the trusted set gives no direction (all groups right, wrong or failed, or a gradient that "
             "is not finite)"
@@ -147,8 +148,7 @@ class Chooser:
                 f"{message}; gradalign.direction.on_degenerate=stop. Remedy: use trusted problems of mixed difficulty, "
                 "raise gradalign.validation.n, or set gradalign.direction.on_degenerate=previous."
             )
-        logger.warning("%s; selecting at random in this step", message)
-        return select_random(candidates, num_kept, (self._config.seed, step))
+        logger.warning("%s; %s", message, consequence)
 
 
 def _reliability_metrics(reliability: Reliability, is_unreliable: bool) -> dict[str, float]:
