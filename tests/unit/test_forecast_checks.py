@@ -149,6 +149,8 @@ SEPARATE = [
     ("gradalign.measure", "before", APART | BEFORE | {"gradalign.score": "cosine"}, TOGETHER),
     ("gradalign.direction.train_on_trusted", True, APART, {"gradalign.direction.train_on_trusted": False}),
     ("gradalign.direction.train_on_trusted", True, APART, TOGETHER),
+    ("gradalign.direction.on_degenerate", "stop", TOGETHER, {"gradalign.direction.on_degenerate": "previous"}),
+    ("gradalign.direction.on_degenerate", "stop", APART, {"gradalign.direction.on_degenerate": "previous"}),
 ]  # fmt: skip
 
 

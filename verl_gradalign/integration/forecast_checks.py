@@ -215,6 +215,14 @@ def _check_trained_trusted_of_separate(config: GradAlignConfig, verl_config: Dic
         refuse("gradalign.direction.train_on_trusted", True, why, f"set it to false, or {MODE}={ANY_SCHEDULE}")
 
 
+def _check_stop_ahead(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Groups of the first steps are trained on before any trusted group is there, which is no failure."""
+    is_ahead = verl_config.trainer.v1.trainer_mode in (ANY_SCHEDULE, SEPARATE)
+    if is_ahead and config.is_forecast and config.direction.on_degenerate == "stop":
+        why = "would end the run in its first step: while others are generated, the trusted groups finish later"
+        refuse("gradalign.direction.on_degenerate", "stop", why, "set it to previous, or train synchronously")
+
+
 def _is_separate(verl_config: DictConfig) -> bool:
     return bool(verl_config.trainer.v1.trainer_mode == SEPARATE)
 
@@ -226,6 +234,7 @@ VERL_CHECKS = (
     _check_schedule_of_separate,
     _check_measure_of_separate,
     _check_trained_trusted_of_separate,
+    _check_stop_ahead,
 )
 
 
