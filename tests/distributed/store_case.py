@@ -34,7 +34,7 @@ from tests.numerics.problems import TEMPERATURE, VOCABULARY, build_model
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import trusted_rows
 from verl_gradalign.integration.engine import STORED_LOG_PROBS, VerlEngine, scoring_mode
-from verl_gradalign.integration.rollouts import add_values, read_step
+from verl_gradalign.integration.rollouts import on_all_ranks, read_step
 from verl_gradalign.integration.trusted_rows import PARTITION, copy_rows, load_rows, save_rows
 from verl_gradalign.integration.trusted_store import TrustedStore
 from verl_gradalign.integration.worker import GradAlignWorker
@@ -97,7 +97,7 @@ class Run:
             compute_log_prob=tqbridge()(self.compute_log_prob), _query_dispatch_info=lambda _: range(NUM_RANKS)
         )
         trainer: Any = SimpleNamespace(config=self.verl_config, actor_rollout_wg=workers)
-        add_values(
+        on_all_ranks(
             batch, lambda *args, **kwargs: PPOTrainer._compute_old_log_prob(trainer, *args, **kwargs), workers, 0
         )
 
