@@ -48,7 +48,13 @@ METHODS: dict[str, Method] = {
     "random": Method("random"),
     # Problems chosen by a forecast of their dot product with the direction, measured in the update.
     "forecast": _forecast("gradalign.oversample=8"),
-    "forecast_trusted": _forecast("gradalign.oversample=4", "gradalign.direction.train_on_trusted=true"),
+    # Groups of a batch have one size, so trusted problems are answered twice as often, and half as often rolled out.
+    "forecast_trusted": _forecast(
+        "gradalign.oversample=4",
+        "gradalign.direction.train_on_trusted=true",
+        f"gradalign.validation.n={NUM_RESPONSES_PER_PROBLEM}",
+        "gradalign.direction.refresh_interval=20",
+    ),
     # As if nobody had told the kinds of problems apart.
     "forecast_prompt": _forecast("gradalign.oversample=8", "gradalign.forecast.features=[prompt]"),
     # No trusted set: near one half right.
