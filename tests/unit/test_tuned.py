@@ -243,7 +243,9 @@ def test_runs_of_all_methods_and_learning_rates_compose_and_share_processes(tmp_
         assert is_plugin == (METHODS[method].group is not None)
         if is_plugin:
             own = read_config(config)
-            assert own.direction.refresh_interval == 10 and own.validation.n == 4, method
+            # 64 trusted problems x 4 in ten steps; where these are trained on, x 8 in twenty.
+            trusted = own.direction.refresh_interval, own.validation.n
+            assert trusted == ((20, 8) if own.direction.train_on_trusted else (10, 4)), method
     assert read_config(configs["forecast"]).measures_in_update
     assert read_config(configs["difficulty_forecast"]).is_forecast
 
