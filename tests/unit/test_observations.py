@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.tables import candidates_of
 from tests.unit.test_scores import OPTIONS, make_pool
-from verl_gradalign.selection.observations import observations
+from verl_gradalign.selection.chooser import observations
 from verl_gradalign.selection.reliability import score_errors
 from verl_gradalign.selection.scores import SCORES
 

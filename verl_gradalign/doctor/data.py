@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.doctor.features import examine_features
 from verl_gradalign.doctor.files import (
     Frame,
     examine_columns,
@@ -22,12 +21,15 @@ from verl_gradalign.doctor.files import (
 from verl_gradalign.doctor.prompts import MAX_READ, Prompts, examine_prompts
 from verl_gradalign.doctor.rewards import AREA, FUNCTION, TIME, Graded, RewardTrial, grade, report
 from verl_gradalign.findings import Findings
+from verl_gradalign.integration.features import TRIED
+from verl_gradalign.integration.prompt_states import prompt_tokens
+from verl_gradalign.selection.own_features import OwnFeatures
 from verl_gradalign.selection.scores import score_of
 
 RELIABILITY, AT_RESPONSES = 0.88, 512
 """Of a direction, measured in the miniatures (recipes/miniatures); other numbers by Spearman-Brown."""
 LOW_RELIABILITY = 0.5
-TRAIN, TRUSTED, VAL = "train files", "trusted set", "val files"
+TRAIN, TRUSTED, VAL, FEATURES = "train files", "trusted set", "val files", "features"
 
 
 class ExaminedData(NamedTuple):
@@ -186,3 +188,30 @@ def _noise(name: str, num_problems: int, n: int, findings: Findings) -> None:
     remedy = "raise gradalign.validation.n, then add problems; watch gradalign/reliability/direction"
     is_low = reliability < LOW_RELIABILITY
     findings.add(TRUSTED, "warning" if is_low else "ok", text, remedy if is_low else "")
+
+
+def examine_features(frame: Frame, config: GradAlignConfig, verl_config: DictConfig, findings: Findings) -> None:
+    """Add findings on what a forecast cannot know of the train files' problems. `frame` holds their rows.
+
+    The user's functions are tried on some, and prompts made tokens: what the trainer does once workers have started.
+    """
+    if not config.is_forecast:
+        return
+    # A problem is its row in the train files; verl's data set adds raw_prompt to it.
+    rows = {int(place): frame.row(int(place)) for place in frame.taken[:TRIED]}
+    rows = {place: {**row, "raw_prompt": row[verl_config.data.prompt_key]} for place, row in rows.items()}
+    for name in config.forecast.features:
+        if ":" in name:
+            with findings.refusals(FEATURES):
+                OwnFeatures(name).try_out(rows)
+                findings.add(
+                    FEATURES, "ok", f"gradalign.forecast.features: {name} gives numbers for {len(rows)} problems"
+                )
+        elif name == "prompt":
+            with findings.refusals(FEATURES, "gradalign.forecast.features=[source,text] asks nothing of the policy"):
+                tokens = prompt_tokens(verl_config)
+                longest = max(len(tokens(row["raw_prompt"])) for row in rows.values())
+                text = (
+                    f"gradalign.forecast.features: `prompt` asks the policy, which reads {longest} tokens of the first"
+                )
+                findings.add(FEATURES, "ok", text)

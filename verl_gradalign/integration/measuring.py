@@ -101,13 +101,11 @@ class MeasuringTrainer(_Trainer):
         )
         if self.local_trigger_step > 0:
             return None
-        self._part = self._kept_responses.draw(step)
+        self._part, self._replayed = self._kept_responses.draw(step), {}
         if not self._part:
             return None
-        dp_rank_of = list(workers._query_dispatch_info("actor"))
-        made: DirectionReply = workers.gradalign_make_direction(*self._kept_responses.requests(self._part, dp_rank_of))[
-            0
-        ]
+        requests = self._kept_responses.requests(self._part, list(workers._query_dispatch_info("actor")))
+        made: DirectionReply = workers.gradalign_make_direction(*requests)[0]
         self._replayed = made.shares
         self._selector.note_direction(made, step)
         return made

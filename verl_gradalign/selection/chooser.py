@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.config import GradAlignConfig, ScoreOptions
 from verl_gradalign.rank_correlation import spearman_brown
 from verl_gradalign.selection.candidates import Candidates, tabulate
 from verl_gradalign.selection.groups import NON_FINITE, Group, measurements
 from verl_gradalign.selection.history import ProblemRecord
-from verl_gradalign.selection.observations import observations
-from verl_gradalign.selection.reliability import Reliability, score_reliability
-from verl_gradalign.selection.scores import score_of
+from verl_gradalign.selection.reliability import Reliability, score_errors, score_reliability
+from verl_gradalign.selection.scores import Score, score_of
 from verl_gradalign.selection.select import RANDOM, SCHEDULED, select_all, select_picks, select_random, select_top
 from verl_gradalign.types import Measurements, Observations, ProblemScores, Selection
 
@@ -158,3 +157,22 @@ def _reliability_metrics(reliability: Reliability, is_unreliable: bool) -> dict[
         "reliability/scores_problems": float(reliability.num_problems),
         "reliability/fallback": float(is_unreliable),
     }
+
+
+def observations(candidates: Candidates, m: Measurements | None, score: Score, options: ScoreOptions) -> Observations:
+    """Return the scores of all candidates, with standard errors.
+
+    A dead group's score is 0: nothing is to be learnt from it now, which is worth knowing. A failed group's, and one
+    that is not finite, are nan.
+
+    Args:
+        m: of the live candidates, in their order; None: nothing was measured, as in a step without a direction.
+    """
+    value_P = np.where(candidates.is_live_P | candidates.is_failed_P, np.nan, 0.0)
+    error_P = np.full(len(candidates), np.nan)
+    if m is not None and score.rank is not None:
+        value_L = score.rank(m, options).double().numpy()
+        is_finite_L = np.isfinite(value_L)
+        value_P[candidates.is_live_P] = np.where(is_finite_L, value_L, np.nan)
+        error_P[candidates.is_live_P] = np.where(is_finite_L, score_errors(m, score, options).numpy(), np.nan)
+    return Observations(candidates.problem_id_P, value_P, error_P, candidates.response_tokens_P)
