@@ -14,10 +14,8 @@ direction, 1.15 with rank 16.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,11 +26,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 
 from tests.benchmarks.cases import SWEEPS, Case
 from tests.benchmarks.counting import peak_bytes
+from tests.benchmarks.ranks import run_on_ranks
 from tests.benchmarks.score_vs_update import timed
 from verl_gradalign.config import ProbeConfig
 
@@ -115,26 +113,8 @@ def run_case(case: Case, root: Path, device: str, repeats: int) -> list[dict[str
     return records
 
 
-def run_rank(rank: int, world_size: int, root: str, arguments: argparse.Namespace) -> None:
-    """Run all cases for `world_size` ranks; rank 0 appends the records to the file of results."""
-    torch.set_num_threads(max(1, arguments.threads // world_size))
-    store = f"file://{root}/store-{world_size}"
-    backend = "nccl" if arguments.device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
-    for case in cases_of(arguments):
-        if case.num_ranks != world_size:
-            continue
-        for record in run_case(case, Path(root), arguments.device, arguments.repeats):
-            if rank == 0:
-                line = json.dumps(record)
-                print(line, flush=True)
-                with (Path(arguments.out) / "update_cost.jsonl").open("a") as stream:
-                    stream.write(line + "\n")
-    dist.destroy_process_group()
-
-
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    return [case for sweep in arguments.sweeps for case in SWEEPS[sweep]]
+def records_of(case: Case, root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return run_case(case, root, arguments.device, arguments.repeats)
 
 
 def main() -> None:
@@ -146,11 +126,7 @@ def main() -> None:
     parser.add_argument("--out", default="outputs/benchmarks")
     arguments = parser.parse_args()
     results = Path(arguments.out) / "update_cost.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.unlink(missing_ok=True)
-    for world_size in sorted({case.num_ranks for case in cases_of(arguments)}):
-        with tempfile.TemporaryDirectory() as root:
-            torch.multiprocessing.spawn(run_rank, (world_size, root, arguments), nprocs=world_size)
+    run_on_ranks(arguments, records_of, results)
 
 
 if __name__ == "__main__":
