@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import verl  # noqa: F401  (loads the plugin, which makes +gradalign known)
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
-from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
+from tests.unit.configurations import change, check, composed_of
+from verl_gradalign.integration.checks import check_data, read_config
 
 GOOD = (
     "+gradalign=cosine",
@@ -26,23 +27,12 @@ GOOD = (
 
 @pytest.fixture(scope="module")
 def composed():
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=list(GOOD))
+    return composed_of(GOOD)
 
 
 @pytest.fixture
 def verl_config(composed):
     return copy.deepcopy(composed)
-
-
-def change(verl_config, changes):
-    with open_dict(verl_config):
-        for key, value in changes.items():
-            OmegaConf.update(verl_config, key, value, force_add=True)
-
-
-def check(verl_config):
-    check_verl_config(read_config(verl_config), verl_config)
 
 
 def assert_refused(refusal, key, value):

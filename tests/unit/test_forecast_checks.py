@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import verl  # noqa: F401  (loads the plugin, which makes +gradalign known)
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf, open_dict
 
+from tests.unit.configurations import change, check, composed_of
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import forecast_checks
 from verl_gradalign.integration.checks import check_data, check_verl_config, read_config
@@ -41,8 +40,7 @@ of_pool = Score(lambda m, options: m.dot_P, direction="pool")
 
 @pytest.fixture(scope="module")
 def composed():
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=list(GOOD))
+    return composed_of(GOOD)
 
 
 @pytest.fixture
@@ -55,16 +53,6 @@ def own_scores(tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "own.py"
     path.write_text(OWN_SCORES, encoding="utf-8")
     return path
-
-
-def change(verl_config, changes):
-    with open_dict(verl_config):
-        for key, value in changes.items():
-            OmegaConf.update(verl_config, key, value, force_add=True)
-
-
-def check(verl_config):
-    check_verl_config(read_config(verl_config), verl_config)
 
 
 def refused(verl_config, changes, key, value):
