@@ -12,7 +12,7 @@ loop samples (tests/e2e/test_series.py). One turn per response and rule-based re
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Columns that tell the agent loop what to do, and are no part of a trajectory.
 INSTRUCTIONS = ("agent_name", "__rollout_n__", "__do_sample__", "validate")
+# One object for all responses, so that it is wrapped once (`_columns`).
+NONE: list[Any] = []
+NO_IMAGES: dict[str, Any] = {}
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
 
@@ -152,14 +155,14 @@ class BatchedRollout:
             num_turns=2,
             metrics=AgentLoopMetrics(),
             reward_score=result["score"],
-            extra_fields={**_versions(version), "turn_scores": [], "tool_rewards": [], "reward_extra_info": result},
+            extra_fields={**_versions(version), "turn_scores": NONE, "tool_rewards": NONE, "reward_extra_info": result},
         )
         fields = {**output.as_dict(), **row}
         fields.pop("multi_modal_data", None)
         fields["loss_mask"] = fields["response_mask"]
         fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
         fields["position_ids"] = torch.arange(len(fields["input_ids"]))
-        fields["multi_modal_inputs"] = {}
+        fields["multi_modal_inputs"] = NO_IMAGES
         return fields
 
 
@@ -175,14 +178,15 @@ def _columns(rows: Sequence[dict[str, Any]]) -> TensorDict:
 
     What rows share, such as a prompt's columns, is wrapped once: wrapping took longer than generating.
     """
-    wrapped: dict[int, NonTensorData] = {}
+    wrapped: dict[Hashable, NonTensorData] = {}
 
     def wrap(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value
-        if id(value) not in wrapped:
-            wrapped[id(value)] = NonTensorData(data=value)
-        return wrapped[id(value)]
+        key = (type(value), value) if isinstance(value, (str, int, float)) else id(value)
+        if key not in wrapped:
+            wrapped[key] = NonTensorData(data=value)
+        return wrapped[key]
 
     return list_of_dict_to_tensordict([{name: wrap(value) for name, value in row.items()} for row in rows])
 
