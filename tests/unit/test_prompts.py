@@ -10,7 +10,14 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_gradalign.data.identity import problem_identity
-from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, ground_truth, problems_of, read_identities
+from verl_gradalign.integration.prompts import (
+    PROBLEM_ID,
+    PromptTable,
+    ground_truth,
+    joined,
+    problems_of,
+    read_identities,
+)
 
 KEY = "gradalign.validation.files"
 ASKED = [{"role": "user", "content": "<image>How wide is it?"}]
@@ -63,6 +70,18 @@ def test_labels_are_the_problems_own_and_an_unknown_one_is_refused_with_what_the
     assert prompts.label("index", 7) == "7" and prompts.values("index") == ["7"] * 5
     with pytest.raises(ValueError, match=r"gradalign.log.columns=.*'level'.*Remedy: use one of index"):
         prompts.read_labels(["level"])
+
+
+def test_batches_of_a_step_are_sent_as_one_where_they_have_the_same_columns():
+    candidates, trusted = table().batch([1, 2], step=3, n=8), table().batch([7], step=3, n=4)
+    (whole,) = joined([candidates, trusted])
+    assert len(whole) == 3 and whole["global_steps"] == 3
+    assert list(whole["__rollout_n__"]) == [8, 8, 4] and list(whole[PROBLEM_ID]) == [1, 2, 7]
+    assert list(whole["uid"]) == [*candidates["uid"], *trusted["uid"]]
+    assert [messages[0]["content"] for messages in whole["raw_prompt"]] == ["problem 1", "problem 2", "problem 7"]
+    labelled = trusted.clone().update({"level": torch.ones(1)})
+    assert [len(batch) for batch in joined([candidates, labelled])] == [2, 1]
+    assert [len(batch) for batch in joined([candidates])] == [2]
 
 
 def test_a_problem_without_extra_info_has_empty_labels():

@@ -124,7 +124,7 @@ def test_the_median_of_seeds_that_mostly_miss_the_mark_is_more_than_the_budget(c
 
 def test_the_report_shows_every_seed_what_was_tried_and_a_figure(curves, tmp_path):
     tried = [curve_of("random", 0, [0.4, 0.6], rate) for rate in (1e-4, 2e-4)]
-    write_report(curves, tried, MINIATURES[REGIME], BUDGET, tmp_path)
+    write_report(curves, tried, MINIATURES[REGIME], BUDGET, BUDGET, tmp_path)
     summary = (tmp_path / "summary.md").read_text()
     assert "| oracle | 0.625 | 0.635 | 0.632 |" in summary and "Seeds: 1, 2, 3," in summary
     assert "| method | 0.0001 | 0.0002 |" in (tmp_path / "tuning.md").read_text()
@@ -262,6 +262,7 @@ def test_the_learning_rate_of_a_regimes_file_is_the_middle_one_that_is_tried(nam
     [
         (["--rates", "1e-4"], "--rates 1e-4: is for --tuned"),
         (["--responses", "512"], "--responses 512: is for --tuned"),
+        (["--tuning-responses", "512"], "--tuning-responses 512: is for --tuned"),
         (["--tuned", "--rates", "high,low"], "--rates high,low: must be numbers above 0"),
         (["--tuned", "--rates", "1e-4,1e-4"], "none twice"),
     ],
@@ -279,8 +280,25 @@ def test_the_command_hands_on_what_is_tuned_and_knows_the_usual_methods_and_seed
         raise ValueError("noted")
 
     monkeypatch.setattr(tuned, "compare_tuned", note)
-    options = ["--tuned", "--rates", "1e-4,2e-4", "--tuning-seed", "7", "--responses", "512"]
+    options = [
+        "--tuned",
+        "--rates",
+        "1e-4,2e-4",
+        "--tuning-seed",
+        "7",
+        "--responses",
+        "512",
+        "--tuning-responses",
+        "256",
+    ]
     CliRunner().invoke(app, ["compare", REGIME, "--output", str(tmp_path), *options])
     comparison, tuning, _ = given
     assert (comparison.methods, comparison.seeds) == (DEFAULT_METHODS, (1, 2, 3, 4, 5))
-    assert tuning == Tuning(seed=7, learning_rates=(1e-4, 2e-4), num_responses=512)
+    assert tuning == Tuning(seed=7, learning_rates=(1e-4, 2e-4), num_responses=512, num_tuning_responses=256)
+
+
+def test_a_learning_rate_is_tried_in_a_quarter_of_a_long_run_and_never_in_more_than_a_run():
+    long, short = MINIATURES["skill_mini"], MINIATURES[REGIME]
+    assert [b["num_responses"] for b in Tuning().budgets(long)] == [10_240, 40_960]
+    assert [b["num_responses"] for b in Tuning().budgets(short)] == [10_240, 10_240]
+    assert [b["num_responses"] for b in Tuning(num_responses=512).budgets(short)] == [512, 512]

@@ -33,6 +33,7 @@ def compare(
     ] = False,
     rates: Annotated[str | None, Option(help="With --tuned: learning rates to try, comma-separated.")] = None,
     tuning_seed: Annotated[int, Option(help="With --tuned: what they are tried on.", min=0)] = 0,
+    tuning_responses: Annotated[int | None, Option(help="With --tuned: what each of these generates.", min=1)] = None,
     responses: Annotated[int | None, Option(help="With --tuned: what a run generates.", min=1)] = None,
     overrides: Annotated[list[str] | None, Argument(help="Further verl overrides of every run.")] = None,
 ) -> None:
@@ -44,8 +45,9 @@ def compare(
     from verl_gradalign.experiments.tuned import FRESH_SEEDS, Tuning, compare_tuned
     from verl_gradalign.toy.regimes import WARM_UP_STEPS
 
-    if not tuned and (rates or responses):
-        refuse("--rates" if rates else "--responses", rates or responses, "is for --tuned", "add --tuned")
+    of_tuning = {"--rates": rates, "--responses": responses, "--tuning-responses": tuning_responses}
+    if not tuned and (given := {option: value for option, value in of_tuning.items() if value}):
+        refuse(*next(iter(given.items())), "is for --tuned", "add --tuned")
     usual, usual_seeds = (DEFAULT_METHODS, FRESH_SEEDS) if tuned else (METHODS, (0, 1, 2))
     comparison = Comparison(
         regime=regime,
@@ -60,7 +62,7 @@ def compare(
     )
     console = Console()
     if tuned:
-        tuning = Tuning(tuning_seed, _rates(rates) if rates else None, responses)
+        tuning = Tuning(tuning_seed, _rates(rates) if rates else None, responses, tuning_responses)
         summary = compare_tuned(comparison, tuning, console)
     else:
         summary = run_comparison(comparison, console)

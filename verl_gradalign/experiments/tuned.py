@@ -4,9 +4,10 @@
     verl-gradalign compare imbalance_mini --tuned --output outputs/imbalance
 
 For every method a run with each of a few learning rates, on one seed; then fresh seeds with the rate whose area under
-the curve was largest. All runs generate the same number of responses, trusted ones and candidates included, and are
-tested after every eighth of them. Leaves in the output folder: summary.md, tuning.md, curves.csv, curves.png, and
-runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was interrupted.
+the curve was largest. All of these generate the same number of responses, trusted ones and candidates included, and are
+tested after every eighth of them; so do all that a rate is tried in, which may be shorter. Leaves in the output folder:
+summary.md, tuning.md, curves.csv, curves.png, and runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was
+interrupted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,11 @@ from verl_gradalign.experiments.methods import (
 )
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.tuned_report import write_report
-from verl_gradalign.toy.regimes import MINIATURES
+from verl_gradalign.toy.regimes import MINIATURES, Miniature
 from verl_gradalign.toy.train_files import write_mixed, write_oracle
 
 FRESH_SEEDS = (1, 2, 3, 4, 5)
+Budget = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,17 @@ class Tuning:
     """None: the miniature's. One alone is taken as it is."""
     num_responses: int | None = None
     """What every run generates. None: the miniature's."""
+    num_tuning_responses: int | None = None
+    """What a run generates that a learning rate is tried in. None: the miniature's, and at most `num_responses`."""
     num_tests: int = 8
     """Tests of a run, after equal numbers of responses, besides that of the untrained policy."""
+
+    def budgets(self, miniature: Miniature) -> tuple[Budget, Budget]:
+        """Return what a run generates, as the series is told: one that a rate is tried in, and one of a fresh seed."""
+        num_responses = self.num_responses or miniature.num_responses
+        num_tuning = min(self.num_tuning_responses or miniature.num_tuning_responses, num_responses)
+        tried, fresh = ({"num_responses": num, "num_tests": self.num_tests} for num in (num_tuning, num_responses))
+        return tried, fresh
 
 
 def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> Path:
@@ -57,14 +68,22 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     _check(comparison, tuning)
     output, miniature = comparison.output.resolve(), MINIATURES[comparison.regime]
     rates = tuning.learning_rates or miniature.learning_rates
-    budget = {"num_responses": tuning.num_responses or miniature.num_responses, "num_tests": tuning.num_tests}
-    check_same(comparison, output, **budget, tuning_seed=tuning.seed, learning_rates=list(rates))
+    to_try, budget = tuning.budgets(miniature)
+    num_tuning_responses, num_responses = to_try["num_responses"], budget["num_responses"]
+    check_same(
+        comparison,
+        output,
+        **budget,
+        num_tuning_responses=num_tuning_responses,
+        tuning_seed=tuning.seed,
+        learning_rates=list(rates),
+    )
     tried = [_plan(comparison, m, tuning.seed, rate) for m in comparison.methods for rate in rates]
     tried = tried if len(rates) > 1 else []
     with Progress(*COLUMNS, console=console) as progress:
         policy = policy_of(comparison, output, progress)
-        _run(comparison, tried, policy, budget, progress)
-        chosen = choose_rates([read_curve(run) for run in tried], budget["num_responses"])
+        _run(comparison, tried, policy, to_try, progress)
+        chosen = choose_rates([read_curve(run) for run in tried], num_tuning_responses)
         fresh = [
             _plan(comparison, m, seed, chosen.get(m, rates[0])) for seed in comparison.seeds for m in comparison.methods
         ]
@@ -72,7 +91,7 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
             _run(comparison, fresh, policy, budget, progress)
         finally:
             curves, before = ([read_curve(run) for run in runs if run.is_done] for runs in (fresh, tried))
-            write_report(curves, before, miniature, budget["num_responses"], output)
+            write_report(curves, before, miniature, num_responses, num_tuning_responses, output)
     return output / "summary.md"
 
 

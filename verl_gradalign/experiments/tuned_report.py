@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables and the figure of a tuned comparison, from the curves of its runs.
 
-write_report(fresh, tried, MINIATURES["imbalance_mini"], num_responses=10_240, folder=output)
+write_report(fresh, tried, MINIATURES["imbalance_mini"], 10_240, num_tuning_responses=10_240, folder=output)
 """
 
 import csv
@@ -28,6 +28,7 @@ def write_report(
     tried: Sequence[LearningCurve],
     miniature: Miniature,
     num_responses: int,
+    num_tuning_responses: int,
     folder: Path,
 ) -> None:
     """Write summary.md and curves.png of the fresh seeds, tuning.md of what was tried, and curves.csv of both."""
@@ -39,7 +40,7 @@ def write_report(
         seeds_table(methods, num_responses),
     ]
     (folder / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (folder / "tuning.md").write_text(tuning_table(tried, num_responses) + "\n", encoding="utf-8")
+    (folder / "tuning.md").write_text(tuning_table(tried, num_tuning_responses) + "\n", encoding="utf-8")
     write_curves([*fresh, *tried], folder / "curves.csv")
     draw_curves(methods, num_responses, folder / "curves.png")
 

@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
@@ -26,6 +27,8 @@ from verl_gradalign.selection.groups import Problem
 logger = logging.getLogger(__name__)
 
 PROBLEM_ID = "gradalign_problem_id"
+STEP = "global_steps"
+"""verl's name of the step in a prompt batch: one for all its rows."""
 MAX_LABEL_CHARS = 200
 UNKNOWN_SOURCE = "unknown"
 # verl's columns of what a prompt shows besides text, each with the column's name where none is configured.
@@ -107,7 +110,7 @@ class PromptTable:
         columns[PROBLEM_ID] = np.asarray(problem_ids, dtype=np.int64)
         columns["__rollout_n__"] = np.array([int(n)] * len(rows), dtype=object)
         batch = tu.get_tensordict(columns)
-        tu.assign_non_tensor_data(batch, "global_steps", step)
+        tu.assign_non_tensor_data(batch, STEP, step)
         return batch
 
 
@@ -193,6 +196,25 @@ def rows_in_files(dataframe: Any) -> list[int]:
     """Return the position of each row of a filtered `datasets.Dataset` in the concatenated files."""
     indices = dataframe._indices  # how datasets remembers a filter or a selection; None: all rows, in order
     return list(range(len(dataframe))) if indices is None else indices.column(0).to_pylist()
+
+
+def joined(batches: Sequence[TensorDict]) -> list[TensorDict]:
+    """Return the prompt batches of one step as a single one where they have the same columns, else as they are.
+
+    One is dealt to the agent loops evenly, and an engine that answers batch by batch answers all at once.
+    """
+    first, *others = batches
+    if any(_layout(other) != _layout(first) for other in others):
+        return list(batches)
+    step, rows = first[STEP], [batch.exclude(STEP) for batch in batches]
+    whole = tu.concat_tensordict(rows)
+    tu.assign_non_tensor_data(whole, STEP, step)
+    return [whole]
+
+
+def _layout(batch: TensorDict) -> dict[str, Any]:
+    """Return the batch's columns, with what must be equal for tensors of two batches to be put together."""
+    return {name: (v.dtype, v.shape[1:]) if isinstance(v, Tensor) else None for name, v in batch.items()}
 
 
 def problems_of(batch: TensorDict, trusted_set: str | None = None) -> list[Problem]:

@@ -26,7 +26,7 @@ from verl_gradalign.integration.forecasting import Forecasting
 from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.measuring import MeasuringTrainer
 from verl_gradalign.integration.model_check import check_model
-from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, problems_of
+from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, joined, problems_of
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.rollouts import keep_rows, needs_completion, on_all_ranks, read_responses, read_step
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
@@ -143,12 +143,13 @@ class SelectionTrainer(MeasuringTrainer):
             self._draw = self._draw_problems(step)
             is_larger = self._draw.is_scored and self.gradalign.schedule in ("round", "once", "staged")
             batch = self._candidates(self._draw.problem_ids, self.gradalign.curriculum.n if is_larger else None)
-        self._submit_batch_to_rollout(batch)
+        batches = [batch]
         for name, problem_ids in self._due_trusted(step).items():
             table, n = self._trusted[name]
-            trusted = table.batch(problem_ids, step, n or self._rollout_n)
-            self._in_flight.add(problems_of(trusted, name))
-            self._submit_batch_to_rollout(trusted)
+            batches.append(table.batch(problem_ids, step, n or self._rollout_n))
+            self._in_flight.add(problems_of(batches[-1], name))
+        for together in joined(batches):
+            self._submit_batch_to_rollout(together)
         # Each of a step's updates takes its share.
         self._in_flight.num_candidates = len(self._draw.problem_ids) // self.parameter_sync_step
         self._in_flight.takes_trusted = True

@@ -48,6 +48,8 @@ class Miniature:
     """What is trained: a name of POLICIES."""
     num_responses: int = 10_240
     """What a run generates where runs are compared at equal responses, trusted ones included."""
+    num_tuning_responses: int = 10_240
+    """What a run generates that a learning rate is tried in."""
     learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     """What is tried where the learning rate is tuned; the middle one is that of the regime's file."""
 
