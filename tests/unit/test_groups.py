@@ -4,6 +4,7 @@
 import math
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,18 @@ def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
     assert not rows[2].any() and not rows[3].any()
     assert a.coefficients == pytest.approx((rows[0][0].item(), rows[1][0].item()))
     assert a.advantages[0] > 0 > a.advantages[1] and b.advantages == (0.0, 0.0)
+
+
+def test_coefficients_are_stored_for_passes_of_ours_alone(stored):
+    """An update that measures takes its own loss apart; the direction is made of the trusted groups before it."""
+    config = GradAlignConfig.from_mapping(
+        {"validation": {"files": ["trusted"]}, "schedule": "forecast", "measure": "update", "score": "dot"}
+    )
+    a, _ = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    assert a.is_live and a.coefficients and not stored.stored
+    trusted = [replace(problem, trusted_set="default") for problem in PROBLEMS]
+    read_groups(trusted, BATCH, set(), config, verl_config("grpo"))
+    assert len(stored.stored) == 1
 
 
 def test_halves_depend_on_what_was_answered_and_not_on_which_session_answered():

@@ -48,8 +48,9 @@ def read_groups(
 
     Rewards are read from TransferQueue, advantages computed as training will compute them (`advantage: trainer`) or
     centred, and the coefficients written back under `gradalign_coefficients`; a step that scores nothing, and a score
-    that looks at rewards alone, need neither. A group with a reward, or anything that training computes its loss from,
-    that is not finite has failed, and is left out before advantages are computed: they may be normalised over all rows.
+    that looks at rewards alone, need neither, and with `measure=update` those of candidates are not stored. A group
+    with a reward, or anything that training computes its loss from, that is not finite has failed, and is left out
+    before advantages are computed: they may be normalised over all rows.
     """
     is_measured = is_scored and score_of(config.score).needs_gradients
     by_uid = keys_by_uid(batch.keys)
@@ -75,8 +76,10 @@ def read_groups(
         groups = [_failing(g, NON_FINITE if g.problem.uid in odd else None) for g in groups]
         columns = [_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT)]
         uniform = dict(zip(keys, zip(*columns, strict=True), strict=True))
-        column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
-        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
+        # An update that measures weighs its rows itself; trusted ones are read by a pass of ours all the same.
+        if not config.measures_in_update or problems[0].trusted_set is not None:
+            column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
+            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
 
     def read(group: Group) -> Group:
         halves, ordered = zip(*halved(group.keys, content), strict=True)
