@@ -187,6 +187,27 @@ def test_checkpointed_activations_are_freed_while_an_update_is_measured() -> Non
     assert len(seen) == len(watch) and not alive
 
 
+def test_no_layer_is_recomputed_that_is_not_recomputed_without_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing ends with the last tensor that the backward pass needs: in front of a decoder layer's last matrix."""
+    model, rows, outputs = make_model("qwen2-tied", has_checkpointing=True), ids_of_rows(), list[Tensor]()
+    last, plain_linear = {id(layer.mlp.down_proj.weight) for layer in model.model.layers}, nn.functional.linear
+
+    def counted(layer_input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = plain_linear(layer_input, weight, bias)  # recomputing leaves it here where it ends
+        outputs.extend([output] if id(weight) in last else [])
+        return output
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    row_losses(model, rows).sum().backward()
+    assert len(outputs) == len(last)
+    with measuring(model, readings_of(model, random_direction(model)), len(rows), torch.device("cpu")) as meter:
+        loss = row_losses(model, rows).sum()
+        meter.begin(range(len(rows)), padded_layout(len(rows), max(LENGTHS), (1,) * len(rows)), 1.0, torch.float64)
+        loss.backward()
+        meter.end()
+    assert len(outputs) == 2 * len(last)
+
+
 def test_a_measured_update_holds_no_more_than_the_update_and_the_replica() -> None:
     model, rows = make_model("qwen2-tied"), [ids.repeat(8) for ids in ids_of_rows()]
     direction = random_direction(model)

@@ -3,7 +3,8 @@
 
 In a pass of its own all weights are frozen, so a backward pass computes activation gradients only; the graph opens at
 the first tapped layer. In a training pass nothing is frozen, and every gradient is bit for bit what it is without taps
-(`probe/update.py`). A layer's input is kept by autograd, not by a closure, so that checkpointed activations are freed.
+(`probe/update.py`). A layer's input is kept by autograd, not by a closure, so that checkpointed activations are freed;
+a linear layer's in front of it, so that recomputing them still stops where the last layer would be run again.
 
     with tapped(module, tap_points(module), gather) as taps:
         log_prob_RT, layout = engine.forward(rows, rows_per_problem)
@@ -41,6 +42,7 @@ from verl_gradalign.probe.layer_rules import (
     without_padding_index,
 )
 from verl_gradalign.probe.layout import Layout
+from verl_gradalign.probe.tap_nodes import Keep, Tap, keeper_of
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
@@ -145,7 +147,7 @@ def tapped(
     """
     parameters = [parameter for parameter in all_parameters(root) if parameter.requires_grad and freezes]
     taps = Taps(points, gather, gives_norm)
-    handles = [taps.register(point) for point in points]
+    handles = [handle for point in points for handle in taps.register(point)]
     handles += [
         point.module.register_forward_hook(partial(taps.verify, point), prepend=True, with_kwargs=True)
         for point in points
@@ -179,12 +181,16 @@ class Taps:
         self._seen: set[nn.Module] = set()
         self._verified: set[nn.Module] = set()
 
-    def register(self, point: TapPoint) -> RemovableHandle:
-        """Have the layer's output tapped."""
+    def register(self, point: TapPoint) -> list[RemovableHandle]:
+        """Have the layer's output tapped, and a linear layer's input kept in front of it."""
         # First of all hooks: one that changes the output changes what follows the layer, not the layer. But behind
         # FSDP2's, which would take the opened graph of a frozen unit for one that needs its weights once more.
         is_first = not isinstance(point.module, FSDPModule)
-        return point.module.register_forward_hook(partial(self.tap, point), prepend=is_first, with_kwargs=True)
+        tap = point.module.register_forward_hook(partial(self.tap, point), prepend=is_first, with_kwargs=True)
+        # Others may use their input more than once, and gradients of the uses would be added up in another order.
+        uses_input_once = isinstance(point.module, nn.Linear)
+        keep = [point.module.register_forward_pre_hook(self.keep, with_kwargs=True)] if uses_input_once else []
+        return [*keep, tap]
 
     def begin(self, layout: Layout, scale_R: Tensor, parts: Sequence[Sequence[int]] | None = None) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
@@ -210,6 +216,17 @@ class Taps:
         assert self._scores is not None
         return self._scores
 
+    def keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Return the layer's arguments with its input kept: a forward pre-hook.
+
+        What needs no gradient is left alone, so that none is computed of it; so is what other taps keep already.
+        """
+        layer_input = _input(args, kwargs)
+        if self.is_idle or not torch.is_grad_enabled() or not layer_input.requires_grad or keeper_of(layer_input):
+            return None
+        kept = Keep.apply(layer_input)  # type: ignore[no-untyped-call]
+        return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): kept})
+
     def tap(self, point: TapPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the layer's output with a tap behind it: a forward hook."""
         # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
@@ -221,7 +238,9 @@ class Taps:
             self._tied.ids_N = layer_input.flatten()
         # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
         anchor = torch.empty(0, device=output.device, requires_grad=True)
-        return _Tap.apply(output, layer_input, anchor, partial(self._receive, point))  # type: ignore[no-untyped-call]
+        keeper, receive = keeper_of(layer_input), partial(self._receive, point)
+        own = layer_input if keeper is None else None
+        return Tap.apply(output, own, anchor, keeper, receive)  # type: ignore[no-untyped-call]
 
     def verify(
         self, point: TapPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -298,25 +317,6 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return what a layer was called with."""
     layer_input: Tensor = args[0] if args else next(iter(kwargs.values()))
     return layer_input
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output. Its backward hands (input, output gradient) to `receive`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, receive: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(layer_input)
-        ctx.receive = receive
-        # Not a view: what follows may work on it in place, as it may on the layer's own output.
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (layer_input,) = ctx.saved_tensors
-        ctx.receive(layer_input, grads[0])
-        return grads[0], None, None, None
 
 
 class TiedWeight:
