@@ -28,7 +28,7 @@ from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
-from verl_gradalign.probe.passes import largest_of_ranks
+from verl_gradalign.probe.ranks import largest
 from verl_gradalign.probe.replay import ReplayTally
 from verl_gradalign.types import ProblemRows
 
@@ -175,7 +175,7 @@ class VerlEngine:
         rows = [row for problem in problems for row in problem.rows]
         scales = [problem.scale for problem in problems for _ in problem.rows]
         # All ranks must run equally many rows, and at least one.
-        num_rows = largest_of_ranks(max(1, len(rows)), self.data_group, get_device_id())
+        num_rows = largest(max(1, len(rows)), self.data_group, get_device_id())
         num_rows, micro_batch_size = self._micro_batching(num_rows)
         data = self._settings(
             self._select(list(self._rows), rows, scales + [0.0] * (num_rows - len(rows))),

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.fsdp import Placement, flat_handles, gather_flat, gather_whole, local_part
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients, trainable_parameters
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.types import ProblemRows
 
 Shards = tuple[Tensor | None, ...]
@@ -141,15 +141,17 @@ def local_products(first: Shards, second: Shards) -> list[Tensor]:
     ]
 
 
+def local_inner(first: Shards, second: Shards, device: torch.device) -> Tensor:
+    """Return the inner product over this rank's shards, summed in float64; 0 if it holds none."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for product in local_products(first, second):
+        total += product.to(device)
+    return total
+
+
 def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
     """Return the inner product over all shards of all ranks, summed in float64. Collective."""
-    # A rank may hold no shard at all; it still takes part in the reduction.
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for product in local_products(first, second):
-        total += product.to(total.device)
-    if engine.shard_group is not None:
-        torch.distributed.all_reduce(total, group=engine.shard_group)
-    return total.item()
+    return summed(local_inner(first, second, engine.device), engine.shard_group).item()
 
 
 class DirectionGather:

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from verl_gradalign.probe.engine import GradientEngine, TokenBudget
+from verl_gradalign.probe.ranks import largest, summed
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -85,7 +84,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     batches = [_micro_batch(problems, [mine[member] for member in members]) for members in packed]
     padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
-    num_batches = largest_of_ranks(len(batches), engine.data_group, engine.device)
+    num_batches = largest(len(batches), engine.data_group, engine.device)
     return batches + [padding] * (num_batches - len(batches))
 
 
@@ -209,18 +208,4 @@ def problem_scores(
 
 def summed_over_ranks(engine: GradientEngine, values: Tensor) -> Tensor:
     """Return the sum, on the CPU, over the ranks that hold different rows. Collective."""
-    if engine.data_group is None:
-        return values
-    # On the engine's device: NCCL reduces nothing that lies in CPU memory.
-    on_device = values.to(engine.device)
-    torch.distributed.all_reduce(on_device, group=engine.data_group)
-    return on_device.cpu()
-
-
-def largest_of_ranks(value: int, group: ProcessGroup | None, device: torch.device | int) -> int:
-    """Return the largest `value` of the group's ranks; every rank must run as many passes as any other. Collective."""
-    if group is None:
-        return value
-    largest = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    return int(largest.item())
+    return values if engine.data_group is None else summed(values.to(engine.device), engine.data_group).cpu()

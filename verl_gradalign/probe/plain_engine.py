@@ -18,7 +18,8 @@ from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.fsdp import compute_device, data_parallel_group
 from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.objective import response_log_probs
-from verl_gradalign.probe.passes import largest_of_ranks, pack, power_of_two
+from verl_gradalign.probe.passes import pack, power_of_two
+from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows, TokenRow
 
 
@@ -58,7 +59,7 @@ class PlainEngine:
         """Return the power of two next below the largest |coefficient| of all ranks' rows. Collective."""
         sizes = [float(row.coefficient.abs().max()) for row in self._rows if row.coefficient.numel()]
         exponent = round(math.log2(power_of_two(max(sizes, default=0.0))))
-        return 2.0 ** largest_of_ranks(exponent, self.data_group, self.device)
+        return 2.0 ** largest(exponent, self.data_group, self.device)
 
     @property
     def spare_row(self) -> int:
@@ -101,7 +102,7 @@ class PlainEngine:
         lengths = [(row, self.row_length(row)) for row, _ in rows]
         one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
         batches = [[rows[i] for i in members] for members in pack(one_row_each, self.budget)]
-        num_batches = largest_of_ranks(len(batches), self.data_group, self.device)
+        num_batches = largest(len(batches), self.data_group, self.device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for batch in batches + [[]] * (num_batches - len(batches)):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.passes import largest_of_ranks, pack
+from verl_gradalign.probe.passes import pack
+from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows
 
 REMEDY = "Remedy: take prompt out, e.g. gradalign.forecast.features=[source,text]"
@@ -40,7 +41,7 @@ def prompt_states(engine: GradientEngine, num_prompts: int) -> Tensor:
     batches = pack(rows, budget)
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting. One at least, so that all
     # know the width.
-    num_batches = largest_of_ranks(max(1, len(batches)), engine.data_group, engine.device)
+    num_batches = largest(max(1, len(batches)), engine.data_group, engine.device)
     found: dict[int, Tensor] = {}
     with _states_of(engine.module) as seen:
         for batch in batches + [[]] * (num_batches - len(batches)):

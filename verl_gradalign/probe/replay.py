@@ -13,9 +13,10 @@ Shape legend: R responses, T response tokens.
 """
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from verl_gradalign.probe.ranks import summed
 
 MAX_RATIO = 2.0
 MIN_EFFECTIVE = 0.5
@@ -69,9 +70,7 @@ class ReplayTally:
     def shares(self, group: ProcessGroup | None, device: torch.device) -> dict[str, float]:
         """Return, by metric name, what was found on all ranks; nothing where no response was weighed. Collective."""
         total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total.to(device)
-        if group is not None:
-            torch.distributed.all_reduce(total, group=group)
-        num_responses, num_dropped, effective, weight, num_tokens = total.tolist()
+        num_responses, num_dropped, effective, weight, num_tokens = summed(total, group).tolist()
         if not num_responses:
             return {}
         return {

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from verl_gradalign.probe.estimators.low_rank import OVERSAMPLING
 from verl_gradalign.probe.fsdp import Placement
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.probe.taps import Gather, TapPoint
 from verl_gradalign.probe.update import Reading
 
@@ -134,9 +135,7 @@ class _Cutting:
 
     def energy_kept(self) -> float:
         """Return the share of |v|^2 that is kept. Collective."""
-        if self._group is not None:
-            torch.distributed.all_reduce(self._energy_2, group=self._group)
-        kept, total = self._energy_2.tolist()
+        kept, total = summed(self._energy_2, self._group).tolist()
         return kept / total if total else 1.0
 
 

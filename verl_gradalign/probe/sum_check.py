@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
-from verl_gradalign.probe.direction import Direction, local_products
+from verl_gradalign.probe.direction import Direction, local_inner
 from verl_gradalign.probe.fsdp import local_part
 from verl_gradalign.probe.gradient import trainable_parameters
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.probe.update import UpdateMeter
 
 
@@ -49,26 +49,13 @@ class SumCheck:
         sum_K = self.meter.take_sum()
         if sum_K is None:
             return
-        sum_K = self._over_ranks(sum_K.clone(), self.data_group)
+        sum_K = summed(sum_K.clone(), self.data_group)
         grads = [parameter.grad for _, parameter in trainable_parameters(self.module)]
         shards = tuple(None if grad is None else local_part(grad).detach() for grad in grads)
-        product, squared_norm = self._over_ranks(
-            torch.stack([self._total(self.direction.shards, shards), self._total(shards, shards)]), self.shard_group
-        ).tolist()
+        products = [local_inner(shards, other, self.device) for other in (self.direction.shards, shards)]
+        product, squared_norm = summed(torch.stack(products), self.shard_group).tolist()
         cosine = product / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
         self._found[self.mini_batch] = sum_K.tolist(), cosine
-
-    def _total(self, first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for product in local_products(tuple(second), tuple(first)):
-            total += product.to(total.device)
-        return total
-
-    @staticmethod
-    def _over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-        if group is not None:
-            torch.distributed.all_reduce(values, group=group)
-        return values
 
     def largest_errors(self, norms: Sequence[float]) -> list[float]:
         """Return each reading's largest |sum - <g, v / |v|>| / |g| of the mini-batches; none if none was compared.

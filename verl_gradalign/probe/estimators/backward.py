@@ -12,14 +12,13 @@ Shape legend: P problems.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
-from torch import Tensor
 
-from verl_gradalign.probe.direction import Direction, Shards, local_products, require_same_shards, take_gradient
+from verl_gradalign.probe.direction import Direction, Shards, local_inner, require_same_shards, take_gradient
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.passes import problem_scores
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -49,23 +48,16 @@ class BackwardEstimator(ScoreEstimator):
             for column, part in enumerate([problem.half(0), problem.half(1)] if problem.is_split else [problem]):
                 engine.backward([part])
                 gradient = take_gradient(engine.module)
-                sum_P3[index, column] = _total(local_products(gradient, direction.shards), device)
+                sum_P3[index, column] = local_inner(gradient, direction.shards, device)
                 # The norm is that of both halves together, so the first one's gradient waits for the second's.
                 whole = gradient if whole is None else _added(whole, gradient)
             assert whole is not None
-            sum_P3[index, 2] = _total(local_products(whole, whole), device)
+            sum_P3[index, 2] = local_inner(whole, whole, device)
         # Once for all problems: a reduction for each would make all ranks wait for each other as often.
-        if engine.shard_group is not None:
-            torch.distributed.all_reduce(sum_P3, group=engine.shard_group)
-        sum_P3, scale = sum_P3.cpu(), engine.gradient_scale
+        sum_P3, scale = summed(sum_P3, engine.shard_group).cpu(), engine.gradient_scale
         return problem_scores(problems, sum_P3[:, :2] * scale, sum_P3[:, 2].sqrt() * scale, None, direction.norm)
 
 
 def _added(total: Shards, other: Shards) -> Shards:
     """Return the sum, in `total`'s tensors where both have one: a third gradient of the model's size would not fit."""
     return tuple(b if a is None else a if b is None else a.add_(b) for a, b in zip(total, other, strict=True))
-
-
-def _total(products: list[Tensor], device: torch.device) -> Tensor:
-    # A rank may hold no shard at all; it still takes part in the reduction.
-    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64, device=device)

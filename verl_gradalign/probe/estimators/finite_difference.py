@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from verl_gradalign.probe.direction import Direction, require_same_shards
@@ -24,6 +23,7 @@ from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import local_part, reshard
 from verl_gradalign.probe.gradient import in_eval_mode, trainable_parameters
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -75,9 +75,7 @@ def _parameter_norm(engine: GradientEngine) -> float:
     parameters = [parameter for _, parameter in trainable_parameters(engine.module)]
     squares = [local_part(parameter).detach().double().square().sum() for parameter in parameters]
     total = torch.stack(squares).sum().to(engine.device)
-    if engine.shard_group is not None:
-        torch.distributed.all_reduce(total, group=engine.shard_group)
-    return math.sqrt(total.item())
+    return math.sqrt(summed(total, engine.shard_group).item())
 
 
 @contextmanager
