@@ -196,19 +196,18 @@ class Forecaster:
     def _restored(self, state: Mapping[str, Any] | None) -> Predictor | None:
         if state is None:
             return None
-        predictor = self._predictor(np.asarray(state["prior"]))
+        predictor = self._predictor(np.asarray(state["prior"]), is_scaled=state["scales"] is not None)
         predictor.restore(state)
         return predictor
 
-    def _predictor(self, prior_F: np.ndarray) -> Predictor:
-        return Predictor(prior_F, len(self._ids), self._config.forecast.memory)
+    def _predictor(self, prior_F: np.ndarray, is_scaled: bool) -> Predictor:
+        return Predictor(prior_F, len(self._ids), self._config.forecast.memory, is_scaled)
 
     def _values(self, step: int, position_S: np.ndarray, values_SF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return what a shortlist is ranked by: x . w~ + m_u, over the forecast length where that is asked for."""
         if self._score is None or not self._score.is_known:
             return np.zeros(len(position_S))
-        own_S, _ = self._score.own.predict(position_S, step)
-        value_S = (values_SF * self._score.prior_F) @ self._score.belief().draw(rng) + own_S
+        value_S = self._score.draw(step, position_S, values_SF, rng)
         if self._length is None or not self._length.is_known:
             return value_S
         log_length_S, _ = self._length.predict(step, position_S, values_SF)
@@ -240,8 +239,9 @@ class Forecaster:
             bad = np.asarray(problem_ids)[is_bad_S]
             refuse("gradalign.forecast.features", names, f"is not finite for problems {bad[:5].tolist()}", remedy)
         if self._score is None:
-            self._score = self._predictor(features.prior_F.copy())
-            self._length = self._predictor(features.prior_F.copy()) if self._config.forecast.per == "token" else None
+            prior_F, is_per_token = features.prior_F.copy(), self._config.forecast.per == "token"
+            self._score = self._predictor(prior_F, is_scaled=True)
+            self._length = self._predictor(prior_F, is_scaled=False) if is_per_token else None
         if not np.array_equal(self._score.prior_F, features.prior_F):
             before, now = len(self._score.prior_F), len(features.prior_F)
             differ = f"gave {before} numbers a problem before, {now} now" if before != now else "changed their priors"

@@ -87,6 +87,13 @@ class Information:
         shrink_FF = np.eye(len(self.vector_F)) + variance * self.matrix_FF
         return Information(_symmetric(solve(shrink_FF, self.matrix_FF)), solve(shrink_FF, self.vector_F))
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {"matrix": self.matrix_FF, "vector": self.vector_F}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Information:
+        return cls(np.asarray(state["matrix"]), np.asarray(state["vector"]))
+
 
 def nothing(num_features: int) -> Information:
     return Information(np.zeros((num_features, num_features)), np.zeros(num_features))
@@ -124,11 +131,11 @@ class Regression:
     def belief(self, prior_variance: float) -> Belief:
         """Return w after all that was learnt."""
         common = self.common_variance(prior_variance)
-        return _belief(self._past + self._present.with_common_error(common), prior_variance)
+        return belief_of(self._past + self._present.with_common_error(common), prior_variance)
 
     def fit(self, x_PF: np.ndarray, y_P: np.ndarray, noise_P: np.ndarray, prior_variance: float) -> Fit:
         """Return each measurement's residual from the fit of all others, and the variance it should have."""
-        belief = _belief(self._past, prior_variance)
+        belief = belief_of(self._past, prior_variance)
         common_FF = self.common_variance(prior_variance) * np.eye(len(belief.mean_F))
         before_FF = inv(belief.covariance_FF + common_FF)
         step = self._present + information_of(x_PF, y_P, noise_P)
@@ -145,12 +152,11 @@ class Regression:
         self._present += information_of(x_PF, y_P, noise_P)
 
     def state(self) -> dict[str, Any]:
-        parts = {"past": self._past, "present": self._present}
-        arrays = {name: {"matrix": part.matrix_FF, "vector": part.vector_F} for name, part in parts.items()}
-        return {**arrays, "common": self._common.state()}
+        parts = {"past": self._past.state(), "present": self._present.state()}
+        return {**parts, "common": self._common.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._past, self._present = (Information(**_of_state(state[name])) for name in ("past", "present"))
+        self._past, self._present = (Information.restored(state[name]) for name in ("past", "present"))
         self._common.restore(state["common"])
 
     def _note_common(self, x_PF: np.ndarray, y_P: np.ndarray, noise_P: np.ndarray, prior_variance: float) -> None:
@@ -159,7 +165,7 @@ class Regression:
         Along an eigenvector of A with eigenvalue a the difference has the variance 1 / a + P + omega^2, P being what
         the earlier ones leave open. Weighted by 1 / variance^2, as values that are squares of a normal error should be.
         """
-        belief = _belief(self._past, prior_variance)
+        belief = belief_of(self._past, prior_variance)
         surprise = information_of(x_PF, y_P - belief.mean(x_PF), noise_P)
         a_F, axes_FF = np.linalg.eigh(surprise.matrix_FF)
         open_F = belief.variance(axes_FF.T)
@@ -170,7 +176,8 @@ class Regression:
         self._common.add(difference_K**2 - expected_K, variance_K**-2.0)
 
 
-def _belief(information: Information, prior_variance: float) -> Belief:
+def belief_of(information: Information, prior_variance: float) -> Belief:
+    """Return what is known of w, by the information and the prior."""
     precision_FF = information.matrix_FF + np.eye(len(information.vector_F)) / prior_variance
     covariance_FF = _symmetric(inv(precision_FF))
     return Belief(covariance_FF @ information.vector_F, covariance_FF)
@@ -179,7 +186,3 @@ def _belief(information: Information, prior_variance: float) -> Belief:
 def _symmetric(matrix_FF: np.ndarray) -> np.ndarray:
     """Return the matrix without the rounding that makes it differ from its transpose."""
     return (matrix_FF + matrix_FF.T) / 2
-
-
-def _of_state(part: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {"matrix_FF": np.asarray(part["matrix"]), "vector_F": np.asarray(part["vector"])}
