@@ -23,13 +23,14 @@ class Pool:
     num: int
     shares: tuple = (0.12, 0.88)
     means: tuple = (0.04, 0.0)
-    noise: float = 0.3
+    noise: float | tuple = 0.3
+    """Of all kinds, or of each."""
     own: float = 0.0
     """Standard deviation of the problems' own parts."""
     common: float = 0.0
     """Standard deviation of each kind's error that all of a step's measurements share."""
-    dead: float = 0.0
-    """Share of groups without any spread of rewards."""
+    dead: float | tuple = 0.0
+    """Share of groups without any spread of rewards, of all kinds or of each."""
     num_noise_features: int = 0
     seed: int = 0
 
@@ -57,10 +58,11 @@ class Pool:
     def measure(self, ids, unit=1.0):
         """What a step says of the problems; errors are estimated from eight responses."""
         num = len(ids)
-        common = self.common * self.rng.standard_normal(len(self.shares))
-        error = self.noise * np.sqrt(self.rng.chisquare(7, num) / 7)
-        value = self.truth(ids) + common[self.kind[self.rows(ids)]] + self.noise * self.rng.standard_normal(num)
-        is_dead = self.rng.random(num) < self.dead
+        common, kind = self.common * self.rng.standard_normal(len(self.shares)), self.kind[self.rows(ids)]
+        noise, dead = (np.broadcast_to(each, len(self.shares))[kind] for each in (self.noise, self.dead))
+        error = noise * np.sqrt(self.rng.chisquare(7, num) / 7)
+        value = self.truth(ids) + common[kind] + noise * self.rng.standard_normal(num)
+        is_dead = self.rng.random(num) < dead
         value[is_dead], error[is_dead] = 0.0, np.nan
         return Observations(np.asarray(ids), unit * value, unit * error, self.rng.integers(20, 200, num).astype(float))
 

@@ -34,6 +34,26 @@ def test_targets_of_twelve_per_cent_are_found_through_noise_eight_times_their_sc
     assert large[20:].mean() > 0.85 * CEILING
 
 
+def test_kinds_whose_scores_are_surely_small_are_not_explored_for_ever():
+    """Targets as above; a third of the pool is solved, and over half has small scores: guesses, which pull nowhere.
+
+    A shortlist of eight batches holds as many targets as are picked. Measured .61, .73, .78, .78 in fifteens of steps
+    (eight seeds); .50, .62, .62, .58 if all scores are taken for equally uncertain.
+    """
+    kinds = {
+        "shares": (0.12, 0.33, 0.55),
+        "means": (0.04, 0.0, 0.0),
+        "noise": (0.3, 0.1, 0.06),
+        "dead": (0.2, 0.97, 0.1),
+    }
+    shares = []
+    for seed in range(8):
+        pool = Pool(20_000, seed=seed, **kinds)
+        steps = pool.run(pool.forecaster(oversample=8, seed=seed), 60)
+        shares.append([pool.share_of_targets(picks.problem_id_P) for picks in steps])
+    assert np.mean(shares, axis=0)[15:].mean() > 0.68
+
+
 def test_features_that_tell_nothing_cost_little():
     """32 of them, a batch of 128: measured .24, .29, .37, .40 in tens of steps."""
     assert shares_by_step(30, 128, (0,), num_noise_features=32)[15:].mean() > 0.24
@@ -119,12 +139,13 @@ def test_concentration_is_bounded_by_the_shortlist():
 def test_a_source_whose_rewards_break_for_fifty_steps_comes_back_after_their_repair(value, is_dead, most):
     """The best of four sources, a quarter of the pool; back: half of a batch.
 
-    Measured over 24 seeds: after 4 steps on average (14 at most) of groups that were dead, 4 (10) of scores around 0, 9
-    (17) and 12 (22) of scores that were half as bad, and as bad, as they had been good. What is seen of it meanwhile is
+    Measured over 24 seeds: after 7 steps on average (15 at most) of groups that were dead, 5 (13) of scores around 0, 8
+    (15) and 13 (23) of scores that were half as bad, and as bad, as they had been good. What is seen of it meanwhile is
     what the uniform part holds, one problem a step, and what was believed fades with a memory of 20 steps.
     """
-    share = np.zeros((len(SEEDS), 89))
-    for seed in SEEDS:
+    seeds = range(8)
+    share = np.zeros((len(seeds), 89))
+    for seed in seeds:
         pool = Pool(4000, shares=(0.25,) * 4, means=(0.1, 0.02, 0.02, 0.02), noise=0.1, seed=seed)
         forecaster = pool.forecaster(seed=seed)
         for step in range(1, 90):
