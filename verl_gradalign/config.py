@@ -161,8 +161,8 @@ class DirectionConfig(Block, name="direction"):
     truncated at 2, a response left out once its effective sample is below half. None: 5 with schedule forecast, else 1.
     """
     part: float = 0.25
-    """Where responses are kept: how many of them v is made from in a step, at random, as a share of the rows of an
-    update; above 0. A small part that changes beats a large one that is held."""
+    """Where responses are kept: how many of them v is made from in a step, at random, as a share of an update's rows;
+    above 0. A small part that changes beats a large one that is held."""
     train_on_trusted: bool = False
     """Whether the trusted responses generated in a step are trained on too, in the place of as many others."""
     audit: float = 0.1
@@ -175,9 +175,10 @@ class DirectionConfig(Block, name="direction"):
     aggregation: str = key("aggregate", one_of=("aggregate", "per_problem_unit"))
     """`aggregate`: the gradient of all trusted responses together, as published; problems of middling difficulty weigh
     more. `per_problem_unit`: each problem's unit gradient, averaged; costs a second pass over the trusted set."""
-    ema: float = 0.0
-    """Weight of the earlier directions in a moving average over refreshes (exponential, bias-corrected), from 0 to
-    below 1. 0: the newest alone. The policy moves slowly, so old rollouts still carry signal."""
+    ema: float | None = None
+    """Weight of the earlier directions in a moving average over refreshes (exponential, bias-corrected), from 0 (the
+    newest alone) to below 1. The policy moves slowly, so old rollouts still carry signal. Above 0 checkpoints hold v, 4
+    bytes a parameter. None: 0.8 with schedule forecast where responses are kept, else 0."""
     metric: str = key("none", one_of=("none", "adam", "candidates"))
     """`adam` divides v elementwise by the square root of the actor's (bias-corrected) second moments, as its optimizer
     does to a gradient; without effect until the first update. `candidates` divides it by the root mean square over live
@@ -188,7 +189,9 @@ class DirectionConfig(Block, name="direction"):
     """Whether v lies in CPU memory between its uses: saves 4 bytes per parameter and rank count, costs transfers."""
 
     def _check(self) -> None:
-        require(0 <= self.ema < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off")
+        require(
+            0 <= (self.ema or 0) < 1, "direction.ema", self.ema, "must be from 0 to below 1", "set 0 to switch it off"
+        )
         require(0 < self.part < math.inf, "direction.part", self.part, "must be above 0", "set 0.25")
         require(0 <= self.audit < 1, "direction.audit", self.audit, "must be from 0 to below 1", "set 0.1")
 
@@ -382,12 +385,10 @@ class GradAlignConfig(Block):
         """Fill in the keys of `direction` whose default depends on the schedule."""
         own = self.direction
         interval, rolling, replay = (10, True, 5) if self.is_forecast else (1, False, 1)
-        filled = replace(
-            own,
-            refresh_interval=own.refresh_interval or interval,
-            rolling=rolling if own.rolling is None else own.rolling,
-            replay=own.replay or replay,
-        )
+        kept = replace(own, rolling=rolling if own.rolling is None else own.rolling, replay=own.replay or replay)
+        # Of parts that change in every step; directions that are held would be remembered for too long.
+        ema = 0.8 if self.is_forecast and kept.keeps_responses and own.ema is None else own.ema or 0.0
+        filled = replace(kept, refresh_interval=own.refresh_interval or interval, ema=ema)
         object.__setattr__(self, "direction", filled)
 
     @classmethod

@@ -20,7 +20,7 @@ RTOL, ATOL_COSINE = 1e-3, 1e-4
 OF_THE_MACHINE = ("seconds", "share_of_step", "/perf/", "canary")  # the canary's error is rounding
 # A direction that is made anew in every step is not saved, so after a resume there is none to compare the first with.
 OF_AN_UNSAVED_DIRECTION = "gradalign/direction/cosine_previous"
-SAVES_ITS_DIRECTION = ("step",)
+SAVES_ITS_DIRECTION = ("step", "forecast")
 UNTIMED = ("gradalign/", "actor/", "critic/", "response_length/", "training/rollout_probs_diff_mean")
 
 

@@ -69,10 +69,14 @@ def test_the_directions_upkeep_follows_the_schedule_where_it_is_left_open():
     by_schedule = {
         name: built({"score": "accuracy_greedy", "schedule": name}).direction for name in ("step", "forecast")
     }
-    kept = {name: (d.refresh_interval, d.rolling, d.replay, d.keeps_responses) for name, d in by_schedule.items()}
-    assert kept == {"step": (1, False, 1, False), "forecast": (10, True, 5, True)}
+    kept = {
+        name: (d.refresh_interval, d.rolling, d.replay, d.ema, d.keeps_responses) for name, d in by_schedule.items()
+    }
+    assert kept == {"step": (1, False, 1, 0.0, False), "forecast": (10, True, 5, 0.8, True)}
     own = {"schedule": "forecast", "direction": {"refresh_interval": 3, "rolling": False, "replay": 1}}
-    assert not built({"score": "accuracy_greedy", **own}).direction.keeps_responses
+    held = built({"score": "accuracy_greedy", **own}).direction
+    assert not held.keeps_responses and held.ema == 0
+    assert built({"score": "accuracy_greedy", "schedule": "forecast", "direction": {"ema": 0.0}}).direction.ema == 0
 
 
 def test_the_word_forecast_is_the_cheap_schedule():

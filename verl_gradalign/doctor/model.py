@@ -187,7 +187,8 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
 def _is_direction_kept(config: GradAlignConfig) -> bool:
     """Return whether a step needs the direction of an earlier one, or its update the direction."""
     direction = config.direction
-    outlives_step = (direction.refresh_interval or 1) > 1 or direction.ema > 0 or direction.on_degenerate == "previous"
+    is_held = (direction.refresh_interval or 1) > 1 or direction.on_degenerate == "previous"
+    outlives_step = is_held or bool(direction.ema)
     return outlives_step or config.measures_in_update
 
 

@@ -164,4 +164,4 @@ class MeasuringTrainer(_Trainer):
     @property
     def _direction_outlives_step(self) -> bool:
         own = self.gradalign.direction
-        return own.ema > 0 or (own.refresh_interval != 1 and self._kept_responses is None)
+        return bool(own.ema) or (own.refresh_interval != 1 and self._kept_responses is None)

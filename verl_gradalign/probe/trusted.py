@@ -89,7 +89,7 @@ def trusted_direction(
         for name in usable
     }
     reports[COMBINED] = SetReport(fresh.norm, _half_cosine(engine, *terms), 1.0)
-    return _averaged(engine, fresh, previous, config.ema), reports
+    return _averaged(engine, fresh, previous, config.ema or 0.0), reports
 
 
 def _weighed(engine: GradientEngine, problems: Sequence[ProblemRows], aggregation: str) -> Sequence[ProblemRows]:

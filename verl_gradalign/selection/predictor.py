@@ -59,9 +59,8 @@ class Predictor:
         self._keep = 1 - 1 / memory
         self._regression = Regression(len(prior_F))
         self._moment = {name: RunningMean() for name in MOMENTS}
-        """Of y^2, the measured part of it that is noise, standard errors, e^2 beyond these, and what is left of y^2
-        around a step's mean: at first, less what the features had forecast, less the own part too. The last three in y's
-        own unit, the others in that of s."""
+        """Of y^2, the measured part of it that is noise, standard errors, e^2 beyond these, all in units of s; and what
+        is left of y^2 around a step's mean: at first, less what the features had forecast, less the own part too."""
         self._step = 0
 
     @property
