@@ -55,13 +55,13 @@ def cut_replica(
 
     It depends on the direction alone, so that a resumed run reads what the run it resumes would have read. Matrices are
     gathered one after another; each rank keeps one of as many as there are ranks, and these are then cut side by side.
-    No more than one whole matrix lies in a rank's memory besides its shards.
+    No more than one whole matrix lies in a rank's memory besides its shards. Factors are exchanged at the end, all that
+    a rank has made at once.
     """
     cutting = _Cutting(rank, group, dtype)
     for use in _distinct(points):
         cutting.take(use, whole(use))
-    cutting.exchange()
-    parts = cutting.parts
+    parts = cutting.exchanged()
     return Replica(Reading(points, lambda placement: parts[placement.identity]), cutting.energy_kept())
 
 
@@ -96,42 +96,59 @@ class _Cutting:
         is_alone = group is None
         self._place = 0 if is_alone else torch.distributed.get_rank(group)
         self._num_places = 1 if is_alone else torch.distributed.get_world_size(group)
-        self._dealt: list[Placement] = []
-        self._mine = torch.zeros(0)
+        self._dealt: list[list[Placement]] = [[] for _ in range(self._num_places)]
+        """The matrices that each rank cuts."""
+        self._num_dealt = 0
+        self._waiting = torch.zeros(0)
+        """This rank's matrix of the present round, until the others have theirs."""
+        self._mine: list[Tensor] = []
+        """What this rank has cut."""
+        self._empty = torch.zeros(0)
+        """Of the dtype, and on the device, of what is exchanged."""
         # (kept, all), in float64; on the device once there is one.
         self._energy_2 = torch.zeros(2, dtype=torch.float64)
-        self.parts: dict[tuple[int, int], Tensor] = {}
+        self._parts: dict[tuple[int, int], Tensor] = {}
 
     def take(self, use: Placement, part: Tensor) -> None:
         """Take the next parameter's direction; matrices are cut when every rank has one."""
         self._energy_2 = self._energy_2.to(part.device)
         if part.dim() != 2:
-            self.parts[use.identity] = _as(part, self._dtype)
+            self._parts[use.identity] = _as(part, self._dtype)
             if self._place == 0:
                 self._energy_2 += part.double().square().sum()
             return
-        if len(self._dealt) == self._place:
-            self._mine = part
-        self._dealt.append(use)
-        if len(self._dealt) == self._num_places:
-            self.exchange()
+        place, self._num_dealt = self._num_dealt % self._num_places, self._num_dealt + 1
+        self._dealt[place].append(use)
+        self._empty = _as(part.new_empty(0), self._dtype)
+        if place == self._place:
+            self._waiting = part
+        if place == self._num_places - 1:
+            self._cut()
 
-    def exchange(self) -> None:
-        """Cut the matrix that this rank holds, and give all ranks what each has cut. Collective."""
-        mine_2K = torch.zeros(0)
-        if self._place < len(self._dealt):
-            mine_2K = cut(self._mine, self._rank)
-            kept = mine_2K[self._mine.shape[0] :].double().square().sum()
-            self._energy_2 += torch.stack([kept, self._mine.double().square().sum()])
-        for place, use in enumerate(self._dealt):
-            shape = sum(use.shape), min(self._rank, *use.shape)
-            part = mine_2K if place == self._place else self._mine.new_empty(shape)
-            part = _as(part, self._dtype).contiguous()
-            if self._group is not None:
+    def _cut(self) -> None:
+        """Cut the matrix that this rank holds, if it holds one."""
+        matrix, self._waiting = self._waiting, self._waiting[:0]
+        if matrix.numel():
+            factors = cut(matrix, self._rank)
+            kept = factors[matrix.shape[0] :].double().square().sum()
+            self._energy_2 += torch.stack([kept, matrix.double().square().sum()])
+            self._mine.append(_as(factors, self._dtype))
+
+    def exchanged(self) -> dict[tuple[int, int], Tensor]:
+        """Return all parameters' parts, after every rank has given the others what it has cut. Collective."""
+        self._cut()
+        for place, uses in enumerate(self._dealt):
+            shapes = [(sum(use.shape), min(self._rank, *use.shape)) for use in uses]
+            sizes = [rows * columns for rows, columns in shapes]
+            flat = torch.cat([part.flatten() for part in self._mine]) if place == self._place and uses else None
+            if self._group is not None and uses:
+                flat = self._empty.new_empty(sum(sizes)) if flat is None else flat
                 source = torch.distributed.get_global_rank(self._group, place)
-                torch.distributed.broadcast(part, source, group=self._group)
-            self.parts[use.identity] = part
-        self._dealt, self._mine = [], self._mine[:0]
+                torch.distributed.broadcast(flat, source, group=self._group)
+            if flat is not None:
+                parts = (part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True))
+                self._parts |= zip((use.identity for use in uses), parts, strict=True)
+        return self._parts
 
     def energy_kept(self) -> float:
         """Return the share of |v|^2 that is kept. Collective."""
