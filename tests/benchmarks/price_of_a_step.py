@@ -2,7 +2,7 @@
 """What a step of schedule forecast takes, beside a plain step of verl, on verl itself.
 
     verl-gradalign compare imbalance_mini --tuned --policy outputs/policy --output outputs/price \
-        --methods random,forecast --rates 4e-4 --seeds 1,2,3 --responses 5120 --jobs 1
+        --methods random,forecast --rates 8e-4 --seeds 1,2,3 --jobs 1
     python -m tests.benchmarks.price_of_a_step outputs/price
 
 Reads the runs of such a comparison, which share their processes, and prints a line of JSON for each method: responses
