@@ -33,7 +33,6 @@ from verl_gradalign.toy.regimes import MINIATURES, Miniature
 from verl_gradalign.toy.train_files import write_mixed, write_oracle
 
 FRESH_SEEDS = (1, 2, 3, 4, 5)
-Budget = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Tuning:
     num_tests: int = 8
     """Tests of a run, after equal numbers of responses, besides that of the untrained policy."""
 
-    def budgets(self, miniature: Miniature) -> tuple[Budget, Budget]:
-        """Return what a run generates, as the series is told: one that a rate is tried in, and one of a fresh seed."""
+    def budgets(self, miniature: Miniature) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the arguments of `cpu.series.Budget`: of a run that a rate is tried in, and of one of a fresh seed."""
         num_responses = self.num_responses or miniature.num_responses
         num_tuning = min(self.num_tuning_responses or miniature.num_tuning_responses, num_responses)
         tried, fresh = ({"num_responses": num, "num_tests": self.num_tests} for num in (num_tuning, num_responses))

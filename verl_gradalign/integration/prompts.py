@@ -204,7 +204,7 @@ def joined(batches: Sequence[TensorDict]) -> list[TensorDict]:
     One is dealt to the agent loops evenly, and an engine that answers batch by batch answers all at once.
     """
     first, *others = batches
-    if any(_layout(other) != _layout(first) for other in others):
+    if not others or any(_layout(other) != _layout(first) for other in others):
         return list(batches)
     step, rows = first[STEP], [batch.exclude(STEP) for batch in batches]
     whole = tu.concat_tensordict(rows)

@@ -140,15 +140,14 @@ class Predictor:
         spread, by_features, by_all = (self._moment[name].mean for name in MOMENTS[-3:])
         of_spread = 1 / spread if spread > 0 else math.nan
         unit = self._scales.size if self._scales else 1.0
+        common = self._regression.common_variance(self.prior_variance) if self.is_known else math.nan
         return {
             "explained_features": (spread - by_features) * of_spread,
             "explained_problems": (by_features - by_all) * of_spread,
             "tau": unit * self.own.variance**0.5,
             "size": unit * self.size,
             "excess": unit * self._excess**0.5,
-            "common": unit * self._regression.common_variance(self.prior_variance) ** 0.5
-            if self.is_known
-            else math.nan,
+            "common": unit * common**0.5,
             "known": float(self.own.num_known),
         }
 
