@@ -125,14 +125,13 @@ def _replicas(
 ) -> list[Replica]:
     """Return the direction as it is read: the first one counts, a second one is the whole. Collective."""
     gather = DirectionGather(engine.module, direction, engine.device)
-    points = product_points(engine.module)
     if request.estimator == WHOLE:
-        return [whole_replica(gather, points, dtype)]
+        return [whole_replica(gather, product_points(engine.module), dtype)]
     cut_points = product_points(engine.module, are_factored=True)
     replicas = [cut_replica(gather, cut_points, request.probe.rank, engine.data_group, dtype)]
     if request.is_audited:
         # Gathered layer by layer as the backward pass comes to it: the whole may not fit.
-        replicas.append(Replica(Reading(points, gather), 1.0, is_whole=True))
+        replicas.append(Replica(Reading(product_points(engine.module), gather), 1.0, is_whole=True))
     return replicas
 
 

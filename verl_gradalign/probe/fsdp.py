@@ -117,8 +117,8 @@ def _held_part(parameter: nn.Parameter, placement: Placement) -> str:
 
 
 def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """Return the whole of a tensor that is sharded as `parameter` is. Collective if that is a DTensor."""
-    if not isinstance(parameter, DTensor):
+    """Return the whole of a tensor that is sharded as `parameter` is. Collective if it is shared by ranks."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
         return shard
     mesh, placements = parameter.device_mesh, parameter.placements
     # Given, because the last ranks' shards can be smaller or empty.
