@@ -92,8 +92,8 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
     assert file_fingerprint(first) != file_fingerprint(second)
 
 
-def test_the_state_of_a_million_problems_is_saved_and_loaded_in_under_three_seconds(tmp_path):
-    num = 1_000_000
+def test_the_state_of_ten_million_problems_is_saved_and_loaded_in_under_thirty_seconds(tmp_path):
+    num = 10_000_000
     config = GradAlignConfig.from_mapping(
         {"schedule": "once", "curriculum": {"keep": 0.25}, "validation": {"files": ["x"]}}
     )
@@ -102,7 +102,7 @@ def test_the_state_of_a_million_problems_is_saved_and_loaded_in_under_three_seco
     draw = curriculum.draw(1)
     curriculum.keep(1, ids[: draw.num_kept])
     record.add(ids[::3], np.random.default_rng(0).standard_normal(len(ids[::3])))
-    started = time.process_time()  # of this process alone: the machine is shared
+    started = time.perf_counter()
     path = tmp_path / "gradalign.npz"
     save_state(path, IDENTITY, {"record": record.state(), "curriculum": curriculum.state()})
     state = load_state(path)
@@ -110,7 +110,8 @@ def test_the_state_of_a_million_problems_is_saved_and_loaded_in_under_three_seco
     restored.restore(state["record"])
     again = Curriculum(config, ids, 128)
     again.restore(state["curriculum"])
-    assert time.process_time() - started < 3
+    seconds = time.perf_counter() - started
+    assert seconds < 30, seconds
     np.testing.assert_array_equal(restored.mean_A, record.mean_A)
     assert again.draw(2) == curriculum.draw(2)
 

@@ -117,7 +117,7 @@ def _held_part(parameter: nn.Parameter, placement: Placement) -> str:
 
 
 def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """Return the whole of a tensor that is sharded as `parameter` is. Collective if it is shared by ranks."""
+    """Return the whole of a tensor that is sharded as `parameter` is: on one rank, the shard. Collective otherwise."""
     if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
         return shard
     mesh, placements = parameter.device_mesh, parameter.placements
