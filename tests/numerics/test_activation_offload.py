@@ -83,8 +83,10 @@ def test_scores_are_those_without_offload_and_the_next_pass_finds_the_counters_a
     model = make_model(has_checkpointing, offloads=True)
     for _ in range(2):  # in several micro-batches, twice
         scores = scored(model, estimator)
-        assert torch.equal(scores.dot_P, expected.dot_P)
-        assert expected.norm_P is None or torch.equal(scores.norm_P, expected.norm_P)
+        # A wrapped output layer gives whole logits, another one blocks of them.
+        tolerance = {"rtol": 1e-7 if estimator == "finite_difference" else 1e-12, "atol": 1e-13}
+        torch.testing.assert_close(scores.dot_P, expected.dot_P, **tolerance)
+        assert expected.norm_P is None or torch.allclose(scores.norm_P, expected.norm_P, **tolerance)
     ids = torch.arange(12).view(2, 6)
     losses = []
     for each in (model, make_model(has_checkpointing, offloads=False)):

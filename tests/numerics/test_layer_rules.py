@@ -18,7 +18,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from verl_gradalign.probe.layer_rules import LAYER_RULES, rule_of
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
-from verl_gradalign.probe.taps import tap_points, tapped
+from verl_gradalign.probe.tap_points import tap_points
+from verl_gradalign.probe.taps import tapped
 
 RTOL_FLOAT64 = 1e-12  # of the gradient's norm; measured 1.4e-15
 RTOL_FLOAT32_NORM = 1e-5  # transformers' RMSNorm computes in float32 whatever it is given; measured 3.9e-7

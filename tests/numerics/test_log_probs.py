@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from verl_gradalign.probe import objective
-from verl_gradalign.probe.objective import response_log_probs, token_log_probs
+from verl_gradalign.probe.engine import PreparedPass
+from verl_gradalign.probe.head import response_log_probs
+from verl_gradalign.probe.objective import token_log_probs
 
 TOLERANCES = {
     torch.float64: 1e-13,  # of log-probs of order 1 to 100; measured 6.9e-15
@@ -82,7 +84,8 @@ def test_a_token_is_predicted_by_the_position_before_it() -> None:
     logits_NV = torch.randn(10, 6, dtype=torch.float64)
     ids_N = torch.randint(6, (10,))
     spans = [(2, 3), (7, 0), (6, 4)]
-    actual_RT = response_log_probs(logits_NV, ids_N, spans, temperature=0.5)
+    passed = PreparedPass(ids_N.view(1, -1), (0,), lambda: logits_NV.unsqueeze(0))
+    actual_RT = response_log_probs(passed, spans, temperature=0.5, head=None)
     assert actual_RT.shape == (3, 4)
     log_prob_NV = (logits_NV / 0.5).log_softmax(dim=-1)
     for row, (start, length) in enumerate(spans):

@@ -18,8 +18,10 @@ from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import leave_no_trace
+from verl_gradalign.probe.head import plain_head
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.taps import tap_points, tapped
+from verl_gradalign.probe.tap_points import tap_points
+from verl_gradalign.probe.taps import tapped
 
 
 def observe(model: nn.Module) -> list[object]:
@@ -90,6 +92,9 @@ def test_weights_get_no_gradient_while_tapped(estimator: str) -> None:
 
 def activations_alive_after_forward(model: nn.Module, is_tapped: bool) -> int:
     """Return how many inputs of linear layers inside the decoder layers are still in memory after a forward pass."""
+    rows, _ = tabulate(CANDIDATES)
+    engine = PlainEngine(model, rows, TEMPERATURE)
+    plain_head(engine)  # found by a pass of its own
     alive: list[weakref.ref] = []
     watched = [
         module
@@ -97,12 +102,11 @@ def activations_alive_after_forward(model: nn.Module, is_tapped: bool) -> int:
         if isinstance(module, nn.Linear) and name.endswith(("down_proj", "o_proj", "up_proj"))
     ]
     handles = [m.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0]))) for m in watched]
-    rows, _ = tabulate(CANDIDATES)
-    engine = PlainEngine(model, rows, TEMPERATURE)
     with leave_no_trace(model):
         if is_tapped:
-            with tapped(model, tap_points(model), lambda placement: torch.zeros(placement.shape)):
-                log_prob_RT, _ = engine.forward((0, 1, 2), (3,))
+            zeros, head = (lambda placement: torch.zeros(placement.shape)), plain_head(engine)
+            with tapped(model, tap_points(model), zeros, head=head) as taps:
+                log_prob_RT, _ = taps.forward(engine, (0, 1, 2), (3,))
         else:
             log_prob_RT, _ = engine.forward((0, 1, 2), (3,))
         gc.collect()

@@ -23,11 +23,11 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_gradalign.probe.engine import TokenBudget
+from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
+from verl_gradalign.probe.head import plain_head, response_log_probs
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
-from verl_gradalign.probe.objective import response_log_probs
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.probe.replay import ReplayTally
 from verl_gradalign.types import ProblemRows
@@ -140,35 +140,46 @@ class VerlEngine:
     def _on_cpu(self) -> dict[str, list[Tensor]]:
         return {name: [part.cpu() for part in self._rows[name]] for name in (COEFFICIENTS, "response_mask")}
 
-    def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
+    def forward(
+        self,
+        rows: Sequence[int],
+        rows_per_problem: Sequence[int],
+        on_block: OnBlock | None = None,
+        whole_logits: bool = False,
+    ) -> tuple[Tensor, Layout]:
         """Return the log-probs of the rows' responses (rows, longest) and the layout; see `GradientEngine.forward`.
 
-        verl prepares the inputs. The log-probs are taken from the logits here: verl takes them of prompt tokens too,
+        verl prepares the inputs. The log-probs are taken here: verl takes them of prompt tokens too, from whole logits,
         and one token at a time where there is no flash attention.
         """
-        logits, ids, starts = self.run(rows)
+        head, passed = None if whole_logits else plain_head(self), self.prepare(rows)
         lengths = [self.row_length(row) for row in rows]
         prompts = [len(self._rows["prompts"][row]) for row in rows]
         responses = [len(self._rows["responses"][row]) for row in rows]
-        lines, width = ids.shape
+        lines, width = passed.ids.shape
         if self._engine.engine_config.use_remove_padding:
             layout = packed_layout(lengths, width, rows_per_problem)
         else:
             layout = padded_layout(lines, width, rows_per_problem)
-        spans = [(start + prompt, length) for start, prompt, length in zip(starts, prompts, responses, strict=True)]
-        return response_log_probs(logits.flatten(0, 1), ids.flatten(), spans, self._temperature), layout
+        spans = [(start + p, length) for start, p, length in zip(passed.starts, prompts, responses, strict=True)]
+        return response_log_probs(passed, spans, self._temperature, head, on_block), layout
 
-    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Return the rows' logits, the ids at all positions, and where rows begin; see `GradientEngine.run`."""
+    def prepare(self, rows: Sequence[int]) -> PreparedPass:
+        """Return a pass over the rows with verl's own inputs; see `GradientEngine.prepare`."""
         names = [name for name in MODEL_INPUTS if name in self._rows]
         data = self._settings(self._select(names, list(rows)).to(get_device_id()))
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
-        with self._autocast():
-            logits = self.module(**inputs, use_cache=False).logits
         ids: Tensor = inputs["input_ids"]
+
+        def run() -> Tensor:
+            with self._autocast():
+                logits: Tensor = self.module(**inputs, use_cache=False).logits
+            return logits
+
         if self._engine.engine_config.use_remove_padding:
-            return logits, ids, list(accumulate((self.row_length(row) for row in rows[:-1]), initial=0))
-        return logits, ids, [index * ids.shape[1] for index in range(len(rows))]
+            lengths = [self.row_length(row) for row in rows[:-1]]
+            return PreparedPass(ids, tuple(accumulate(lengths, initial=0)), run)
+        return PreparedPass(ids, tuple(index * ids.shape[1] for index in range(len(rows))), run)
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""

@@ -4,10 +4,10 @@
 Estimators and directions are written against this protocol only, so the same code runs on verl's FSDP actor
 (`integration/engine.py`) and on a plain or FSDP-wrapped transformers model (`probe/plain_engine.py`).
 
-Shape legend: R rows, T response tokens.
+Shape legend: R rows, T response tokens, M those of all rows of a pass, H hidden features, B outputs of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,34 @@ class TokenBudget:
             if not self.holds([problem]):
                 size = f"{self.positions([problem])} positions, more than the {self.max_tokens} of a micro-batch"
                 raise ValueError(f"problem {problem.uid} takes {size}. Remedy: {remedy}")
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """Some of the output layer's outputs in a backward pass, at the positions that response tokens are predicted at."""
+
+    input_MH: Tensor
+    delta_MB: Tensor
+    """Gradient of the summed objective by these outputs."""
+    outputs: slice
+    is_last: bool
+    lengths: tuple[int, ...]
+    """Of each row's response; rows follow one another."""
+
+
+OnBlock = Callable[[HeadBlock], None]
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """A forward pass over some rows that has not run yet."""
+
+    ids: Tensor
+    """Token ids at all positions, (lines, width)."""
+    starts: tuple[int, ...]
+    """The flattened position at which each row begins."""
+    run: Callable[[], Tensor]
+    """Calls the model and returns what it puts out as logits, (lines, width, vocabulary). Collective."""
 
 
 class GradientEngine(Protocol):
@@ -83,21 +111,24 @@ class GradientEngine(Protocol):
     def coefficients(self, row: int) -> tuple[Tensor, Tensor]:
         """Return (c_t, mask_t) of the row's response tokens, (T,) each, on the CPU."""
 
-    def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
+    def forward(
+        self,
+        rows: Sequence[int],
+        rows_per_problem: Sequence[int],
+        on_block: OnBlock | None = None,
+        whole_logits: bool = False,
+    ) -> tuple[Tensor, Layout]:
         """Return log pi(y_t) of the rows' response tokens, differentiable, and the layout of the pass. Collective.
 
         One forward pass; every rank of the job must call it equally often, with whatever rows it has. Gradients are
-        recorded if the ambient grad mode says so.
+        recorded if the ambient grad mode says so. Where the model allows it no logits are formed (`probe/head.py`);
+        `on_block` then gets the output layer's part of the backward pass. `whole_logits`: form them, as the model does.
 
         Shapes: (rows, longest response), zero beyond a row's response.
         """
 
-    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Return what the model gives for the rows: logits, ids, and the flattened position where each row begins.
-
-        One forward pass, collective as `forward`. Shapes: (lines, width, vocabulary) and (lines, width); a hook on the
-        output layer may have left fewer logits than there are positions.
-        """
+    def prepare(self, rows: Sequence[int]) -> PreparedPass:
+        """Return a pass over the rows, for the caller to run once, as often as every other rank."""
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add to every trainable parameter's `.grad` the gradient of sum_t c_t log pi(y_t). Collective.

@@ -13,7 +13,7 @@ R rows, P problems.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,9 @@ class LayerCall:
     layout: Layout
     scale_R: Tensor
     """Factor of each row's gradient in its problem's gradient, in the accumulation dtype."""
+    outputs: slice = field(default_factory=lambda: slice(None))
+    """Which of the layer's output features `delta` has; `direction` is of all. What a rule gives for each is added up
+    (rules in `BY_OUTPUTS` only)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,7 +160,8 @@ def linear(call: LayerCall) -> LayerScores:
     """Linear layers, with and without bias, LoRA's A and B among them: gradient delta^T input, and sum of delta."""
 
     def of_weight(direction_OI: Tensor) -> LayerScores:
-        return LayerScores(*matrix_scores(call.delta, call.input, direction_OI, call.layout, call.scale_R))
+        of_outputs = direction_OI[call.outputs]
+        return LayerScores(*matrix_scores(call.delta, call.input, of_outputs, call.layout, call.scale_R))
 
     return weight_and_bias(call, of_weight)
 
@@ -210,13 +214,15 @@ COVERED: dict[LayerRule, tuple[str, ...]] = {
     layer_norm: ("weight", "bias"),
 }
 """Parameters that the rules of this module know. A rule of the user's must know all that its layer trains."""
+BY_OUTPUTS = {linear}
+"""Rules that can be given some of a layer's outputs at a time."""
 
 
 def weight_and_bias(call: LayerCall, of_weight: Callable[[Tensor], LayerScores]) -> LayerScores:
     """Return the scores of a layer's weight, by a function of v of it, and of its bias, as far as they are trained."""
     parts = [of_weight(call.direction["weight"])] if "weight" in call.direction else []
     if "bias" in call.direction:
-        parts.append(vector_scores(call.delta, call.direction["bias"], call))
+        parts.append(vector_scores(call.delta, call.direction["bias"][call.outputs], call))
     return add(*parts)
 
 

@@ -13,7 +13,7 @@ Shape legend: N flattened positions, F features, R rows, P problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -44,7 +44,9 @@ class Layout:
     @cached_property
     def is_padded(self) -> bool:
         """Whether all rows take the same number of positions."""
-        return self.row_bounds == tuple(range(0, self.shape[0] * self.shape[1] + 1, self.shape[1]))
+        lines, width = self.shape
+        # Responses may all be empty.
+        return width > 0 and self.row_bounds == tuple(range(0, lines * width + 1, width))
 
     def rows(self) -> list[slice]:
         """Return the flattened positions of each row."""
@@ -69,10 +71,12 @@ class Layout:
     def merged(self, parts: Sequence[Sequence[int]]) -> Layout:
         """Return the layout in which some consecutive rows of a problem are one: `parts` counts them, per problem."""
         first_rows = accumulate((num_rows for problem in parts for num_rows in problem), initial=0)
-        row_bounds = tuple(self.row_bounds[row] for row in first_rows)
-        widths = {end - start for start, end in pairwise(row_bounds)}
-        shape = (len(row_bounds) - 1, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
-        return Layout(shape, row_bounds, tuple(accumulate(map(len, parts), initial=0)))
+        return _of_rows(tuple(self.row_bounds[row] for row in first_rows), map(len, parts))
+
+    def of_responses(self, lengths: Sequence[int]) -> Layout:
+        """Return the layout of each row's response alone, one after another."""
+        rows_per_problem = (end - start for start, end in pairwise(self.problem_bounds))
+        return _of_rows(tuple(accumulate(lengths, initial=0)), rows_per_problem)
 
     def alike(self, max_rows: int) -> Iterator[slice]:
         """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""
@@ -110,6 +114,13 @@ def packed_layout(row_lengths: Sequence[int], num_positions: int, rows_per_probl
     """Return the layout of rows packed into one line of `num_positions`; a padding suffix counts to the last row."""
     bounds = (*accumulate(row_lengths[:-1], initial=0), num_positions)
     return _checked((1, num_positions), bounds, rows_per_problem)
+
+
+def _of_rows(row_bounds: tuple[int, ...], rows_per_problem: Iterable[int]) -> Layout:
+    """Return the layout of rows one after another; padded, in effect, where they are equally long."""
+    widths = {end - start for start, end in pairwise(row_bounds)}
+    shape = (len(row_bounds) - 1, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
+    return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
 
 
 def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_problem: Sequence[int]) -> Layout:

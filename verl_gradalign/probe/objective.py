@@ -5,12 +5,11 @@ At scoring time the responses come from the current policy, so the ratio is 1 an
 gradient of a problem is sum_t c_t grad log pi(y_t). It knows nothing of models, of KL terms or of entropy bonuses.
 
     coefficient_RT = token_coefficients(advantage_RT, response_mask_RT, "token-mean")
-    log_prob_RT = response_log_probs(logits_NV, ids_N, spans, temperature=1.0)
+    log_prob_M = token_log_probs(logits_NV, position_M, token_M, temperature=1.0)
 
 Shape legend: R responses, T response tokens (padded), N positions, V vocabulary, M chosen positions, C a chunk of them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,22 +62,6 @@ def token_coefficients(
         raise ValueError(f"{trouble}; {remedy}")
     # Masked by selection, not by multiplication: what lies under the padding may be nan.
     return torch.where(response_mask_RT.bool(), -advantage_RT * weight * mask_RT, torch.zeros_like(advantage_RT))
-
-
-def response_log_probs(
-    logits_NV: Tensor, ids_N: Tensor, spans: Sequence[tuple[int, int]], temperature: float
-) -> Tensor:
-    """Return the log-probs of runs of tokens, (runs, longest), zero beyond a run's end.
-
-    Shapes: logits_NV (positions, vocabulary) and ids_N (positions,) of the same flattened pass; `spans` are (first
-        token's position, number of tokens), and the logits one position before predict a token.
-    """
-    position_M = torch.cat([torch.arange(start, start + length) for start, length in spans]).to(ids_N.device)
-    log_prob_M = token_log_probs(logits_NV, position_M - 1, ids_N[position_M], temperature)
-    width = max(length for _, length in spans)
-    place_M = torch.cat([torch.arange(length) + index * width for index, (_, length) in enumerate(spans)])
-    flat = log_prob_M.new_zeros(len(spans) * width)
-    return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
 
 
 def token_log_probs(logits_NV: Tensor, position_M: Tensor, token_M: Tensor, temperature: float) -> Tensor:

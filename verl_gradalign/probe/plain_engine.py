@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from verl_gradalign.probe.engine import TokenBudget
+from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
 from verl_gradalign.probe.fsdp import compute_device, data_parallel_group
+from verl_gradalign.probe.head import plain_head, response_log_probs
 from verl_gradalign.probe.layout import Layout, padded_layout
-from verl_gradalign.probe.objective import response_log_probs
 from verl_gradalign.probe.passes import pack, power_of_two
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows, TokenRow
@@ -73,24 +73,34 @@ class PlainEngine:
         coefficient_T = self._rows[row].coefficient
         return coefficient_T, torch.ones_like(coefficient_T)
 
-    def forward(self, rows: Sequence[int], rows_per_problem: Sequence[int]) -> tuple[Tensor, Layout]:
+    def forward(
+        self,
+        rows: Sequence[int],
+        rows_per_problem: Sequence[int],
+        on_block: OnBlock | None = None,
+        whole_logits: bool = False,
+    ) -> tuple[Tensor, Layout]:
         """Return the log-probs of the rows' responses (rows, longest) and the layout; see `GradientEngine.forward`."""
+        head, passed = None if whole_logits else plain_head(self), self.prepare(rows)
         chosen = [self._rows[row] for row in rows]
-        logits_RSV, ids_RS, starts = self.run(rows)
-        spans = [(start + len(row.prompt), len(row.response)) for start, row in zip(starts, chosen, strict=True)]
-        log_prob_RT = response_log_probs(logits_RSV.flatten(0, 1), ids_RS.flatten(), spans, self._temperature)
-        return log_prob_RT, padded_layout(len(chosen), ids_RS.shape[1], rows_per_problem)
+        spans = [(start + len(row.prompt), len(row.response)) for start, row in zip(passed.starts, chosen, strict=True)]
+        log_prob_RT = response_log_probs(passed, spans, self._temperature, head, on_block)
+        return log_prob_RT, padded_layout(len(chosen), passed.ids.shape[1], rows_per_problem)
 
-    def run(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Return the rows' logits, their ids (rows, longest), and where rows begin; see `GradientEngine.run`."""
+    def prepare(self, rows: Sequence[int]) -> PreparedPass:
+        """Return a pass over the rows, padded to the longest; see `GradientEngine.prepare`."""
         chosen = [self._rows[row] for row in rows]
         ids_RS = pad_sequence([torch.cat([row.prompt, row.response]) for row in chosen], batch_first=True)
         mask_RS = pad_sequence([torch.ones(row.num_tokens, dtype=torch.int64) for row in chosen], batch_first=True)
         ids_RS, mask_RS = ids_RS.to(self.device), mask_RS.to(self.device)
-        dtype = self._autocast_dtype
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
-            logits_RSV = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
-        return logits_RSV, ids_RS, [index * ids_RS.shape[1] for index in range(len(chosen))]
+
+        def run() -> Tensor:
+            dtype = self._autocast_dtype
+            with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
+                logits: Tensor = self.module(input_ids=ids_RS, attention_mask=mask_RS, use_cache=False).logits
+            return logits
+
+        return PreparedPass(ids_RS, tuple(index * ids_RS.shape[1] for index in range(len(chosen))), run)
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.

@@ -21,7 +21,7 @@ from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.estimators import low_rank
 from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, without_padding_index
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.taps import TapPoint, tap_points
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
 
 
 def product_points(root: nn.Module, are_factored: bool = False) -> list[TapPoint]:

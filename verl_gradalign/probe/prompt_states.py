@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
+from verl_gradalign.probe.head import output_layer_of
 from verl_gradalign.probe.passes import pack
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows
@@ -53,23 +54,23 @@ def prompt_states(engine: GradientEngine, num_prompts: int) -> Tensor:
 def _run(engine: GradientEngine, rows: Sequence[int], seen: list[Tensor]) -> Tensor:
     """Return the rows' last states beside their means, (rows, 2 x hidden)."""
     seen.clear()
-    _, ids, starts = engine.run(rows)
-    if len(seen) != 1 or seen[0].shape[:2] != ids.shape:
+    passed = engine.prepare(rows)
+    passed.run()
+    if len(seen) != 1 or seen[0].shape[:2] != passed.ids.shape:
         shapes = [tuple(states.shape) for states in seen]
-        trouble = f"the output layer was given {shapes} for positions {tuple(ids.shape)}, not one state for each"
+        trouble = f"the output layer was given {shapes} for positions {tuple(passed.ids.shape)}, not one state for each"
         raise RuntimeError(f"gradalign.forecast.features: {trouble}. {REMEDY}.")
     state_NH = seen.pop().flatten(0, 1)
     # Means over long prompts would drown in half precision.
     state_NH = state_NH.to(torch.promote_types(state_NH.dtype, torch.float32))
-    spans = [state_NH[start : start + engine.row_length(row)] for start, row in zip(starts, rows, strict=True)]
+    spans = [state_NH[start : start + engine.row_length(row)] for start, row in zip(passed.starts, rows, strict=True)]
     return torch.stack([torch.cat([span_TH[-1], span_TH.mean(dim=0)]) for span_TH in spans]).float().cpu()
 
 
 @contextmanager
 def _states_of(root: nn.Module) -> Iterator[list[Tensor]]:
     """Yield the list that the output layer's inputs are put into, one for each pass."""
-    get: Any = getattr(root, "get_output_embeddings", lambda: None)
-    head = get()
+    head = output_layer_of(root)
     if head is None:
         trouble = f"prompt needs the output layer, which {type(root).__name__} does not name (get_output_embeddings)"
         raise ValueError(f"gradalign.forecast.features: {trouble}. {REMEDY}.")

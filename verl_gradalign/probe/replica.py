@@ -22,7 +22,8 @@ from torch.distributed import ProcessGroup
 from verl_gradalign.probe.estimators.low_rank import OVERSAMPLING
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.ranks import summed
-from verl_gradalign.probe.taps import Gather, TapPoint
+from verl_gradalign.probe.tap_points import TapPoint
+from verl_gradalign.probe.taps import Gather
 from verl_gradalign.probe.update import Reading
 
 POWER_ITERATIONS = 1

@@ -30,7 +30,7 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, without_padding_index
 from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
-from verl_gradalign.probe.taps import TapPoint, tap_points
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
 
@@ -165,7 +165,7 @@ def normal_matrix(seed: int, name: str, shape: tuple[int, int], device: torch.de
 
 def linear_factors(call: LayerCall, left_OK: Tensor, right_IK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the projected output gradients and inputs of a linear layer."""
-    return _project(call.delta, left_OK, call.dtype), _project(call.input, right_IK, call.dtype)
+    return _project(call.delta, left_OK[call.outputs], call.dtype), _project(call.input, right_IK, call.dtype)
 
 
 def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.taps import Gather, TapPoint, Taps, tapped
+from verl_gradalign.probe.tap_points import TapPoint
+from verl_gradalign.probe.taps import Gather, Taps, tapped
 
 UNIFORM = 1e-3
 """By how much the coefficients of a row's tokens may differ, as a share of their mean, to count as one: in float32 the

@@ -21,8 +21,10 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.head import plain_head
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
-from verl_gradalign.probe.taps import Gather, TapPoint, tap_points, tapped
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
+from verl_gradalign.probe.taps import Gather, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -64,9 +66,9 @@ def tapped_scores(
     require_no_gradients(engine.module)
     device = engine.device
     sums = ProblemSums(problems)
-    with tapped(engine.module, points, gather, gives_norm) as taps:
+    with tapped(engine.module, points, gather, gives_norm, head=plain_head(engine)) as taps:
         for batch in micro_batches(engine, problems):
-            log_prob_RT, layout = engine.forward(batch.rows, batch.rows_per_problem)
+            log_prob_RT, layout = taps.forward(engine, batch.rows, batch.rows_per_problem)
             width, dtype = log_prob_RT.shape[1], log_prob_RT.dtype
             weight_RT, scale_R, gives_R = pass_weights(engine, batch, width, dtype, per_response)
             taps.begin(layout, scale_R.to(device), None if per_response else batch.parts)

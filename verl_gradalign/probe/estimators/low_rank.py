@@ -22,7 +22,8 @@ from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, weight_and_bias, without_padding_index
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.taps import Gather, TapPoint, tap_points
+from verl_gradalign.probe.tap_points import TapPoint, tap_points
+from verl_gradalign.probe.taps import Gather
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 OVERSAMPLING = 8
@@ -91,7 +92,9 @@ def linear(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t L) . (input_t R), and zeros for norms of the weight."""
 
     def of_weight(stacked: Tensor) -> LayerScores:
-        left_OK, right_IK = torch.split(stacked.to(call.delta.dtype), [call.delta.shape[-1], call.input.shape[-1]])
+        num_inputs = call.input.shape[-1]
+        left_OK, right_IK = torch.split(stacked.to(call.delta.dtype), [len(stacked) - num_inputs, num_inputs])
+        left_OK = left_OK[call.outputs]
         # Narrow products in the layer's dtype, their sum in the accumulation dtype.
         product_NK = (call.delta @ left_OK) * (call.input.to(call.delta.dtype) @ right_IK)
         return _products_only(product_NK.sum(-1, dtype=call.dtype), call)

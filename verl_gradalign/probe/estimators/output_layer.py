@@ -9,7 +9,6 @@ output layer is seen.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -19,8 +18,9 @@ from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.gradient import in_eval_mode
-from verl_gradalign.probe.layer_rules import rule_of
-from verl_gradalign.probe.taps import TapPoint, require_no_hooks
+from verl_gradalign.probe.head import output_layer_of
+from verl_gradalign.probe.layer_rules import BY_OUTPUTS, rule_of
+from verl_gradalign.probe.tap_points import TapPoint, require_no_hooks
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -63,9 +63,7 @@ def output_layer(root: nn.Module) -> TapPoint:
 
     Raises: ValueError, with the remedy, if the model does not name one, if it is frozen, as under LoRA, or has no rule.
     """
-    # FSDP wrappers pass attributes on to the model; transformers and PEFT models answer this call.
-    get: Any = getattr(root, "get_output_embeddings", lambda: None)
-    head = get()
+    head = output_layer_of(root)
     placements = tuple(p for p in trainable_placements(root) if p.module is head)
     rule = None if head is None else rule_of(head)
     name = next((name for name, module in root.named_modules() if module is head), "the output layer")
@@ -76,7 +74,7 @@ def output_layer(root: nn.Module) -> TapPoint:
     elif not placements:
         problem = f"{name} is frozen, so it has no gradient to score (LoRA trains adapters only)"
     else:
-        point = TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements)
+        point = TapPoint(placements[0].name.rpartition(".")[0], head, rule, placements, rule in BY_OUTPUTS)
         require_no_hooks(root, [point])
         return point
     raise ValueError(f"{problem}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probs from the output layer (the head) without logits: of response tokens, some of the vocabulary at a time.
+
+Logits over a vocabulary of 150,000 and their gradient take more memory than all else in a pass. Here the head, while it
+is called by the model, gives the tokens' log-probs in place of logits: blocks of the vocabulary give the sum of
+exponentials, and once more, in the backward pass, the gradient. A norm needs each problem's gradient of a weight whole
+in its positions, but not in its outputs; so blocks are of outputs, and a layer rule adds up what they give.
+
+    log_prob_RT = response_log_probs(engine, passed, spans, temperature, plain_head(engine), on_block)
+
+Shape legend: N positions of a pass, M response tokens, H hidden features, V vocabulary, B a block of it, T tokens of a
+response, R rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from verl_gradalign.probe import sizes
+from verl_gradalign.probe.engine import GradientEngine, HeadBlock, OnBlock, PreparedPass
+from verl_gradalign.probe.fsdp import reshard
+from verl_gradalign.probe.gradient import in_eval_mode
+from verl_gradalign.probe.objective import token_log_probs
+
+Spans = Sequence[tuple[int, int]]
+"""Of each row its response's first position in the flattened pass, and its number of tokens."""
+Receive = Callable[[Tensor, Tensor, slice, bool], None]
+"""Gets the first four of a `HeadBlock`."""
+
+
+def output_layer_of(root: nn.Module) -> nn.Module | None:
+    """Return the model's output layer, None if it names none."""
+    # FSDP wrappers pass attributes on to the model; transformers and PEFT models answer this call.
+    get: Any = getattr(root, "get_output_embeddings", lambda: None)
+    head: nn.Module | None = get()
+    return head
+
+
+_is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""By model, whether what it puts out is its head's output as it is."""
+
+
+def plain_head(engine: GradientEngine) -> nn.Linear | None:
+    """Return the output layer if it is a linear layer whose output the model puts out unchanged, else None. Collective.
+
+    Found once for each model, by a short pass: some models scale their logits, or cap them.
+    """
+    root = engine.module
+    head = output_layer_of(root)
+    # With a forward of its own (a kernel's, a wrapper's) it does something else than is done in its place here.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return None
+    if root not in _is_plain:
+        _is_plain[root] = _puts_out_logits_of(head, engine)
+    return head if _is_plain[root] else None
+
+
+@torch.no_grad()
+def _puts_out_logits_of(head: nn.Linear, engine: GradientEngine) -> bool:
+    seen: list[Tensor] = []
+
+    def compute(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        seen.append(nn.functional.linear(inputs[0], head.weight, head.bias))
+
+    # First of all hooks: FSDP's takes the parameters apart again.
+    hook = head.register_forward_hook(compute, prepend=True)
+    try:
+        with in_eval_mode(engine.module):
+            logits = engine.prepare([engine.spare_row]).run()
+    finally:
+        hook.remove()
+        # A backward pass would have done it.
+        reshard(engine.module)
+    return len(seen) == 1 and seen[0].dtype == logits.dtype and torch.equal(seen[0], logits)
+
+
+def response_log_probs(
+    passed: PreparedPass, spans: Spans, temperature: float, head: nn.Linear | None, on_block: OnBlock | None = None
+) -> Tensor:
+    """Run the pass; return log softmax(logits / temperature) of the spans' tokens, zero beyond a span's end.
+
+    Without a head (`plain_head`) from whole logits; with one `on_block` is called in the backward pass, with each block
+    of its outputs.
+
+    Shapes: (spans, longest).
+    Units: natural logarithm; float32, or float64 if the model computes in it.
+    """
+    ids_N = passed.ids.flatten()
+    position_M = torch.cat([torch.arange(start, start + length) for start, length in spans]).to(ids_N.device)
+    token_M = ids_N[position_M]
+    lengths = [length for _, length in spans]
+    if head is None:
+        log_prob_M = token_log_probs(passed.run().flatten(0, 1), position_M - 1, token_M, temperature)
+    else:
+        with _log_probs_of(head, len(ids_N), position_M - 1, token_M, temperature, _receiver(on_block, lengths)):
+            log_prob_M = passed.run().flatten()
+    width = max(lengths)
+    place_M = torch.cat([torch.arange(length) + index * width for index, length in enumerate(lengths)])
+    flat = log_prob_M.new_zeros(len(spans) * width)
+    return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
+
+
+def _receiver(on_block: OnBlock | None, lengths: Sequence[int]) -> Receive | None:
+    if on_block is None:
+        return None
+    return lambda input_MH, delta_MB, outputs, is_last: on_block(
+        HeadBlock(input_MH, delta_MB, outputs, is_last, tuple(lengths))
+    )
+
+
+@contextmanager
+def _log_probs_of(
+    head: nn.Linear,
+    num_positions: int,
+    position_M: Tensor,
+    token_M: Tensor,
+    temperature: float,
+    receive: Receive | None,
+) -> Iterator[None]:
+    """Have the head give the tokens' log-probs, (1, tokens, 1), in place of logits.
+
+    They are the head's output for FSDP too, which gathers parameters again for the backward pass of what it has seen.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden_NH = hidden.reshape(-1, hidden.shape[-1])
+        if len(hidden_NH) != num_positions:
+            shapes = f"{len(hidden_NH)} positions in a pass over {num_positions}"
+            raise RuntimeError(f"the output layer was given {shapes}, so that its tokens are not known")
+        anchor = torch.empty(0, device=hidden.device, requires_grad=receive is not None)
+        log_prob_M: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+            hidden_NH.index_select(0, position_M), head.weight, head.bias, token_M, temperature, anchor, receive
+        )
+        return log_prob_M.view(1, -1, 1)
+
+    head.forward = forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        token_M: Tensor,
+        temperature: float,
+        anchor: Tensor,
+        receive: Receive | None,
+    ) -> Tensor:
+        ctx.temperature, ctx.receive, ctx.dtype = temperature, receive, _compute_dtype(hidden_MH, weight_VH)
+        input_MH, num_outputs = hidden_MH.to(ctx.dtype), len(weight_VH)
+        # Float32 or better: half precision would round the log-probs whose differences estimators take.
+        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        log_total_M = torch.full(token_M.shape, -torch.inf, dtype=dtype, device=hidden_MH.device)
+        target_M, kept = torch.zeros_like(log_total_M), []
+        blocks = _blocks(len(token_M), num_outputs)
+        for block in blocks:
+            logits_MB = _logits(input_MH, weight_VH, bias_V, block)
+            if len(blocks) == 1 and any(ctx.needs_input_grad):
+                kept = [logits_MB]  # as large as a block may be; of several, each is computed twice
+            scaled_MB = logits_MB.to(dtype, copy=bool(kept)).div_(temperature)
+            place_M1, is_inside_M = _places(token_M, block)
+            target_M = torch.where(is_inside_M, scaled_MB.gather(-1, place_M1).squeeze(-1), target_M)
+            log_total_M = torch.logaddexp(log_total_M, scaled_MB.logsumexp(dim=-1))
+        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept)
+        return target_M - log_total_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        input_MH, factor_M1 = hidden_MH.to(ctx.dtype), (grads[0] / ctx.temperature).unsqueeze(-1)
+        grad_MH = torch.zeros_like(hidden_MH, dtype=log_total_M.dtype) if needs_hidden else None
+        grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        grad_V = torch.zeros_like(bias_V) if needs_bias else None
+        for block in _blocks(len(token_M), len(weight_VH)):
+            logits_MB = kept[0] if kept else _logits(input_MH, weight_VH, bias_V, block)
+            delta_MB = _delta(logits_MB, log_total_M, token_M, block, ctx.temperature, not kept)
+            delta_MB = delta_MB.mul_(factor_M1).to(ctx.dtype)
+            if grad_MH is not None:
+                grad_MH += delta_MB @ weight_VH[block].to(ctx.dtype)
+            if grad_VH is not None:
+                grad_VH[block] = delta_MB.T @ input_MH
+            if grad_V is not None:
+                grad_V[block] = delta_MB.sum(dim=0)
+            if ctx.receive is not None:
+                ctx.receive(input_MH, delta_MB, block, block.stop == len(weight_VH))
+        return grad_MH if grad_MH is None else grad_MH.to(hidden_MH.dtype), grad_VH, grad_V, None, None, None, None
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return what a linear layer called with these would compute in."""
+    device = hidden.device.type
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _blocks(num_tokens: int, num_outputs: int) -> list[slice]:
+    """Return blocks of outputs whose logits fit a chunk."""
+    size = max(1, sizes.CHUNK_ELEMENTS // max(1, num_tokens))
+    return [slice(start, min(start + size, num_outputs)) for start in range(0, num_outputs, size)]
+
+
+def _logits(input_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
+    bias = None if bias_V is None else bias_V[block].to(input_MH.dtype)
+    return nn.functional.linear(input_MH, weight_VH[block].to(input_MH.dtype), bias)
+
+
+def _delta(
+    logits_MB: Tensor, log_total_M: Tensor, token_M: Tensor, block: slice, temperature: float, is_free: bool
+) -> Tensor:
+    """Return the gradient of each token's log-prob by its logits / temperature: one-hot less softmax.
+
+    `is_free`: whether the logits may be overwritten.
+    """
+    scaled_MB = logits_MB.to(log_total_M.dtype, copy=not is_free).div_(temperature)
+    delta_MB = scaled_MB.sub_(log_total_M.unsqueeze(-1)).exp_().neg_()
+    place_M1, is_inside_M = _places(token_M, block)
+    return delta_MB.scatter_add_(-1, place_M1, is_inside_M.unsqueeze(-1).to(delta_MB.dtype))
+
+
+def _places(token_M: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return each token's place in the block, any where it is outside, and whether it is inside."""
+    is_inside_M = (token_M >= block.start) & (token_M < block.stop)
+    return (token_M - block.start).clamp(0, block.stop - block.start - 1).unsqueeze(-1), is_inside_M
