@@ -26,6 +26,8 @@ from verl_gradalign.integration import hub
 from verl_gradalign.toy.model import build_tiny_model
 
 ROOT = Path(__file__).parents[2]
+REFILLS = "trainer.v1.sampler.sync_refill_failed_groups"
+"""A key that is refused when it is true."""
 runner = CliRunner()
 
 
@@ -116,19 +118,19 @@ def test_the_command_starts_no_ray_and_prints_only_json_to_standard_output(comma
 
 
 def test_what_is_wrong_and_the_cost_are_shown_and_everything_if_asked(command):
-    faults = ("algorithm.use_kl_in_reward=true", "gradalign.validation.n=2")
+    faults = (f"{REFILLS}=true", "gradalign.validation.n=2")
     short = runner.invoke(app, ["doctor", *command.overrides(*faults)], env={"COLUMNS": "250"})
     assert short.exit_code == 1, short.output
     lines = [line for line in short.stdout.splitlines() if line.startswith("│ ") and "area" not in line]
     levels = [line.split()[1] for line in lines]
-    assert levels[0] == "error" and "algorithm.use_kl_in_reward=True" in lines[0]
+    assert levels[0] == "error" and f"{REFILLS}=True" in lines[0]
     assert not {"ok", "note"} & set(levels)
     assert "1 errors, " in short.stdout and "--verbose shows them" in short.stdout
     assert "responses generated" in short.stdout
     assert "plain verl" in short.stdout and "schedule forecast" in short.stdout
     whole = runner.invoke(app, ["doctor", "--verbose", *command.overrides(*faults)], env={"COLUMNS": "250"})
     assert "verl accepts the configuration" in whole.stdout and "Python 3." in whole.stdout
-    assert whole.stdout.index("algorithm.use_kl_in_reward=True") < whole.stdout.index("verl accepts")
+    assert whole.stdout.index(f"{REFILLS}=True") < whole.stdout.index("verl accepts")
 
 
 def test_a_script_and_a_whole_command_are_examined_as_their_overrides_are(command, tmp_path, monkeypatch):
@@ -144,15 +146,21 @@ def test_a_script_and_a_whole_command_are_examined_as_their_overrides_are(comman
         encoding="utf-8",
     )
     monkeypatch.delenv("VERL_PLATFORM")
-    further = ("algorithm.use_kl_in_reward=true", "reward.custom_reward_function.path=pkg://doctors_grader")
+    further = (
+        "trainer.v1.sampler.sync_refill_failed_groups=true",
+        "reward.custom_reward_function.path=pkg://doctors_grader",
+    )
     result = runner.invoke(app, ["doctor", "--json", "--", "bash", str(script), *further])
     answer = json.loads(result.stdout)
-    only_error(answer, "algorithm.use_kl_in_reward=True")
+    only_error(answer, f"{REFILLS}=True")
     assert "trainer.default_local_dir=runrun can be written" in texts(answer, "folders", "ok")
     assert "WANDB_MODE=offline" in texts(answer, "logging", "note")
     assert "VERL_PLATFORM" not in os.environ and Path.cwd() == tmp_path  # as they were
-    whole = f"VERL_PLATFORM=cpu python -m verl.trainer.main_ppo {words} algorithm.use_kl_in_reward=true".split()
-    only_error(json.loads(runner.invoke(app, ["doctor", "--json", *whole]).stdout), "algorithm.use_kl_in_reward=True")
+    whole = f"VERL_PLATFORM=cpu python -m verl.trainer.main_ppo {words} {REFILLS}=true".split()
+    only_error(
+        json.loads(runner.invoke(app, ["doctor", "--json", *whole]).stdout),
+        f"{REFILLS}=True",
+    )
 
 
 def test_a_configuration_of_ones_own_is_found_by_hydras_options(command, tmp_path):
@@ -217,17 +225,16 @@ def test_a_reward_function_of_ones_own_that_is_not_written_yet_is_called_by_its_
 def test_all_that_is_wrong_is_found_at_once(command):
     found = errors(
         command(
-            "algorithm.use_kl_in_reward=true",
             "actor_rollout_ref.model.use_fused_kernels=true",
-            "trainer.v1.sampler.sync_refill_failed_groups=true",
+            f"{REFILLS}=true",
             "gradalign.oversample=60",
             "trainer.default_local_dir=/proc/run",
         )
     )
     text = " | ".join(f["message"] for f in found)
-    for key in ("use_kl_in_reward", "use_fused_kernels", "sync_refill", "gradalign.oversample", "default_local_dir"):
+    for key in ("use_fused_kernels", "sync_refill", "gradalign.oversample", "default_local_dir"):
         assert key in text
-    assert len(found) == 5
+    assert len(found) == 4
 
 
 def test_selection_that_is_not_switched_on_is_an_error(command):

@@ -120,7 +120,7 @@ def test_halves_depend_on_what_was_answered_and_not_on_which_session_answered():
 def test_a_row_whose_tokens_differ_has_no_advantage_of_its_own(stored, monkeypatch):
     """A critic's advantages differ from token to token."""
     values = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 1.0], [0.5, 0.0, 0.0], [0.3, 0.3, 0.0]])
-    monkeypatch.setattr(groups, "_advantages", lambda *_: values)
+    monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
     assert math.isnan(a.advantages[0]) and a.advantages[1] == 1.0
@@ -242,7 +242,7 @@ def test_a_critics_value_that_is_not_finite_fails_its_group_alone(stored, bad):
 
 def test_an_advantage_that_is_not_finite_fails_its_group(stored, monkeypatch):
     values = torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, -1.0], [math.nan, 0.0, 0.0], [0.3, 0.3, 0.0]])
-    monkeypatch.setattr(groups, "_advantages", lambda *_: values)
+    monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping(SCORES["measured"])
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
     assert b.is_failed and b.failure == "non_finite" and not b.is_live and a.is_live

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
+from verl_gradalign.integration.advantages import GAE, note_advantages, scored_advantage
 from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
@@ -26,20 +27,9 @@ from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
 
-# Estimators of verl whose advantages follow from rewards and groups alone, which is all there is at selection.
-REWARD_ONLY_ADVANTAGES = (
-    "grpo",
-    "grpo_vectorized",
-    "rloo",
-    "rloo_vectorized",
-    "opo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-)
 ENGINES = ("fsdp", "fsdp2")
 GRADIENT_FREE = ("accuracy_greedy", "accuracy_band", "random")
 """Scores that ask nothing of the actor."""
-CENTRED = "set gradalign.advantage=centred to score with reward minus group mean"
 
 
 def read_config(verl_config: DictConfig) -> GradAlignConfig:
@@ -144,9 +134,8 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
         return checks
     return (
         *checks,
-        _check_advantages,
+        note_advantages,
         _check_advantages_of_tokens,
-        _check_kl_in_reward,
         _check_group_size,
         _check_loss,
         _check_rollout_correction,
@@ -210,32 +199,20 @@ def _check_reward_model(_: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse("reward.reward_model.enable_resource_pool", False, why, remedy)
 
 
-def _check_advantages(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    estimator = verl_config.algorithm.adv_estimator
-    if config.advantage == "trainer" and estimator not in ("gae", *REWARD_ONLY_ADVANTAGES):
-        why = "its advantages are not known when groups are selected"
-        refuse("algorithm.adv_estimator", estimator, why, CENTRED)
-
-
 def _check_advantages_of_tokens(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    is_gae = config.advantage == "trainer" and verl_config.algorithm.adv_estimator == "gae"
+    is_gae = config.advantage == "trainer" and verl_config.algorithm.adv_estimator == GAE
     if is_gae and score_of(config.score).needs_response_derivatives:
         why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
-        refuse("algorithm.adv_estimator", "gae", why, CENTRED)
-
-
-def _check_kl_in_reward(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    if config.advantage == "trainer" and verl_config.algorithm.use_kl_in_reward:
-        why = "advantages with the KL penalty are not known when groups are selected"
-        refuse("algorithm.use_kl_in_reward", True, why, CENTRED)
+        remedy = "set gradalign.advantage=centred to score with reward minus group mean"
+        refuse("algorithm.adv_estimator", GAE, why, remedy)
 
 
 def _check_group_size(config: GradAlignConfig, verl_config: DictConfig) -> None:
     rollout_n = verl_config.actor_rollout_ref.rollout.n
-    is_groupwise = verl_config.algorithm.adv_estimator not in ("gae", "reinforce_plus_plus")
+    is_groupwise = verl_config.algorithm.adv_estimator not in (GAE, "reinforce_plus_plus")
     n_trusted = min((s.n or rollout_n for s in config.validation.trusted_sets()), default=rollout_n)
     for key, n in (("actor_rollout_ref.rollout.n", rollout_n), ("gradalign.validation.n", n_trusted)):
-        if (is_groupwise or config.advantage == "centred") and n < 2:
+        if (is_groupwise or scored_advantage(config, verl_config) == "centred") and n < 2:
             refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
 
 

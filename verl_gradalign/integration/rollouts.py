@@ -5,18 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.protocol import DataProto
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
-from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.advantages import compute_advantages, needs_values
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.integration.policy_loss import loss_weights
 from verl_gradalign.probe.objective import token_coefficients
@@ -71,7 +69,7 @@ def read_groups(
     live: set[str] | None = None
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
-        advantage_RT = _advantages(padded, keys, config, verl_config)
+        advantage_RT = compute_advantages(padded, keys, config, verl_config)
         coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, config, verl_config)
         groups = [_failing(g, NON_FINITE if g.problem.uid in odd else None) for g in groups]
         columns = [_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT)]
@@ -212,12 +210,6 @@ def read_responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
     return list(rows["responses"].unbind())
 
 
-def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:
-    """Return whether the advantages that candidates are scored with need a critic's values."""
-    is_gae = verl_config.algorithm.adv_estimator == "gae" and config.advantage == "trainer"
-    return is_gae and score_of(config.score).needs_gradients
-
-
 def _uniform(values_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[float]:
     """Return each row's value, nan where its masked tokens have different ones."""
     first_R1 = values_RT.gather(1, mask_RT.long().argmax(dim=1, keepdim=True))
@@ -264,41 +256,6 @@ def cancels(ids_RS: torch.Tensor, coefficient_RT: torch.Tensor) -> bool:
     _, place_R = torch.unique(ids_RS, dim=0, return_inverse=True)
     total_RT = torch.zeros_like(coefficient_RT).index_add_(0, place_R, coefficient_RT)
     return bool(total_RT.abs().max() <= ZERO_ADVANTAGE * coefficient_RT.abs().sum(dim=0).max())
-
-
-def _advantages(
-    padded: TensorDict, keys: Sequence[str], config: GradAlignConfig, verl_config: DictConfig
-) -> torch.Tensor:
-    """Return advantages (rows, tokens), by verl's own function or centred."""
-    mask_RT = padded["response_mask"].float()
-    uids = [key.split("_", 1)[0] for key in keys]
-    if config.advantage == "centred":
-        reward_R = padded["rm_scores"].sum(dim=1)
-        means = {uid: reward_R[[u == uid for u in uids]].mean() for uid in set(uids)}
-        centred_R = reward_R - torch.stack([means[uid] for uid in uids])
-        return centred_R.unsqueeze(1) * mask_RT
-    algorithm = verl_config.algorithm
-    columns = {
-        "response_mask": padded["response_mask"],
-        "token_level_scores": padded["rm_scores"],
-        "token_level_rewards": padded["rm_scores"],
-    }
-    if needs_values(config, verl_config):
-        columns["values"] = padded["values"]
-    data = DataProto(
-        batch=TensorDict(columns, batch_size=len(keys)), non_tensor_batch={"uid": np.array(uids, dtype=object)}
-    )
-    data = compute_advantage_for_multi_trajectories(
-        data,
-        batch_keys=list(keys),
-        adv_estimator=algorithm.adv_estimator,
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-        num_repeat=verl_config.actor_rollout_ref.rollout.n,
-        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
-        config=algorithm,
-    )
-    return data.batch["advantages"].float()
 
 
 def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, eos_token_id: int) -> None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advantages before the selection: verl's own where rewards suffice, others centred, and that is said."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimator, get_adv_estimator_fn
+
+from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.advantages import (
+    compute_advantages,
+    follows_from_rewards,
+    needs_values,
+    note_advantages,
+    scored_advantage,
+)
+
+CONFIG = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
+KEYS = ["b_0_0", "a_0_0", "a_1_0", "b_1_0", "a_2_0", "b_2_0"]
+MASK_RT = (torch.arange(4) < torch.tensor([[4], [2], [3], [1], [4], [2]])).long()
+REWARD_R = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0, 0.25])
+COLUMNS = {
+    "response_mask": MASK_RT,
+    "rm_scores": torch.zeros(6, 4).scatter(1, MASK_RT.sum(dim=1, keepdim=True) - 1, REWARD_R[:, None]),
+    "values": torch.linspace(0, 1, 24).view(6, 4),
+}
+BY_REWARDS = {
+    "grpo",
+    "grpo_vectorized",
+    "grpo_passk",
+    "gpg",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "rloo",
+    "rloo_vectorized",
+}
+BY_MORE = {"gdpo", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"}
+
+
+def verl_config(estimator, **algorithm):
+    values = {"adv_estimator": estimator, "gamma": 1.0, "lam": 0.9, "use_kl_in_reward": False, **algorithm}
+    return OmegaConf.create({"algorithm": values, "actor_rollout_ref": {"rollout": {"n": 3}}})
+
+
+def test_every_estimator_of_verl_is_known_here():
+    assert {str(e.value) for e in AdvantageEstimator} == BY_REWARDS | BY_MORE | {"gae"}
+
+
+@pytest.mark.parametrize("estimator", sorted(BY_REWARDS))
+def test_what_follows_from_rewards_is_what_verls_function_gives(estimator):
+    config = verl_config(estimator)
+    assert follows_from_rewards(config) and scored_advantage(CONFIG, config) == "trainer"
+    advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config)
+    given = {
+        "token_level_rewards": COLUMNS["rm_scores"].clone(),
+        "response_mask": MASK_RT,
+        "index": np.array([key[0] for key in KEYS], dtype=object),
+        "config": config.algorithm,
+    }
+    expected_RT, _ = get_adv_estimator_fn(estimator)(**given)
+    torch.testing.assert_close(advantage_RT * MASK_RT, (expected_RT * MASK_RT).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_gpg_is_the_centred_reward_times_one_number():
+    advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("gpg"))
+    centred_R = REWARD_R - torch.tensor([5 / 12, 2.5 / 3, 2.5 / 3, 5 / 12, 2.5 / 3, 5 / 12])
+    torch.testing.assert_close(advantage_RT, 6 / 4 * centred_R[:, None] * MASK_RT)
+
+
+@pytest.mark.parametrize("estimator", sorted(BY_MORE))
+def test_what_needs_more_is_centred_and_that_is_said(estimator, caplog):
+    config = verl_config(estimator)
+    assert scored_advantage(CONFIG, config) == "centred"
+    own = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}, "advantage": "centred"})
+    asked_RT = compute_advantages(COLUMNS, KEYS, own, verl_config("grpo"))
+    assert torch.equal(compute_advantages(COLUMNS, KEYS, CONFIG, config), asked_RT)
+    torch.testing.assert_close(asked_RT[1:3, 0], REWARD_R[1:3] - 2.5 / 3)
+    with caplog.at_level(logging.WARNING):
+        note_advantages(CONFIG, config)
+    assert f"adv_estimator={estimator}" in caplog.text and "group's mean" in caplog.text
+
+
+def test_an_estimator_of_the_users_own_is_asked(monkeypatch, caplog):
+    def by_rewards(token_level_rewards, response_mask, index, **_):
+        advantage_RT = token_level_rewards.sum(dim=1, keepdim=True) * response_mask
+        return advantage_RT, advantage_RT
+
+    def by_more(token_level_rewards, response_mask, entropy, **_):
+        raise AssertionError("not called without entropies")
+
+    monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "mine", by_rewards)
+    monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "theirs", by_more)
+    advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("mine"))
+    torch.testing.assert_close(advantage_RT, REWARD_R[:, None] * MASK_RT)
+    assert scored_advantage(CONFIG, verl_config("theirs")) == "centred"
+    with caplog.at_level(logging.WARNING):
+        note_advantages(CONFIG, verl_config("mine"))
+    assert not caplog.text
+
+
+def test_gae_takes_a_critics_values():
+    config = verl_config("gae")
+    assert scored_advantage(CONFIG, config) == "trainer" and needs_values(CONFIG, config)
+    advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config)
+    assert len(advantage_RT[0].unique()) == 4
+
+
+def test_a_kl_penalty_in_the_reward_is_left_out_and_that_is_said(caplog):
+    with_kl = verl_config("grpo", use_kl_in_reward=True)
+    plain_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("grpo"))
+    assert torch.equal(compute_advantages(COLUMNS, KEYS, CONFIG, with_kl), plain_RT)
+    with caplog.at_level(logging.WARNING):
+        note_advantages(CONFIG, with_kl)
+    assert "use_kl_in_reward=True: scores leave the KL penalty out" in caplog.text
