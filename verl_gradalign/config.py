@@ -243,9 +243,9 @@ class ProbeConfig(Block, name="probe"):
     max_tokens_per_rank: int | None = neutral(None, least=1)
     """Positions of one micro-batch of one rank, padding included. None: the actor's own budget
     (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
-    oversized: str = neutral("backward", one_of=("backward", "stop"))
-    """Problems larger than that: `backward` scores them one at a time on all ranks, exactly, with one warning and a
-    count; `stop` ends the run."""
+    oversized: str = neutral("accumulate", one_of=("accumulate", "backward", "stop"))
+    """Problems larger than that take several micro-batches; for a norm `accumulate` adds their gradient up on one rank,
+    4 bytes a trained parameter; `backward` takes them one by one on all ranks, slowly. `stop` ends the run."""
     response_derivatives: bool = True
     """Whether d_ij, the derivative of each response's log-probability along v, is measured where a score uses it; the
     others need only sums over a problem, which are cheaper the shorter the responses."""
@@ -338,8 +338,8 @@ class GradAlignConfig(Block):
     where live groups do not fill the batch. `rank`: they score 0 and are ranked, so they beat every negatively aligned
     problem (what the reference code does)."""
     advantage: str = key("trainer", one_of=("trainer", "centred"))
-    """`trainer`: what algorithm.adv_estimator gives, so that scores see the gradient that training will take.
-    `centred`: reward minus the group's mean, for estimators whose advantages do not exist before the selection."""
+    """`trainer`: what algorithm.adv_estimator gives, so that scores see the gradient that training will take; where it
+    needs more than rewards, groups and a critic, `centred` with a warning. `centred`: reward minus the group's mean."""
     loss_agg_mode: str | None = key(None, one_of=LOSS_AGG_MODES)
     """Token weights within a problem. None: actor_rollout_ref.actor.loss_agg_mode."""
     estimator: str = key("ghost", one_of=ESTIMATORS)

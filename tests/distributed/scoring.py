@@ -48,11 +48,15 @@ class ScoringCall:
 
 @contextmanager
 def scoring(
-    engine: CpuFSDPEngineWithLMHead, candidates: Sequence[Problem], estimator: str, max_tokens: int
+    engine: CpuFSDPEngineWithLMHead,
+    candidates: Sequence[Problem],
+    estimator: str,
+    max_tokens: int,
+    oversized: str = "accumulate",
 ) -> Iterator[ScoringCall]:
     """Deal the problems, and put the engine into scoring mode."""
     budget = TokenBudget(max_tokens, is_padded=not engine.engine_config.use_remove_padding)
-    rows, trusted, candidates_ = deal_rows(TRUSTED, candidates, estimator, budget)
+    rows, trusted, candidates_ = deal_rows(TRUSTED, candidates, estimator, budget, oversized)
     with scoring_mode(engine):
         yield ScoringCall(VerlEngine(engine, rows, TEMPERATURE, budget), trusted, candidates_, estimator)
 
@@ -120,7 +124,11 @@ def keys_of(kind: str, index: int, problem: Problem) -> ProblemKeys:
 
 
 def deal_rows(
-    trusted: Sequence[Problem], candidates: Sequence[Problem], estimator: str, budget: TokenBudget
+    trusted: Sequence[Problem],
+    candidates: Sequence[Problem],
+    estimator: str,
+    budget: TokenBudget,
+    oversized: str = "accumulate",
 ) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
     """Return this rank's row table, spare row last, and its shares, assigned as the trainer assigns them."""
     tables = [
@@ -132,7 +140,8 @@ def deal_rows(
         for named, problem in zip(table, problems, strict=True):
             responses.update(zip(named.keys, problem, strict=True))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    owners: list[list[int | None]] = [[None] * len(trusted), owners_of(tables[1], estimator, budget, world_size)]
+    owners: list[list[int | None]] = [[None] * len(trusted)]
+    owners.append(owners_of(tables[1], estimator, budget, world_size, oversized))
     assigned = [keys_by_rank(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]
     spare = min(responses, key=lambda key: responses[key].num_tokens)
     keys = [key for mine in assigned for keys in mine for key in keys if key != spare] + [spare]

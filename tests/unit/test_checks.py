@@ -354,7 +354,10 @@ def test_what_an_estimator_cannot_do_is_refused(verl_config, key, value, others)
     assert_refused(refusal, key, value)
 
 
-@pytest.mark.parametrize(("oversized", "outcome"), [("backward", "scored one at a time"), ("stop", "stop the run")])
+@pytest.mark.parametrize(
+    ("oversized", "outcome"),
+    [("accumulate", "run in several"), ("backward", "scored one at a time"), ("stop", "stop the run")],
+)
 def test_problems_that_may_not_fit_are_announced(verl_config, caplog, oversized, outcome):
     change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000, "gradalign.probe.oversized": oversized})
     check(verl_config)

@@ -68,12 +68,15 @@ def test_spread_rows_are_assigned_evenly_each_problem_one_rank_further_on(groups
 @settings(deadline=None)
 @given(groups=groups_of_lengths, dp_size=world_sizes, max_tokens=st.integers(1, 400), is_padded=st.booleans())
 @pytest.mark.parametrize("estimator", WHOLE)
-def test_problems_that_fit_stay_whole_and_larger_ones_are_spread(estimator, groups, dp_size, max_tokens, is_padded):
+def test_problems_stay_on_one_rank_and_those_for_backward_are_spread(estimator, groups, dp_size, max_tokens, is_padded):
     problems, budget = make_problems(groups), TokenBudget(max_tokens, is_padded)
-    owners = owners_of(problems, estimator, budget, dp_size)
-    for problem, owner in zip(problems, owners, strict=True):
-        assert (owner is not None) == budget.holds([problem.size])
-        assert owner is None or 0 <= owner < dp_size
+    for oversized in ("accumulate", "backward", "stop"):
+        owners = owners_of(problems, estimator, budget, dp_size, oversized)
+        for problem, owner in zip(problems, owners, strict=True):
+            # Without norms there is nothing that backward is needed for.
+            is_spread = oversized == "backward" and ESTIMATORS[estimator].gives_norm
+            assert (owner is not None) == (not is_spread or budget.holds([problem.size]))
+            assert owner is None or 0 <= owner < dp_size
 
 
 @pytest.mark.parametrize("estimator", SPREAD)

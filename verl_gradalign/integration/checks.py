@@ -18,7 +18,7 @@ from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECK
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
-from verl_gradalign.integration.requests import token_budget
+from verl_gradalign.integration.requests import OVERSIZED, token_budget
 from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, SEPARATE, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -314,7 +314,7 @@ def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:
             "gradalign.probe.max_tokens_per_rank if memory allows",
             longest,
             budget.max_tokens,
-            "are scored one at a time" if config.probe.oversized == "backward" else "will stop the run",
+            OVERSIZED[config.probe.oversized],
         )
 
 

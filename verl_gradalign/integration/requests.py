@@ -2,7 +2,7 @@
 """Which rows go to which rank in a scoring call. Runs on the driver, on keys and lengths only.
 
 Trusted problems, and candidates for an estimator that works on all ranks together, are spread row by row. Other
-candidates stay whole on one rank, unless they are larger than a micro-batch.
+candidates stay whole on one rank, unless they are larger than a micro-batch and are to be scored by `backward`.
 """
 
 import random
@@ -13,12 +13,20 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
+from verl_gradalign.probe.audit import goes_to_backward
 from verl_gradalign.probe.call import DirectionRequest, ScoringRequest
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.passes import assign
 from verl_gradalign.selection.groups import Group
 from verl_gradalign.types import ProblemRows
+
+OVERSIZED = {
+    "accumulate": "run in several of them",
+    "backward": "are scored one at a time, slowly",
+    "stop": "will stop the run",
+}
+"""What problems larger than a micro-batch do, by `probe.oversized`."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,14 @@ def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
     return TokenBudget(int(max_tokens), is_padded=not verl_config.actor_rollout_ref.model.use_remove_padding)
 
 
-def owners_of(problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int) -> list[int | None]:
+def owners_of(
+    problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int, oversized: str = "accumulate"
+) -> list[int | None]:
     """Return the rank that scores each candidate whole, None where its rows are spread over all ranks."""
     if not ESTIMATORS[estimator].needs_whole_problems:
         return [None] * len(problems)
-    fits = [index for index, problem in enumerate(problems) if budget.holds([problem.size])]
+    is_spread = goes_to_backward(ESTIMATORS[estimator], oversized)
+    fits = [index for index, problem in enumerate(problems) if not is_spread or budget.holds([problem.size])]
     owners: list[int | None] = [None] * len(problems)
     for index, rank in zip(fits, assign([problems[i].size.num_tokens for i in fits], dp_size), strict=True):
         owners[index] = rank
@@ -134,7 +145,8 @@ def build_requests(
     names = list(request.set_weights)
     tables = [_table(groups, length) for groups in (*(trusted.get(name, ()) for name in names), candidates)]
     owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
-    owners.append(owners_of(tables[-1], request.estimator, request.budget, max(dp_rank_of) + 1))
+    dp_size, oversized = max(dp_rank_of) + 1, request.probe.oversized
+    owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size, oversized))
     metas, shares = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
     requests = [
         replace(request, trusted=dict(zip(names, mine[:-1], strict=True)), candidates=mine[-1]) for mine in shares

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.requests import audited_problems, drawn, token_budget
+from verl_gradalign.integration.requests import OVERSIZED, audited_problems, drawn, token_budget
 from verl_gradalign.probe.call import DirectionReply, ScoringReply, ScoringRequest
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.chooser import Choice, Chooser
@@ -103,11 +103,11 @@ class AlignmentSelector:
         if diagnostics.get("oversized") and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%d problems are larger than a micro-batch of %d tokens and were scored one at a time (exactly, but "
-                "slowly); further ones are only counted (gradalign/probe/oversized). Raise "
-                "gradalign.probe.max_tokens_per_rank if memory allows",
+                "%d problems are larger than a micro-batch of %d tokens, and %s; further ones are only counted "
+                "(gradalign/probe/oversized). Raise gradalign.probe.max_tokens_per_rank if memory allows",
                 diagnostics["oversized"],
                 token_budget(self._config.probe, self._verl_config).max_tokens,
+                OVERSIZED[self._config.probe.oversized],
             )
         error = diagnostics.get("canary/relative_error", 0.0)
         if not error <= self._config.probe.canary_threshold:  # nan is no agreement either

@@ -35,9 +35,9 @@ def audited_scores(
 ) -> ProblemScores:
     """Return the estimator's scores of `problems`, with diagnostics of the audited ones. Collective.
 
-    Problems larger than the engine's budget go to `backward` if `oversized` says so; their rows may be spread over
-    ranks, and they are not audited. Diagnostics: `oversized`, and `canary/relative_error` (exact estimators) or
-    `fidelity/spearman` (approximate ones) where problems were audited.
+    Problems larger than the engine's budget go to `backward` if `goes_to_backward`; their rows may be spread over
+    ranks, and they are not audited. Diagnostics: `oversized`, how many are larger than the budget;
+    `canary/relative_error` (exact estimators) or `fidelity/spearman` (approximate ones) where problems were audited.
 
     Raises: ValueError if a problem is larger than the budget and `oversized` is `stop`.
     """
@@ -45,14 +45,17 @@ def audited_scores(
     too_large: set[int] = set()
     if estimator.needs_whole_problems:
         if oversized == "stop":
-            remedy = "raise gradalign.probe.max_tokens_per_rank, or set gradalign.probe.oversized=backward"
+            remedy = "raise gradalign.probe.max_tokens_per_rank, or set gradalign.probe.oversized=accumulate"
             engine.budget.require_room(problems, remedy)
         # By the whole problem's size, which all ranks know: each takes the same decision without asking.
         too_large = {i for i, problem in enumerate(problems) if not engine.budget.holds([problem])}
+    num_oversized = len(too_large)
+    if not goes_to_backward(type(estimator), oversized):
+        too_large = set()
     fitting = [i for i in range(len(problems)) if i not in too_large]
     place_of = {index: place for place, index in enumerate(fitting)}
     scores = estimator.score(engine, [problems[i] for i in fitting], direction)
-    diagnostics = {**scores.diagnostics, "oversized": float(len(too_large))}
+    diagnostics = {**scores.diagnostics, "oversized": float(num_oversized)}
     checked = [i for i in audited if i in place_of]
     if checked:
         reference = exact.score(engine, [problems[i] for i in checked], direction)
@@ -64,6 +67,14 @@ def audited_scores(
     if too_large:
         scores = _merged(problems, scores, exact.score(engine, [problems[i] for i in sorted(too_large)], direction))
     return replace(scores, diagnostics=diagnostics)
+
+
+def goes_to_backward(estimator: type[ScoreEstimator], oversized: str) -> bool:
+    """Return whether problems that no micro-batch holds are not this estimator's, by `probe.oversized`.
+
+    Without a norm nothing is to be added up: they run in several micro-batches in any case.
+    """
+    return estimator.needs_whole_problems and estimator.gives_norm and oversized == "backward"
 
 
 def relative_error(scores: ProblemScores, reference: ProblemScores, places: Tensor) -> float:

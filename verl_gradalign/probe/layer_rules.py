@@ -41,11 +41,18 @@ class LayerCall:
     outputs: slice = field(default_factory=lambda: slice(None))
     """Which of the layer's output features `delta` has; `direction` is of all. What a rule gives for each is added up
     (rules in `BY_OUTPUTS` only)."""
+    gradient: Mapping[str, Tensor] | None = None
+    """With one problem only: what its (scaled, summed) gradient of each parameter is to be added to, by attribute name
+    (rules in `COVERED` only)."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The accumulation dtype: float32, or float64 if the model computes in it."""
         return self.scale_R.dtype
+
+    def total(self, attribute: str) -> Tensor | None:
+        """Return what the gradient of the parameter, as far as the call has it, is to be added to, if it is wanted."""
+        return None if self.gradient is None else self.gradient[attribute][self.outputs]
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,8 @@ def linear(call: LayerCall) -> LayerScores:
     """Linear layers, with and without bias, LoRA's A and B among them: gradient delta^T input, and sum of delta."""
 
     def of_weight(direction_OI: Tensor) -> LayerScores:
-        of_outputs = direction_OI[call.outputs]
-        return LayerScores(*matrix_scores(call.delta, call.input, of_outputs, call.layout, call.scale_R))
+        of_outputs, total_OI = direction_OI[call.outputs], call.total("weight")
+        return LayerScores(*matrix_scores(call.delta, call.input, of_outputs, call.layout, call.scale_R, total_OI))
 
     return weight_and_bias(call, of_weight)
 
@@ -181,6 +188,8 @@ def embedding(call: LayerCall) -> LayerScores:
     key_U, place_N = key_N.unique(return_inverse=True)
     grad_UH = delta_NH.new_zeros(len(key_U), delta_NH.shape[-1])
     grad_UH.index_add_(0, place_N, delta_NH * call.scale_R[row_N].unsqueeze(-1))
+    if (total_VH := call.total("weight")) is not None:
+        total_VH.index_add_(0, key_U, grad_UH)  # of one problem, whose keys are the tokens
     squared_norm_P = delta_NH.new_zeros(call.layout.num_problems)
     squared_norm_P.index_add_(0, key_U // module.num_embeddings, grad_UH.square().sum(dim=-1))
     return LayerScores(derivative_R, squared_norm_P)
@@ -192,7 +201,8 @@ def rms_norm(call: LayerCall) -> LayerScores:
     # In the accumulation dtype, as transformers computes its norms whatever they are given.
     input_ND = call.input.to(call.dtype)
     factor_N = inverse_rms(call.module, input_ND)
-    return vector_scores(input_ND * call.delta, call.direction["weight"], call, factor_N)
+    direction_D, total_D = call.direction["weight"], call.total("weight")
+    return vector_scores(input_ND * call.delta, direction_D, call, factor_N, total_D)
 
 
 @register_layer_rule(nn.LayerNorm)
@@ -202,7 +212,7 @@ def layer_norm(call: LayerCall) -> LayerScores:
     def of_weight(direction_D: Tensor) -> LayerScores:
         input_ND, module = call.input.to(call.dtype), cast(nn.LayerNorm, call.module)
         normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=module.eps)
-        return vector_scores(call.delta * normalised_ND, direction_D, call)
+        return vector_scores(call.delta * normalised_ND, direction_D, call, total_F=call.total("weight"))
 
     return weight_and_bias(call, of_weight)
 
@@ -222,16 +232,28 @@ def weight_and_bias(call: LayerCall, of_weight: Callable[[Tensor], LayerScores])
     """Return the scores of a layer's weight, by a function of v of it, and of its bias, as far as they are trained."""
     parts = [of_weight(call.direction["weight"])] if "weight" in call.direction else []
     if "bias" in call.direction:
-        parts.append(vector_scores(call.delta, call.direction["bias"][call.outputs], call))
+        direction_O = call.direction["bias"][call.outputs]
+        parts.append(vector_scores(call.delta, direction_O, call, total_F=call.total("bias")))
     return add(*parts)
 
 
-def vector_scores(grad_NF: Tensor, direction_F: Tensor, call: LayerCall, factor_N: Tensor | None = None) -> LayerScores:
-    """Return the scores of a vector parameter whose gradient is the sum of `factor_N * grad_NF` over positions."""
+def vector_scores(
+    grad_NF: Tensor,
+    direction_F: Tensor,
+    call: LayerCall,
+    factor_N: Tensor | None = None,
+    total_F: Tensor | None = None,
+) -> LayerScores:
+    """Return the scores of a vector parameter whose gradient is the sum of `factor_N * grad_NF` over positions.
+
+    The (scaled, summed) gradient of all problems is added to `total_F`, if given.
+    """
     grad_RF = row_sums(grad_NF, call.layout, call.dtype, factor_N)
     problem_R = call.layout.problem_of_row(grad_RF.device)
     grad_PF = grad_RF.new_zeros(call.layout.num_problems, grad_RF.shape[-1])
     grad_PF.index_add_(0, problem_R, grad_RF * call.scale_R.unsqueeze(-1))
+    if total_F is not None:
+        total_F += grad_PF.sum(dim=0)
     return LayerScores(grad_RF @ direction_F.to(call.dtype), grad_PF.square().sum(dim=-1))
 
 

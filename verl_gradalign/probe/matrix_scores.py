@@ -37,6 +37,8 @@ class Segment:
     layout: Layout
     """Of these problems alone."""
     scale_R: Tensor
+    total_OI: Tensor | None = None
+    """What the gradient of the one problem is added to, if it is wanted."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,9 +49,16 @@ Form = Callable[[Segment], tuple[Tensor, Tensor]]
 
 
 def matrix_scores(
-    delta_NO: Tensor, input_NI: Tensor, direction_OI: Tensor, layout: Layout, scale_R: Tensor
+    delta_NO: Tensor,
+    input_NI: Tensor,
+    direction_OI: Tensor,
+    layout: Layout,
+    scale_R: Tensor,
+    total_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's gradient product with the direction (rows,), and each problem's squared norm (problems,).
+
+    With `total_OI`, of a layout of one problem, its (scaled, summed) gradient is added to that.
 
     Shapes: delta_NO (positions, out), input_NI (positions, in), direction_OI (out, in), scale_R (rows,).
     Units: gradients of the summed objective; the products of unscaled rows, the norms of scaled and summed ones. In
@@ -66,7 +75,8 @@ def matrix_scores(
     for problems in layout.alike(max_rows=max(1, _limit(delta_NO) // direction_OI.numel())):
         rows = slice(layout.problem_bounds[problems.start], layout.problem_bounds[problems.stop])
         positions = layout.positions_of(rows)
-        segment = Segment(delta_NO[positions], input_NI[positions], direction_OI, layout.part(problems), scale_R[rows])
+        part = layout.part(problems)
+        segment = Segment(delta_NO[positions], input_NI[positions], direction_OI, part, scale_R[rows], total_OI)
         derivative_R, squared_norm_P = cheapest_form(segment)(segment)
         derivatives.append(derivative_R)
         squared_norms.append(squared_norm_P)
@@ -79,6 +89,8 @@ def cheapest_form(segment: Segment) -> Form:
     num_problems, device = segment.layout.num_problems, segment.delta_NO.device.type
     num_positions, num_rows = (n / num_problems for n in (len(segment.delta_NO), segment.layout.num_rows))
     name = fastest_form(num_positions, num_rows, num_outputs, num_inputs, device)
+    if segment.total_OI is not None and name == "gram":
+        name = "per_problem"  # gram forms no gradient
     return {"per_row": per_row, "per_problem": per_problem, "gram": gram}[name]
 
 
@@ -95,7 +107,7 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
             grad_RF = _multiply(delta_RSB.transpose(1, 2), input_RSI, segment.dtype).flatten(1)
             derivative_R += grad_RF @ direction_F
             # Of one row each: no total is formed, which would be as large as the rows' gradients.
-            if num_rows == num_problems:
+            if num_rows == num_problems and segment.total_OI is None:
                 squared_norm_P += _squared_norms(grad_RF) * segment.scale_R.square()
                 continue
             scale_P1R = segment.scale_R.view(num_problems, 1, -1)
@@ -107,6 +119,7 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
                 derivative_R[index] += grad_F.dot(direction_F)
                 total_PF[0].addcmul_(grad_F, segment.scale_R[index])
         squared_norm_P += _squared_norms(total_PF)
+        _add_total(segment, block, total_PF, 1.0)
     return derivative_R, squared_norm_P
 
 
@@ -117,6 +130,7 @@ def per_problem(segment: Segment) -> tuple[Tensor, Tensor]:
     for block in _blocks(segment, num_gradients=len(delta_PTO)):
         total_PF = _multiply(delta_PTO[:, :, block].transpose(1, 2), input_PTI, segment.dtype).flatten(1)
         squared_norm_P += _squared_norms(total_PF)
+        _add_total(segment, block, total_PF, size_P)
     return _products(segment), squared_norm_P * size_P.square()
 
 
@@ -167,6 +181,13 @@ def _blocks(segment: Segment, num_gradients: int) -> Iterator[slice]:
     size = max(1, _limit(segment.delta_NO) // (num_gradients * num_inputs))
     for start in range(0, num_outputs, size):
         yield slice(start, min(start + size, num_outputs))
+
+
+def _add_total(segment: Segment, block: slice, total_PF: Tensor, factor: Tensor | float) -> None:
+    """Add a block of the one problem's gradient, times a factor, to where it is wanted."""
+    if segment.total_OI is not None:
+        total_BI = segment.total_OI[block]
+        total_BI += (total_PF * factor).view_as(total_BI)
 
 
 def _limit(tensor: Tensor) -> int:

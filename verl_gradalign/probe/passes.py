@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Passes over whole problems: on which rank, which rows together, and sums over ranks of what they gave.
 
-A norm needs all of a problem's tokens in one place, so problems are never cut.
+A norm needs all of a problem's tokens on one rank. A problem that one micro-batch does not hold runs in several, one
+after another, and its gradient is added up over them.
 
     ranks = assign([problem.num_tokens for problem in problems], num_ranks=8)
     for batch in micro_batches(engine, problems):
@@ -13,6 +14,7 @@ Shape legend: P problems, R rows of a problem or of a micro-batch, T response to
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,13 +41,15 @@ def assign(costs: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
+REMEDY = "raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with backward"
+
+
 def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]]:
     """Return micro-batches of problem indices, each within the budget: longest first, into the first that has room.
 
     Raises: ValueError if a problem alone exceeds the budget.
     """
-    remedy = "raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with backward"
-    budget.require_room(problems, remedy)
+    budget.require_room(problems, REMEDY)
     micro_batches: list[list[int]] = []
     # By the longest row, so that rows padded to one width have similar lengths.
     for index in sorted(range(len(problems)), key=lambda i: (-problems[i].longest_row, -problems[i].num_tokens)):
@@ -58,31 +62,67 @@ def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]
     return micro_batches
 
 
+def cut(problem: ProblemRows, lengths: Sequence[int], budget: TokenBudget) -> list[slice]:
+    """Return runs of a problem's rows, of these lengths, as many together as a micro-batch holds.
+
+    Raises: ValueError if a row alone exceeds the budget.
+    """
+
+    def size(rows: slice) -> ProblemRows:
+        mine = lengths[rows]
+        return ProblemRows(f"{problem.uid}, one response alone,", (), len(mine), sum(mine), max(mine))
+
+    start, runs = 0, []
+    for end in range(2, len(lengths) + 1):
+        if not budget.holds([size(slice(start, end))]):
+            runs.append(slice(start, end - 1))
+            start = end - 1
+    runs.append(slice(start, len(lengths)))
+    budget.require_room([size(run) for run in runs], REMEDY)
+    return runs
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole problems that one rank runs together; none where it only runs as many passes as other ranks."""
+    """What one rank runs together: whole problems, or some rows of one that is larger than a micro-batch.
+
+    No problem where it only runs as many passes as other ranks.
+    """
 
     problems: tuple[int, ...]
     """Positions in the scoring call's sequence of problems."""
     rows: tuple[int, ...]
     rows_per_problem: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
-    """Rows of each problem's halves, or of the whole problem where it is not split."""
+    """Rows of each problem's halves that are in it, or of the whole problem where it is not split."""
+    halves: tuple[tuple[int, ...], ...]
+    """Which half each part is."""
+    first_row: int = 0
+    """Rows of the problem before these."""
+    is_whole: bool = True
+    """Whether all rows of its problems are in it."""
+    is_last: bool = True
+    """Whether none of the problem's rows come in a later one."""
 
 
 def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> list[MicroBatch]:
     """Return this rank's micro-batches, equally many on every rank. Collective.
 
-    Raises: ValueError if a problem is larger than the engine's budget, or if its rows are spread over ranks.
+    A problem that no micro-batch holds is cut into several, one after another.
+
+    Raises: ValueError if one row is larger than the engine's budget, or if a problem's rows are spread over ranks.
     """
     mine = [index for index, problem in enumerate(problems) if problem.rows]
     for problem in (problems[index] for index in mine):
         if len(problem.rows) != problem.num_rows:
             held = f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank"
             raise ValueError(f"{held}; this estimator needs whole problems (passes.assign)")
-    packed = pack([problems[index] for index in mine], engine.budget)
-    batches = [_micro_batch(problems, [mine[member] for member in members]) for members in packed]
-    padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),))
+    fitting = [index for index in mine if engine.budget.holds([problems[index]])]
+    packed = pack([problems[index] for index in fitting], engine.budget)
+    batches = [_micro_batch(problems, [fitting[member] for member in members]) for members in packed]
+    for index in sorted(set(mine) - set(fitting)):
+        batches += _cut_problem(problems[index], index, engine)
+    padding = MicroBatch((), (engine.spare_row,), (1,), ((1,),), ((0,),))
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
     num_batches = largest(len(batches), engine.data_group, engine.device)
     return batches + [padding] * (num_batches - len(batches))
@@ -90,14 +130,38 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
 
 def _micro_batch(problems: Sequence[ProblemRows], chosen: Sequence[int]) -> MicroBatch:
     members = [problems[index] for index in chosen]
-    halves = [(p.num_rows - sum(p.halves), sum(p.halves)) if p.is_split else (p.num_rows,) for p in members]
+    parts = [_parts(problem, slice(None)) for problem in members]
     return MicroBatch(
         problems=tuple(chosen),
         rows=tuple(row for problem in members for row in problem.rows),
         rows_per_problem=tuple(problem.num_rows for problem in members),
-        # Without an empty half: it has no positions in the activations.
-        parts=tuple(tuple(num_rows for num_rows in of_problem if num_rows) for of_problem in halves),
+        parts=tuple(tuple(of_problem.values()) for of_problem in parts),
+        halves=tuple(tuple(of_problem) for of_problem in parts),
     )
+
+
+def _cut_problem(problem: ProblemRows, index: int, engine: GradientEngine) -> list[MicroBatch]:
+    runs = cut(problem, [engine.row_length(row) for row in problem.rows], engine.budget)
+    parts = [_parts(problem, run) for run in runs]
+    return [
+        MicroBatch(
+            problems=(index,),
+            rows=problem.rows[run],
+            rows_per_problem=(run.stop - run.start,),
+            parts=(tuple(of_run.values()),),
+            halves=(tuple(of_run),),
+            first_row=run.start,
+            is_whole=False,
+            is_last=run is runs[-1],
+        )
+        for run, of_run in zip(runs, parts, strict=True)
+    ]
+
+
+def _parts(problem: ProblemRows, rows: slice) -> dict[int, int]:
+    """Return how many of some of a problem's rows belong to each half, without a half that has none."""
+    # Without an empty half: it has no positions in the activations.
+    return dict(Counter(problem.halves[rows] if problem.is_split else [0] * len(problem.rows[rows])))
 
 
 def pass_weights(
@@ -164,15 +228,16 @@ class ProblemSums:
         # Not strict: a padding batch has a row, but no problem.
         by_problem = torch.split(derivative_R.double().cpu(), list(batch.rows_per_problem))
         for index, mine_R in zip(batch.problems, by_problem, strict=False):
-            self._sums[index, 3 : 3 + len(mine_R)] = mine_R
+            first = 3 + batch.first_row
+            self._sums[index, first : first + len(mine_R)] = mine_R
         by_part = torch.split(dot_R.double().cpu(), [num_rows for parts in batch.parts for num_rows in parts])
         self.add_parts(batch, torch.stack([part_R.sum() for part_R in by_part]))
 
     def add_parts(self, batch: MicroBatch, dot_of_parts: Tensor) -> None:
         """Note the dot products of each problem's parts, (parts,): its halves, or all of it."""
         by_problem = torch.split(dot_of_parts.double().cpu(), [len(parts) for parts in batch.parts])
-        for index, dots in zip(batch.problems, by_problem, strict=False):
-            self._sums[index, : len(dots)] += dots
+        for index, dots, halves in zip(batch.problems, by_problem, batch.halves, strict=False):
+            self._sums[index, list(halves)] += dots
 
     def add_norms(self, batch: MicroBatch, squared_norm_P: Tensor) -> None:
         """Note each problem's squared norm."""

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
+from verl_gradalign.probe.layer_rules import COVERED, LayerCall, LayerScores, add, output_error
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.tap_nodes import Keep, Tap, keeper_of
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
@@ -38,6 +38,8 @@ from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
+Gradient = dict[tuple[int, int], Tensor]
+"""Of whole parameters, by `Placement.identity`: the uses of a tied one add up."""
 LEAST_TOLERANCE = 1e-5
 """Of `output_error`: transformers' norms compute in float32 in a float64 model too."""
 
@@ -90,6 +92,7 @@ class Taps:
         self._bare: Layout | None = None
         """Of the pass, each row for itself."""
         self._parts: Sequence[Sequence[int]] | None = None
+        self._gradient: Gradient | None = None
         self._head_direction: dict[str, Tensor] = {}
         tied = TiedWeight.find(points)  # also without norms: it refuses weights that are shared in other ways
         self._tied = tied if gives_norm else None
@@ -115,15 +118,22 @@ class Taps:
         keep = [point.module.register_forward_pre_hook(self.keep, with_kwargs=True)] if uses_input_once else []
         return [*keep, tap]
 
-    def begin(self, layout: Layout, scale_R: Tensor, parts: Sequence[Sequence[int]] | None = None) -> None:
+    def begin(
+        self,
+        layout: Layout,
+        scale_R: Tensor,
+        parts: Sequence[Sequence[int]] | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
 
         With `parts` some rows of each problem count as one (`Layout.merged`): `scale_R` has one number for each part,
-        and so has the result's `derivative_R`.
+        and so has the result's `derivative_R`. With one problem its (scaled, summed) gradient of every parameter is
+        added to `gradient`, which lacks none of its parameters afterwards.
         """
         # Activations keep the shape of the pass, whichever of its rows count as one.
         self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
-        self._bare, self._parts, self._head_direction = layout, parts, {}
+        self._bare, self._parts, self._head_direction, self._gradient = layout, parts, {}, gradient
         self._scale_R, self._seen = scale_R, set()
         self._scores = LayerScores(torch.zeros_like(scale_R), scale_R.new_zeros(layout.num_problems))
 
@@ -212,6 +222,7 @@ class Taps:
             direction={p.attribute: self._gather(p) for p in point.placements},
             layout=self._layout.widened(vectors_per_position),
             scale_R=self._scale_R,
+            gradient=self._totals(point),
         )
         self._scores = add(self._scores, self._by_rule(point, call))
         if self._tied is not None and point is self._tied.head:
@@ -234,6 +245,7 @@ class Taps:
             layout=layout if self._parts is None else layout.merged(self._parts),
             scale_R=self._scale_R,
             outputs=block.outputs,
+            gradient=self._totals(point),
         )
         self._scores = add(self._scores, self._by_rule(point, call))
         if self._tied is not None and point is self._tied.head:
@@ -241,6 +253,22 @@ class Taps:
         self._head_direction = {} if block.is_last else direction
         if block.is_last:
             self._seen.add(point.module)
+
+    def _totals(self, point: TapPoint) -> dict[str, Tensor] | None:
+        """Return what the layer's gradient is to be added to.
+
+        Raises: ValueError that names the layer if its rule gives no gradient.
+        """
+        if self._gradient is None:
+            return None
+        if point.rule not in COVERED:
+            trouble = f"the layer rule of {point.name} ({type(point.module).__name__}) does not give a whole gradient"
+            reason = "which the norm of a problem larger than a micro-batch needs"
+            raise ValueError(f"{trouble}, {reason}. Remedy: set gradalign.probe.oversized=backward.")
+        for placement in point.placements:
+            if placement.identity not in self._gradient:
+                self._gradient[placement.identity] = self._scale_R.new_zeros(placement.shape)
+        return {placement.attribute: self._gradient[placement.identity] for placement in point.placements}
 
     def _require_first_call(self, point: TapPoint) -> None:
         """Raise RuntimeError if the layer has given its part already."""

@@ -256,7 +256,7 @@ def _estimator(run: RunData) -> Iterator[Finding]:
     oversized, candidates = (run.metrics.total(f"gradalign/{name}") for name in ("probe/oversized", "candidates"))
     if oversized > 0.02 * candidates:
         share = f"{oversized / candidates:.0%} of the candidates"
-        text = f"{share} were too long for a micro-batch and scored one at a time."
+        text = f"{share} were too long for a micro-batch."
         yield Finding("oversized problems", WATCH, text, "Raise gradalign.probe.max_tokens_per_rank.")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
@@ -24,7 +24,7 @@ from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.head import plain_head
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
-from verl_gradalign.probe.taps import Gather, tapped
+from verl_gradalign.probe.taps import Gather, Gradient, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -56,22 +56,25 @@ def tapped_scores(
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
 
-    Each problem's rows lie on one rank. Response derivatives are measured `per_response` only; a row whose tokens have
-    different coefficients gets nan for its own. A degenerate direction gives dot products of zero and the true norms.
+    Each problem's rows lie on one rank. Of a problem that no micro-batch holds the gradient is added up over several,
+    for its norm: as much memory as all tapped parameters in float32. Response derivatives are measured `per_response`
+    only; a row whose tokens have different coefficients gets nan for its own. A degenerate direction gives dot products
+    of zero and the true norms.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
     Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
-        if a problem exceeds the budget.
+        if a response alone exceeds the budget.
     """
     require_no_gradients(engine.module)
     device = engine.device
-    sums = ProblemSums(problems)
+    sums, gradient = ProblemSums(problems), Gradient()
     with tapped(engine.module, points, gather, gives_norm, head=plain_head(engine)) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = taps.forward(engine, batch.rows, batch.rows_per_problem)
             width, dtype = log_prob_RT.shape[1], log_prob_RT.dtype
             weight_RT, scale_R, gives_R = pass_weights(engine, batch, width, dtype, per_response)
-            taps.begin(layout, scale_R.to(device), None if per_response else batch.parts)
+            parts, is_summed = None if per_response else batch.parts, gives_norm and not batch.is_whole
+            taps.begin(layout, scale_R.to(device), parts, gradient if is_summed else None)
             # Of activations only: `tapped` has frozen every weight, and the taps drop what they form of one.
             (weight_RT.to(device) * log_prob_RT).sum().backward()  # type: ignore[no-untyped-call]
             measured = taps.end()
@@ -83,11 +86,24 @@ def tapped_scores(
                 sums.add_rows(batch, derivative_R * scale_R, derivative_R.masked_fill(~gives_R, torch.nan))
             else:
                 sums.add_parts(batch, derivative_R * scale_R)
-            sums.add_norms(batch, measured.squared_norm_P)
+            if batch.is_whole:
+                sums.add_norms(batch, measured.squared_norm_P)
+            elif is_summed and batch.is_last:
+                sums.add_norms(batch, _squared_norm(gradient))
+                gradient.clear()
             after_pass(batch)
     scores = sums.reduce(engine, direction_norm)
     return replace(
         scores,
         norm_P=scores.norm_P if gives_norm else None,
         response_derivative_PR=scores.response_derivative_PR if per_response else None,
+    )
+
+
+def _squared_norm(gradient: Gradient) -> Tensor:
+    """Return the squared norm of a gradient, (1,), summed in float64."""
+    return (
+        torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in gradient.values()])
+        .sum()
+        .view(1)
     )

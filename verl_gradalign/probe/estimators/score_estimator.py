@@ -22,7 +22,7 @@ class ScoreEstimator(ABC):
     gives_response_derivative = True
     """True if `ProblemScores.response_derivative_PR` is given."""
     needs_whole_problems = True
-    """True if all rows of a problem must lie on one rank, within the engine's budget."""
+    """True if all rows of a problem must lie on one rank."""
 
     def __init__(self, config: ProbeConfig | None = None) -> None:
         self._config = config or ProbeConfig()
