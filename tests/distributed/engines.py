@@ -62,10 +62,13 @@ def build_engine(root: Path, setup: Setup) -> CpuFSDPEngineWithLMHead:
             override_config={"attn_implementation": "sdpa"},
             enable_gradient_checkpointing=setup.is_checkpointed,
             use_remove_padding=setup.is_packed,
+            use_fused_kernels=setup.is_fused,
+            fused_kernel_options={"impl_backend": "torch"},
             **(adapters if setup.has_adapters else {}),
         ),
         engine_config=FSDPEngineConfig(
             use_remove_padding=setup.is_packed,
+            use_fused_kernels=setup.is_fused,
             use_torch_compile=False,
             param_offload=setup.is_offloaded,
             fsdp_size=1 if setup.is_replicated else -1,

@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from tests.distributed.engines import build_engine, train_without_clipping
 from tests.distributed.images import MODELS as VISION_MODELS
@@ -110,6 +112,20 @@ def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
                 call.score(direction)
         counts[estimator] = dict(counter.counts)
     return counts
+
+
+def measure_fused(root: Path, strategy: str) -> dict[str, Any]:
+    """Return every estimator's scores on models that verl's fused kernels run, and whether these still train."""
+    # FSDP2 does not gather an untied output layer for verl's fused kernels, which do not call it.
+    name, kind = ("qwen2", Qwen2ForCausalLM) if strategy == "fsdp2" else ("qwen3", Qwen3ForCausalLM)
+    measured: dict[str, Any] = {"model": name}
+    with mock.patch.object(kind, "forward", kind.forward):  # verl replaces it, for the rest of the process
+        for is_packed in (False, True):
+            engine = build_engine(root, Setup(strategy, name, is_fused=True, is_packed=is_packed))
+            for estimator in ESTIMATORS:
+                measured[f"{estimator} {is_packed}"] = score(engine, estimator, tight_budget(engine))
+            assert kind.forward.__module__ == "verl.models.transformers.dense_common"
+    return measured
 
 
 def measure_audit(root: Path, strategy: str) -> dict[str, Any]:
@@ -268,6 +284,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)
         cases[f"kernels-{strategy}"] = partial(measure_kernels, root, strategy)
+        cases[f"fused-{strategy}"] = partial(measure_fused, root, strategy)
     for model in VISION_MODELS:
         for part in ("whole", "text", "all"):
             cases[f"images-{model}-{part}"] = partial(measure_images, root, model, part)

@@ -75,6 +75,8 @@ class Setup:
     """Whether every rank has all parameters (hybrid sharding over groups of one)."""
     is_kept: bool = False
     """FSDP1's counterpart of fsdp2-kept."""
+    is_fused: bool = False
+    """Whether verl's fused kernels take the output layer's place."""
     has_adapters: bool = False
     excluded: str | None = None
     """Layers that get no adapter."""

@@ -31,6 +31,7 @@ from verl_gradalign.probe.audit import spearman
 pytestmark = pytest.mark.dist
 
 RTOL_FLOAT64 = 1e-10  # measured 1e-13; 1e-12 for responses' derivatives
+RTOL_FUSED = 1e-5  # of the gradient's norm; measured 3e-7
 RTOL_SVD = 1e-8  # measured 1e-13: a decomposition and its product
 MAX_STEP_ERROR = 1e-2  # of |g| |v|, at a step of 1e-3 |theta|
 # Where the training gradient vanishes, v is divided by eps, and so is the rounding of both: measured 1e-12 to 2e-10,
@@ -78,6 +79,26 @@ def test_output_layer_gives_that_layers_part_of_the_oracle(
     assert max(errors.values()) <= RTOL_FLOAT64, errors
     assert max(largest_errors(scores, whole).values()) > 0.1
     assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_with_verls_fused_kernels_scores_are_those_of_the_model(
+    results: dict[str, Any], oracle: Oracle, strategy: str, is_packed: bool
+) -> None:
+    """Their log-probs, which the direction is made of, are in float32."""
+    case = case_of(results, f"fused-{strategy}")
+    expected = oracle(case["model"])
+    for estimator in ("ghost", "backward"):
+        scores = case[f"{estimator} {is_packed}"]
+        for key in ("dot", "norm"):
+            error_P = (values(scores, key) - values(expected, key)).abs()
+            assert (error_P <= RTOL_FUSED * values(expected, "norm")).all(), (estimator, key, error_P)
+        assert scores["ranks_agree"]
+    step = case[f"finite_difference {is_packed}"]
+    assert ((values(step) - values(expected)).abs() <= MAX_STEP_ERROR * values(expected, "norm")).all()
+    head = case[f"output_layer {is_packed}"]
+    assert all(0 < part <= whole for part, whole in zip(head["norm"], expected["norm"], strict=True) if whole)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

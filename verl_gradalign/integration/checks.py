@@ -273,10 +273,12 @@ def _check_replicas(_: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, why, remedy)
 
 
-def _check_fused_kernels(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    if verl_config.actor_rollout_ref.model.get("use_fused_kernels"):
-        why = "the estimators have not been shown to be exact with fused kernels"
-        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False")
+def _check_fused_kernels(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    model = verl_config.actor_rollout_ref.model
+    trains_head = not (model.get("lora_rank") or OmegaConf.select(model, "lora.rank"))
+    if config.measures_in_update and model.get("use_fused_kernels") and trains_head:
+        why = "has the update read the output layer's weight without calling it, so that its part cannot be measured"
+        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False, or gradalign.measure=before")
 
 
 def _check_sequence_parallel(_: GradAlignConfig, verl_config: DictConfig) -> None:

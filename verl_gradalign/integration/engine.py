@@ -18,11 +18,13 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers.modeling_outputs import CausalLMOutput
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_gradalign.errors import refuse
 from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
@@ -36,6 +38,8 @@ COEFFICIENTS = "gradalign_coefficients"
 STORED_LOG_PROBS = "old_log_probs"
 """verl's column of the log-probs of a row's response at the policy that a step began with."""
 MULTI_MODAL = "multi_modal_inputs"
+FUSED = "_verl_fused_kernels_backend"
+"""verl's mark on a model with fused kernels."""
 MODEL_INPUTS = ("input_ids", "position_ids", MULTI_MODAL)
 """What verl makes a model's inputs of."""
 
@@ -167,12 +171,12 @@ class VerlEngine:
     def prepare(self, rows: Sequence[int]) -> PreparedPass:
         """Return a pass over the rows with verl's own inputs; see `GradientEngine.prepare`."""
         names = [name for name in MODEL_INPUTS if name in self._rows]
-        data = self._settings(self._select(names, list(rows)).to(get_device_id()))
+        data = self._settings(self._select(names, list(rows)).to(get_device_id()), use_fused_kernels=False)
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
         ids: Tensor = inputs["input_ids"]
 
         def run() -> Tensor:
-            with self._autocast():
+            with self._autocast(), calling_head(self.module):
                 logits: Tensor = self.module(**inputs, use_cache=False).logits
             return logits
 
@@ -202,8 +206,8 @@ class VerlEngine:
     def _settings(self, data: TensorDict, names: tuple[str, ...] = (), **further: Any) -> TensorDict:
         """Return the rows with what verl's engine reads beside them: the sampling temperature, keys of its own."""
         names = ("use_remove_padding", "use_fused_kernels", *names)
-        settings = {name: getattr(self._engine.engine_config, name) for name in names}
-        tu.assign_non_tensor(data, temperature=self._temperature, **settings, **further)
+        settings = {name: getattr(self._engine.engine_config, name) for name in names} | further
+        tu.assign_non_tensor(data, temperature=self._temperature, **settings)
         return data
 
     def _autocast(self) -> Any:
@@ -233,6 +237,34 @@ class VerlEngine:
                 torch.nested.as_nested_tensor(parts, layout=torch.jagged) if is_tensor else NonTensorStack(*parts)
             )
         return TensorDict(columns, batch_size=len(padded_rows))
+
+
+@contextmanager
+def calling_head(root: torch.nn.Module) -> Iterator[None]:
+    """Have a model whose forward verl has replaced by fused kernels call its output layer, as it was written to.
+
+    The fused forward reads the layer's weight alone, so that a bias, or what scales or caps logits, is no part of
+    training either. Source: verl.models.transformers.dense_common.forward_with_torch_backend.
+
+    Raises: ValueError if the output layer has a bias.
+    """
+    # verl marks the model that it patches, and replaces the forward of its whole class.
+    model: Any = next((module for module in root.modules() if FUSED in vars(module)), None)
+    if model is None:
+        yield
+        return
+    if model.lm_head.bias is not None:
+        why = "leaves the output layer's bias out, which scores would not"
+        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False")
+
+    def forward(**inputs: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=model.lm_head(model.model(**inputs)[0]))
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 @contextmanager

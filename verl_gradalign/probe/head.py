@@ -133,10 +133,10 @@ def _log_probs_of(
             shapes = f"{len(hidden_NH)} positions in a pass over {num_positions}"
             raise RuntimeError(f"the output layer was given {shapes}, so that its tokens are not known")
         anchor = torch.empty(0, device=hidden.device, requires_grad=receive is not None)
-        log_prob_M: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+        log_prob_1M1: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden_NH.index_select(0, position_M), head.weight, head.bias, token_M, temperature, anchor, receive
         )
-        return log_prob_M.view(1, -1, 1)
+        return log_prob_1M1
 
     head.forward = forward  # type: ignore[assignment, method-assign]
     try:
@@ -173,14 +173,15 @@ class _HeadLogProbs(torch.autograd.Function):
             target_M = torch.where(is_inside_M, scaled_MB.gather(-1, place_M1).squeeze(-1), target_M)
             log_total_M = torch.logaddexp(log_total_M, scaled_MB.logsumexp(dim=-1))
         ctx.save_for_backward(hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept)
-        return target_M - log_total_M
+        # Not a view, which a hook of FSDP2's on it could not hold on to.
+        return (target_M - log_total_M)[None, :, None].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        input_MH, factor_M1 = hidden_MH.to(ctx.dtype), (grads[0] / ctx.temperature).unsqueeze(-1)
+        input_MH, factor_M1 = hidden_MH.to(ctx.dtype), (grads[0] / ctx.temperature).view(-1, 1)
         grad_MH = torch.zeros_like(hidden_MH, dtype=log_total_M.dtype) if needs_hidden else None
         grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
         grad_V = torch.zeros_like(bias_V) if needs_bias else None
