@@ -119,11 +119,14 @@ def measure_fused(root: Path, strategy: str) -> dict[str, Any]:
     # FSDP2 does not gather an untied output layer for verl's fused kernels, which do not call it.
     name, kind = ("qwen2", Qwen2ForCausalLM) if strategy == "fsdp2" else ("qwen3", Qwen3ForCausalLM)
     measured: dict[str, Any] = {"model": name}
+    prompts = [row.prompt.tolist() for problem in TRUSTED for row in problem]
+    measured["states"] = read(build_engine(root, Setup(strategy, name)), prompts)
     with mock.patch.object(kind, "forward", kind.forward):  # verl replaces it, for the rest of the process
         for is_packed in (False, True):
             engine = build_engine(root, Setup(strategy, name, is_fused=True, is_packed=is_packed))
             for estimator in ESTIMATORS:
                 measured[f"{estimator} {is_packed}"] = score(engine, estimator, tight_budget(engine))
+            measured[f"states {is_packed}"] = read(engine, prompts)
             assert kind.forward.__module__ == "verl.models.transformers.dense_common"
     return measured
 

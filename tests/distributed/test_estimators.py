@@ -97,6 +97,7 @@ def test_with_verls_fused_kernels_scores_are_those_of_the_model(
         assert scores["ranks_agree"]
     step = case[f"finite_difference {is_packed}"]
     assert ((values(step) - values(expected)).abs() <= MAX_STEP_ERROR * values(expected, "norm")).all()
+    torch.testing.assert_close(values(case, f"states {is_packed}"), values(case, "states"), rtol=1e-6, atol=1e-6)
     head = case[f"output_layer {is_packed}"]
     assert all(0 < part <= whole for part, whole in zip(head["norm"], expected["norm"], strict=True) if whole)
 

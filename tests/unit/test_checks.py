@@ -61,7 +61,11 @@ def test_a_good_configuration_passes(verl_config):
         ("actor_rollout_ref.rollout.n", 1, {"gradalign.advantage": "centred", "algorithm.adv_estimator": "gae"}),
         ("gradalign.validation.n", 1, {}),
         ("algorithm.filter_groups.enable", True, {"gradalign.schedule": "once", "gradalign.curriculum.keep": 0.5}),
-        ("actor_rollout_ref.model.use_fused_kernels", True, {}),
+        (
+            "actor_rollout_ref.model.use_fused_kernels",
+            True,
+            {"gradalign.schedule": "forecast", "gradalign.measure": "update", "gradalign.score": "dot"},
+        ),
         ("actor_rollout_ref.actor.strategy", "megatron", {}),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 2, {}),
         ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 2, {}),
@@ -119,6 +123,7 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
             "gradalign.score": "random",
         },
         {"actor_rollout_ref.actor.strategy": "fsdp2"},
+        {"actor_rollout_ref.model.use_fused_kernels": True},
     ],
 )
 def test_the_remedies_pass(verl_config, changes):
@@ -156,7 +161,7 @@ def test_all_that_is_wrong_is_said_at_once_and_counted(verl_config):
         verl_config,
         {
             "trainer.v1.trainer_mode": "colocate_async",
-            "actor_rollout_ref.model.use_fused_kernels": True,
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2,
             "algorithm.rollout_correction.rollout_is": "token",
         },
     )

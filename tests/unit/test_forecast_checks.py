@@ -215,11 +215,7 @@ def test_a_set_with_another_number_of_responses_is_named(verl_config):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        (f"{ACTOR}.strategy", "megatron"),
-        (f"{ACTOR}.ulysses_sequence_parallel_size", 2),
-        ("actor_rollout_ref.model.use_fused_kernels", True),
-    ],
+    [(f"{ACTOR}.strategy", "megatron"), (f"{ACTOR}.ulysses_sequence_parallel_size", 2)],
 )
 def test_prompt_features_need_an_actor_that_can_be_read_where_the_score_does_not(verl_config, key, value):
     rewards_alone = {"gradalign.score": "accuracy_greedy", "gradalign.measure": "before", **NO_TRUSTED}

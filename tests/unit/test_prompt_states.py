@@ -182,7 +182,6 @@ def test_a_model_that_passes_its_output_layer_by_is_refused(model):
         ({"actor_rollout_ref__actor__strategy": "megatron"}, "strategy=megatron"),
         ({"actor_rollout_ref__actor__ulysses_sequence_parallel_size": 2}, "sequence parallelism"),
         ({"actor_rollout_ref__actor__fsdp_config__ulysses_sequence_parallel_size": 2}, "sequence parallelism"),
-        ({"actor_rollout_ref__model__use_fused_kernels": True}, "use_fused_kernels"),
     ],
 )
 def test_an_actor_whose_states_cannot_be_read_is_refused_only_where_they_are_asked_for(verl_config, changes, said):

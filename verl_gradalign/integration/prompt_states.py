@@ -47,8 +47,6 @@ def check_prompt_states(config: GradAlignConfig, verl_config: DictConfig) -> Non
         refuse_prompt(f"actor_rollout_ref.actor.strategy={actor.strategy}, and states are read from FSDP only")
     if any((OmegaConf.select(actor, key) or 1) > 1 for key in PER_SEQUENCE):
         refuse_prompt("under sequence parallelism a rank has a part of each prompt (ulysses_sequence_parallel_size)")
-    if verl_config.actor_rollout_ref.model.get("use_fused_kernels"):
-        refuse_prompt("fused kernels leave out the output layer, whose input is read (use_fused_kernels)")
 
 
 def prompt_tokens(verl_config: DictConfig) -> Tokens:
