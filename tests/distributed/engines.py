@@ -13,7 +13,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
 from verl.trainer.config import CheckpointConfig
@@ -21,7 +20,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-from tests.distributed.setups import LEARNING_RATE, LORA, STRATEGIES, TRAINED, Setup, randomise_adapters
+from tests.distributed.setups import LEARNING_RATE, LORA, STRATEGIES, TRAINED, ULYSSES, Setup, randomise_adapters
 from tests.numerics.problems import TEMPERATURE, make_float64
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.engine import COEFFICIENTS, coefficient_loss
@@ -59,7 +58,7 @@ def build_engine(root: Path, setup: Setup) -> CpuFSDPEngineWithLMHead:
         model_config=HFModelConfig(
             path=str(root / setup.model),
             load_tokenizer=False,
-            override_config={"attn_implementation": "sdpa"},
+            override_config={"attn_implementation": "sdpa" if setup.num_slices == 1 else ULYSSES},
             enable_gradient_checkpointing=setup.is_checkpointed,
             use_remove_padding=setup.is_packed,
             use_fused_kernels=setup.is_fused,
@@ -70,6 +69,7 @@ def build_engine(root: Path, setup: Setup) -> CpuFSDPEngineWithLMHead:
             use_remove_padding=setup.is_packed,
             use_fused_kernels=setup.is_fused,
             use_torch_compile=False,
+            ulysses_sequence_parallel_size=setup.num_slices,
             param_offload=setup.is_offloaded,
             fsdp_size=1 if setup.is_replicated else -1,
             use_no_sync_for_gradient_accumulation=setup.defers_sync,
@@ -110,7 +110,7 @@ def make_row_table(responses: Sequence[TokenRow]) -> TensorDict:
 def train_data(engine: CpuFSDPEngineWithLMHead, step: int) -> TensorDict:
     """Return this rank's share of a training step's rows."""
     config = engine.engine_config
-    rows = make_row_table(TRAINED[step][dist.get_rank() :: dist.get_world_size()])
+    rows = make_row_table(TRAINED[step][engine.get_data_parallel_rank() :: engine.get_data_parallel_size()])
     tu.assign_non_tensor(
         rows,
         temperature=TEMPERATURE,

@@ -50,6 +50,7 @@ from tests.distributed.setups import (
     exact_setups,
     neutral_setups,
 )
+from tests.distributed.ulysses import measure_ulysses
 from tests.distributed.update_rows import update_setups
 from tests.distributed.updates import measure_update, measure_update_neutrality
 from tests.numerics.kernels import bound_norm, norms_of, wrapped
@@ -291,6 +292,9 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     for model in VISION_MODELS:
         for part in ("whole", "text", "all"):
             cases[f"images-{model}-{part}"] = partial(measure_images, root, model, part)
+    if world_size > 1:
+        for strategy, model in (("fsdp2", "qwen2"), ("fsdp", "qwen3")):
+            cases[f"ulysses-{strategy}"] = partial(measure_ulysses, root, strategy, model, list(ESTIMATORS))
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")

@@ -56,7 +56,8 @@ def scoring(
 ) -> Iterator[ScoringCall]:
     """Deal the problems, and put the engine into scoring mode."""
     budget = TokenBudget(max_tokens, is_padded=not engine.engine_config.use_remove_padding)
-    rows, trusted, candidates_ = deal_rows(TRUSTED, candidates, estimator, budget, oversized)
+    place = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    rows, trusted, candidates_ = deal_rows(TRUSTED, candidates, estimator, budget, oversized, place)
     with scoring_mode(engine):
         yield ScoringCall(VerlEngine(engine, rows, TEMPERATURE, budget), trusted, candidates_, estimator)
 
@@ -129,8 +130,12 @@ def deal_rows(
     estimator: str,
     budget: TokenBudget,
     oversized: str = "accumulate",
+    place: tuple[int, int] | None = None,
 ) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
-    """Return this rank's row table, spare row last, and its shares, assigned as the trainer assigns them."""
+    """Return this rank's row table, spare row last, and its shares, assigned as the trainer assigns them.
+
+    `place`: its number among the ranks that have different rows, and how many these are; by default among all.
+    """
     tables = [
         [keys_of(kind, index, problem) for index, problem in enumerate(problems)]
         for kind, problems in (("t", trusted), ("c", candidates))
@@ -139,7 +144,7 @@ def deal_rows(
     for table, problems in zip(tables, (trusted, candidates), strict=True):
         for named, problem in zip(table, problems, strict=True):
             responses.update(zip(named.keys, problem, strict=True))
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = place or (dist.get_rank(), dist.get_world_size())
     owners: list[list[int | None]] = [[None] * len(trusted)]
     owners.append(owners_of(tables[1], estimator, budget, world_size, oversized))
     assigned = [keys_by_rank(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]

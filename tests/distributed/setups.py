@@ -34,6 +34,8 @@ MODELS = {"qwen2": ("qwen2", True, 32), "qwen3": ("qwen3", False, 32), "wide": (
 LEARNING_RATE = 1e-3
 WIDE = 4096
 """Tokens of a budget that takes all problems at once."""
+ULYSSES = "packed_on_cpu"
+"""Attention of engines whose ranks have slices of rows."""
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 
 TRUSTED = [draw_problem(lengths, seed) for seed, lengths in enumerate([[5, 3, 4], [4, 6, 2, 3, 8]], 10)]
@@ -75,6 +77,8 @@ class Setup:
     """Whether every rank has all parameters (hybrid sharding over groups of one)."""
     is_kept: bool = False
     """FSDP1's counterpart of fsdp2-kept."""
+    num_slices: int = 1
+    """Ranks that have slices of the same rows (Ulysses)."""
     is_fused: bool = False
     """Whether verl's fused kernels take the output layer's place."""
     has_adapters: bool = False

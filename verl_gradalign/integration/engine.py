@@ -122,7 +122,13 @@ class VerlEngine:
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        return self._engine.get_data_parallel_group()
+        # Slices of rows add up as rows do.
+        is_sliced = self._engine.use_ulysses_sp
+        return torch.distributed.group.WORLD if is_sliced else self._engine.get_data_parallel_group()
+
+    @property
+    def sequence_group(self) -> ProcessGroup | None:
+        return self._engine.ulysses_parallel_group if self._engine.use_ulysses_sp else None
 
     @property
     def gradient_scale(self) -> float:
@@ -165,6 +171,8 @@ class VerlEngine:
             layout = packed_layout(lengths, width, rows_per_problem)
         else:
             layout = padded_layout(lines, width, rows_per_problem)
+        if passed.window is not None and self.sequence_group is not None:
+            layout = layout.sliced(passed.window, self.sequence_group)
         spans = [(start + p, length) for start, p, length in zip(passed.starts, prompts, responses, strict=True)]
         return response_log_probs(passed, spans, self._temperature, head, on_block), layout
 
@@ -174,6 +182,13 @@ class VerlEngine:
         data = self._settings(self._select(names, list(rows)).to(get_device_id()), use_fused_kernels=False)
         inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
         ids: Tensor = inputs["input_ids"]
+        window = None
+        if self.sequence_group is not None:
+            # verl gives each rank its slice of the packed line, which it fills up to equal ones.
+            width, place = ids.shape[1], torch.distributed.get_rank(self.sequence_group)
+            window, line_N = slice(place * width, (place + 1) * width), data["input_ids"].values()
+            num_ranks = torch.distributed.get_world_size(self.sequence_group)
+            ids = torch.nn.functional.pad(line_N, (0, num_ranks * width - len(line_N))).unsqueeze(0)
 
         def run() -> Tensor:
             with self._autocast(), calling_head(self.module):
@@ -182,7 +197,7 @@ class VerlEngine:
 
         if self._engine.engine_config.use_remove_padding:
             lengths = [self.row_length(row) for row in rows[:-1]]
-            return PreparedPass(ids, tuple(accumulate(lengths, initial=0)), run)
+            return PreparedPass(ids, tuple(accumulate(lengths, initial=0)), run, window)
         return PreparedPass(ids, tuple(index * ids.shape[1] for index in range(len(rows))), run)
 
     def backward(self, problems: Sequence[ProblemRows]) -> None:

@@ -71,6 +71,8 @@ class PreparedPass:
     """The flattened position at which each row begins."""
     run: Callable[[], Tensor]
     """Calls the model and returns what it puts out as logits, (lines, width, vocabulary). Collective."""
+    window: slice | None = None
+    """Under sequence parallelism the flattened positions that this rank runs, and gives logits of; None: all."""
 
 
 class GradientEngine(Protocol):
@@ -91,7 +93,13 @@ class GradientEngine(Protocol):
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """Ranks that hold different rows, where sums over rows are reduced. None: this rank holds all rows."""
+        """Ranks that hold different rows, or other positions of the same, where sums over positions are reduced. None:
+        this rank holds all."""
+
+    @property
+    def sequence_group(self) -> ProcessGroup | None:
+        """Ranks that have slices of the same rows; they are in `data_group` too, where partial sums add up. None: this
+        rank has its rows whole."""
 
     @property
     def gradient_scale(self) -> float:
@@ -124,7 +132,7 @@ class GradientEngine(Protocol):
         recorded if the ambient grad mode says so. Where the model allows it no logits are formed (`probe/head.py`);
         `on_block` then gets the output layer's part of the backward pass. `whole_logits`: form them, as the model does.
 
-        Shapes: (rows, longest response), zero beyond a row's response.
+        Shapes: (rows, longest response), zero beyond a row's response, and where another rank has the position.
         """
 
     def prepare(self, rows: Sequence[int]) -> PreparedPass:

@@ -14,6 +14,7 @@ response, R rows.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -82,7 +83,9 @@ def _puts_out_logits_of(head: nn.Linear, engine: GradientEngine) -> bool:
 def response_log_probs(
     passed: PreparedPass, spans: Spans, temperature: float, head: nn.Linear | None, on_block: OnBlock | None = None
 ) -> Tensor:
-    """Run the pass; return log softmax(logits / temperature) of the spans' tokens, zero beyond a span's end.
+    """Run the pass; return log softmax(logits / temperature) of the spans' tokens, as far as the pass has them.
+
+    Zero beyond a span's end.
 
     Without a head (`plain_head`) from whole logits; with one `on_block` is called in the backward pass, with each block
     of its outputs.
@@ -90,17 +93,21 @@ def response_log_probs(
     Shapes: (spans, longest).
     Units: natural logarithm; float32, or float64 if the model computes in it.
     """
-    ids_N = passed.ids.flatten()
-    position_M = torch.cat([torch.arange(start, start + length) for start, length in spans]).to(ids_N.device)
-    token_M = ids_N[position_M]
-    lengths = [length for _, length in spans]
+    ids_N, window = passed.ids.flatten(), passed.window or slice(0, passed.ids.numel())
+    # The logits one position before predict a token.
+    position_M = torch.cat([torch.arange(start, start + length) for start, length in spans]) - 1
+    width = max(length for _, length in spans)
+    place_M = torch.cat([torch.arange(length) + index * width for index, (_, length) in enumerate(spans)])
+    is_here_M = (position_M >= window.start) & (position_M < window.stop)
+    num_tokens, position_M, place_M = len(position_M), position_M[is_here_M], place_M[is_here_M]
+    lengths = torch.bincount(place_M // max(width, 1), minlength=len(spans)).tolist()
+    token_M, position_M = ids_N[position_M.to(ids_N.device) + 1], (position_M - window.start).to(ids_N.device)
     if head is None:
-        log_prob_M = token_log_probs(passed.run().flatten(0, 1), position_M - 1, token_M, temperature)
+        log_prob_M = token_log_probs(passed.run().flatten(0, 1), position_M, token_M, temperature)
     else:
-        with _log_probs_of(head, len(ids_N), position_M - 1, token_M, temperature, _receiver(on_block, lengths)):
+        tokens = _Tokens(window.stop - window.start, position_M, token_M, num_tokens)
+        with _log_probs_of(head, tokens, temperature, _receiver(on_block, lengths)):
             log_prob_M = passed.run().flatten()
-    width = max(lengths)
-    place_M = torch.cat([torch.arange(length) + index * width for index, length in enumerate(lengths)])
     flat = log_prob_M.new_zeros(len(spans) * width)
     return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
 
@@ -113,15 +120,20 @@ def _receiver(on_block: OnBlock | None, lengths: Sequence[int]) -> Receive | Non
     )
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """Which log-probs a pass gives."""
+
+    num_positions: int
+    """That the head is given."""
+    position_M: Tensor
+    token_M: Tensor
+    num_tokens: int
+    """On all ranks that have slices of the same rows: they must cut the vocabulary into the same blocks."""
+
+
 @contextmanager
-def _log_probs_of(
-    head: nn.Linear,
-    num_positions: int,
-    position_M: Tensor,
-    token_M: Tensor,
-    temperature: float,
-    receive: Receive | None,
-) -> Iterator[None]:
+def _log_probs_of(head: nn.Linear, tokens: _Tokens, temperature: float, receive: Receive | None) -> Iterator[None]:
     """Have the head give the tokens' log-probs, (1, tokens, 1), in place of logits.
 
     They are the head's output for FSDP too, which gathers parameters again for the backward pass of what it has seen.
@@ -129,12 +141,19 @@ def _log_probs_of(
 
     def forward(hidden: Tensor) -> Tensor:
         hidden_NH = hidden.reshape(-1, hidden.shape[-1])
-        if len(hidden_NH) != num_positions:
-            shapes = f"{len(hidden_NH)} positions in a pass over {num_positions}"
+        if len(hidden_NH) != tokens.num_positions:
+            shapes = f"{len(hidden_NH)} positions in a pass over {tokens.num_positions}"
             raise RuntimeError(f"the output layer was given {shapes}, so that its tokens are not known")
         anchor = torch.empty(0, device=hidden.device, requires_grad=receive is not None)
         log_prob_1M1: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden_NH.index_select(0, position_M), head.weight, head.bias, token_M, temperature, anchor, receive
+            hidden_NH.index_select(0, tokens.position_M),
+            head.weight,
+            head.bias,
+            tokens.token_M,
+            temperature,
+            anchor,
+            receive,
+            _blocks(tokens.num_tokens, len(head.weight)),
         )
         return log_prob_1M1
 
@@ -156,14 +175,15 @@ class _HeadLogProbs(torch.autograd.Function):
         temperature: float,
         anchor: Tensor,
         receive: Receive | None,
+        blocks: Sequence[slice],
     ) -> Tensor:
-        ctx.temperature, ctx.receive, ctx.dtype = temperature, receive, _compute_dtype(hidden_MH, weight_VH)
-        input_MH, num_outputs = hidden_MH.to(ctx.dtype), len(weight_VH)
+        ctx.blocks, ctx.temperature, ctx.receive = blocks, temperature, receive
+        ctx.dtype = _compute_dtype(hidden_MH, weight_VH)
+        input_MH = hidden_MH.to(ctx.dtype)
         # Float32 or better: half precision would round the log-probs whose differences estimators take.
         dtype = torch.promote_types(ctx.dtype, torch.float32)
         log_total_M = torch.full(token_M.shape, -torch.inf, dtype=dtype, device=hidden_MH.device)
         target_M, kept = torch.zeros_like(log_total_M), []
-        blocks = _blocks(len(token_M), num_outputs)
         for block in blocks:
             logits_MB = _logits(input_MH, weight_VH, bias_V, block)
             if len(blocks) == 1 and any(ctx.needs_input_grad):
@@ -185,7 +205,7 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_MH = torch.zeros_like(hidden_MH, dtype=log_total_M.dtype) if needs_hidden else None
         grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
         grad_V = torch.zeros_like(bias_V) if needs_bias else None
-        for block in _blocks(len(token_M), len(weight_VH)):
+        for block in ctx.blocks:
             logits_MB = kept[0] if kept else _logits(input_MH, weight_VH, bias_V, block)
             delta_MB = _delta(logits_MB, log_total_M, token_M, block, ctx.temperature, not kept)
             delta_MB = delta_MB.mul_(factor_M1).to(ctx.dtype)
@@ -197,7 +217,8 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad_V[block] = delta_MB.sum(dim=0)
             if ctx.receive is not None:
                 ctx.receive(input_MH, delta_MB, block, block.stop == len(weight_VH))
-        return grad_MH if grad_MH is None else grad_MH.to(hidden_MH.dtype), grad_VH, grad_V, None, None, None, None
+        grad_MH = None if grad_MH is None else grad_MH.to(hidden_MH.dtype)
+        return grad_MH, grad_VH, grad_V, None, None, None, None, None
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

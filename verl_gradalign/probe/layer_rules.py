@@ -185,13 +185,16 @@ def embedding(call: LayerCall) -> LayerScores:
     problem_N = call.layout.problem_of_row(delta_NH.device)[row_N]
     # A token that occurs twice has one row of gradient, whose square is of the sum: rows are added up before squaring.
     key_N = problem_N * module.num_embeddings + call.input
-    key_U, place_N = key_N.unique(return_inverse=True)
+    key_U = torch.unique(call.layout.of_all_slices(key_N), sorted=True)
+    place_N = torch.searchsorted(key_U, key_N)
     grad_UH = delta_NH.new_zeros(len(key_U), delta_NH.shape[-1])
     grad_UH.index_add_(0, place_N, delta_NH * call.scale_R[row_N].unsqueeze(-1))
     if (total_VH := call.total("weight")) is not None:
         total_VH.index_add_(0, key_U, grad_UH)  # of one problem, whose keys are the tokens
+        return LayerScores(derivative_R, grad_UH.new_zeros(1))
     squared_norm_P = delta_NH.new_zeros(call.layout.num_problems)
-    squared_norm_P.index_add_(0, key_U // module.num_embeddings, grad_UH.square().sum(dim=-1))
+    share_UH = call.layout.summed(grad_UH)
+    squared_norm_P.index_add_(0, key_U // module.num_embeddings, share_UH.square().sum(dim=-1))
     return LayerScores(derivative_R, squared_norm_P)
 
 
@@ -252,9 +255,11 @@ def vector_scores(
     problem_R = call.layout.problem_of_row(grad_RF.device)
     grad_PF = grad_RF.new_zeros(call.layout.num_problems, grad_RF.shape[-1])
     grad_PF.index_add_(0, problem_R, grad_RF * call.scale_R.unsqueeze(-1))
+    derivative_R = grad_RF @ direction_F.to(call.dtype)
     if total_F is not None:
         total_F += grad_PF.sum(dim=0)
-    return LayerScores(grad_RF @ direction_F.to(call.dtype), grad_PF.square().sum(dim=-1))
+        return LayerScores(derivative_R, call.scale_R.new_zeros(call.layout.num_problems))
+    return LayerScores(derivative_R, call.layout.summed(grad_PF).square().sum(dim=-1))
 
 
 def require_plain_embedding(module: nn.Module) -> None:

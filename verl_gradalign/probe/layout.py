@@ -8,6 +8,9 @@ rows, because a problem's gradient is cut out of the micro-batch at these bounda
     layout = padded_layout(num_rows=4, width=100, rows_per_problem=(3, 1))
     packed = packed_layout(row_lengths=(5, 9, 7), num_positions=24, rows_per_problem=(3,))
 
+Under sequence parallelism a rank has a slice of the line: rows may be cut, or empty, and a problem's gradient is the
+sum over the ranks that have slices of it (`summed`).
+
 Shape legend: N flattened positions, F features, R rows, P problems.
 """
 
@@ -19,7 +22,9 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Layout:
     """Flattened position at which each row begins, and the end of the last: num_rows + 1 numbers from 0 on."""
     problem_bounds: tuple[int, ...]
     """Row at which each problem begins, and the end of the last: num_problems + 1 numbers from 0 on."""
+    group: ProcessGroup | None = None
+    """Ranks that have the other slices of the same rows; None: this rank has all of them."""
 
     @property
     def num_rows(self) -> int:
@@ -45,8 +52,8 @@ class Layout:
     def is_padded(self) -> bool:
         """Whether all rows take the same number of positions."""
         lines, width = self.shape
-        # Responses may all be empty.
-        return width > 0 and self.row_bounds == tuple(range(0, lines * width + 1, width))
+        # Responses may all be empty. Of slices, what one rank finds must hold on all.
+        return width > 0 and self.group is None and self.row_bounds == tuple(range(0, lines * width + 1, width))
 
     def rows(self) -> list[slice]:
         """Return the flattened positions of each row."""
@@ -71,12 +78,35 @@ class Layout:
     def merged(self, parts: Sequence[Sequence[int]]) -> Layout:
         """Return the layout in which some consecutive rows of a problem are one: `parts` counts them, per problem."""
         first_rows = accumulate((num_rows for problem in parts for num_rows in problem), initial=0)
-        return _of_rows(tuple(self.row_bounds[row] for row in first_rows), map(len, parts))
+        return _of_rows(tuple(self.row_bounds[row] for row in first_rows), map(len, parts), self.group)
 
     def of_responses(self, lengths: Sequence[int]) -> Layout:
         """Return the layout of each row's response alone, one after another."""
         rows_per_problem = (end - start for start, end in pairwise(self.problem_bounds))
-        return _of_rows(tuple(accumulate(lengths, initial=0)), rows_per_problem)
+        return _of_rows(tuple(accumulate(lengths, initial=0)), rows_per_problem, self.group)
+
+    def sliced(self, window: slice, group: ProcessGroup) -> Layout:
+        """Return the layout of one rank's slice of a line that the group's ranks have in slices."""
+        row_bounds = tuple(min(max(bound, window.start), window.stop) - window.start for bound in self.row_bounds)
+        return Layout((1, window.stop - window.start), row_bounds, self.problem_bounds, group)
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        """Return this rank's share of a gradient: its features, the last axis, dealt to the ranks that have slices.
+
+        Summed over those ranks; the whole, as it is, where there is no other. Collective; works in place.
+        """
+        if self.group is None:
+            return gradient
+        torch.distributed.all_reduce(gradient, group=self.group)
+        return gradient[..., torch.distributed.get_rank(self.group) :: torch.distributed.get_world_size(self.group)]
+
+    def of_all_slices(self, values_N: Tensor) -> Tensor:
+        """Return the values at the positions of all slices, in their order. Collective."""
+        if self.group is None:
+            return values_N
+        parts = [torch.empty_like(values_N) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(parts, values_N.contiguous(), group=self.group)
+        return torch.cat(parts)
 
     def alike(self, max_rows: int) -> Iterator[slice]:
         """Yield runs of problems of equally many equally padded rows, at most `max_rows` rows or one problem each."""
@@ -95,14 +125,15 @@ class Layout:
         row_bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
         problem_bounds = tuple(b - rows.start for b in self.problem_bounds[problems.start : problems.stop + 1])
         shape = (rows.stop - rows.start, self.shape[1]) if self.is_padded else (1, row_bounds[-1])
-        return Layout(shape, row_bounds, problem_bounds)
+        return Layout(shape, row_bounds, problem_bounds, self.group)
 
     def widened(self, factor: int) -> Layout:
         """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
         if factor == 1:
             return self
         lines, width = self.shape
-        return Layout((lines, width * factor), tuple(b * factor for b in self.row_bounds), self.problem_bounds)
+        row_bounds = tuple(b * factor for b in self.row_bounds)
+        return Layout((lines, width * factor), row_bounds, self.problem_bounds, self.group)
 
 
 def padded_layout(num_rows: int, width: int, rows_per_problem: Sequence[int]) -> Layout:
@@ -116,11 +147,11 @@ def packed_layout(row_lengths: Sequence[int], num_positions: int, rows_per_probl
     return _checked((1, num_positions), bounds, rows_per_problem)
 
 
-def _of_rows(row_bounds: tuple[int, ...], rows_per_problem: Iterable[int]) -> Layout:
+def _of_rows(row_bounds: tuple[int, ...], rows_per_problem: Iterable[int], group: ProcessGroup | None) -> Layout:
     """Return the layout of rows one after another; padded, in effect, where they are equally long."""
     widths = {end - start for start, end in pairwise(row_bounds)}
     shape = (len(row_bounds) - 1, widths.pop()) if len(widths) == 1 else (1, row_bounds[-1])
-    return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)))
+    return Layout(shape, row_bounds, tuple(accumulate(rows_per_problem, initial=0)), group)
 
 
 def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_problem: Sequence[int]) -> Layout:

@@ -58,7 +58,8 @@ def matrix_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return each row's gradient product with the direction (rows,), and each problem's squared norm (problems,).
 
-    With `total_OI`, of a layout of one problem, its (scaled, summed) gradient is added to that.
+    With `total_OI`, of a layout of one problem, its (scaled, summed) gradient is added to that; the squared norm may be
+    left out then. Of slices the norm is of this rank's share (`Layout.summed`): shares add up.
 
     Shapes: delta_NO (positions, out), input_NI (positions, in), direction_OI (out, in), scale_R (rows,).
     Units: gradients of the summed objective; the products of unscaled rows, the norms of scaled and summed ones. In
@@ -91,6 +92,8 @@ def cheapest_form(segment: Segment) -> Form:
     name = fastest_form(num_positions, num_rows, num_outputs, num_inputs, device)
     if segment.total_OI is not None and name == "gram":
         name = "per_problem"  # gram forms no gradient
+    if segment.layout.group is not None:
+        name = "per_row"  # on all ranks that have slices the same, whatever they have of the problem
     return {"per_row": per_row, "per_problem": per_problem, "gram": gram}[name]
 
 
@@ -118,8 +121,9 @@ def per_row(segment: Segment) -> tuple[Tensor, Tensor]:
                 grad_F = _multiply(segment.delta_NO[row, block].T, segment.input_NI[row], segment.dtype).flatten()
                 derivative_R[index] += grad_F.dot(direction_F)
                 total_PF[0].addcmul_(grad_F, segment.scale_R[index])
-        squared_norm_P += _squared_norms(total_PF)
         _add_total(segment, block, total_PF, 1.0)
+        if segment.total_OI is None:
+            squared_norm_P += _squared_norms(layout.summed(total_PF))
     return derivative_R, squared_norm_P
 
 

@@ -47,6 +47,7 @@ class PlainEngine:
         self.module = module
         self.budget = TokenBudget(max_tokens, is_padded=True)
         self.shard_group = self.data_group = data_parallel_group(module)
+        self.sequence_group = None
         self._rows = rows
         self._temperature = temperature
         self._autocast_dtype = autocast_dtype

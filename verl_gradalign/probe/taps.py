@@ -225,10 +225,10 @@ class Taps:
             gradient=self._totals(point),
         )
         self._scores = add(self._scores, self._by_rule(point, call))
-        if self._tied is not None and point is self._tied.head:
-            self._tied.keep_head_rows(call, self._layout)
-        elif self._tied is not None and point is self._tied.embedding:
-            self._scores = add(self._scores, self._tied.cross_term(call))
+        if self._tied_here is not None and point is self._tied_here.head:
+            self._tied_here.keep_head_rows(call, self._layout)
+        elif self._tied_here is not None and point is self._tied_here.embedding:
+            self._scores = add(self._scores, self._tied_here.cross_term(call))
 
     def _receive_block(self, point: TapPoint, block: HeadBlock) -> None:
         """Add the part of some of the output layer's outputs to the scores."""
@@ -248,11 +248,16 @@ class Taps:
             gradient=self._totals(point),
         )
         self._scores = add(self._scores, self._by_rule(point, call))
-        if self._tied is not None and point is self._tied.head:
-            self._tied.keep_head_rows(call, self._layout)
+        if self._tied_here is not None and point is self._tied_here.head:
+            self._tied_here.keep_head_rows(call, self._layout)
         self._head_direction = {} if block.is_last else direction
         if block.is_last:
             self._seen.add(point.module)
+
+    @property
+    def _tied_here(self) -> TiedWeight | None:
+        """The tied weight whose cross term this pass needs: a gradient that is added up whole has it."""
+        return self._tied if self._gradient is None else None
 
     def _totals(self, point: TapPoint) -> dict[str, Tensor] | None:
         """Return what the layer's gradient is to be added to.

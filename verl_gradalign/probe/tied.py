@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, without_padding_index
 from verl_gradalign.probe.layout import Layout
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
 
 
@@ -67,13 +69,7 @@ class TiedWeight:
         `layout` is that of the whole pass; the call's may be of responses alone.
         """
         if not self._head_rows:
-            ids = [self.ids_N[layout.positions_of(rows)] for rows in layout.problems()]
-            distinct = [torch.unique(ids_T, return_inverse=True) for ids_T in ids]
-            num_features = call.input.shape[-1]
-            self._head_rows = [
-                HeadRows(ids_U, place_T, call.scale_R.new_zeros(len(ids_U), num_features))
-                for ids_U, place_T in distinct
-            ]
+            self._head_rows = self._rows_of(call, layout)
         scale_N1 = call.scale_R[call.layout.row_of_position(call.delta.device)].unsqueeze(-1)
         input_NH = call.input.to(call.dtype) * scale_N1
         first = call.outputs.start or 0
@@ -84,10 +80,26 @@ class TiedWeight:
             delta_NU = call.delta[positions].index_select(1, kept.ids_U[is_in_U] - first)
             kept.grad_UH[is_in_U] = delta_NU.to(call.dtype).T @ input_NH[positions]
 
+    def _rows_of(self, call: LayerCall, layout: Layout) -> list[HeadRows]:
+        """Return each problem's tokens, on all ranks that have slices of it, with a gradient of zero."""
+        device, head = self.ids_N.device, cast(nn.Linear, call.module)
+        num_tokens = head.out_features
+        problem_N = layout.problem_of_row(device)[layout.row_of_position(device)]
+        key_U = torch.unique(layout.of_all_slices(problem_N * num_tokens + self.ids_N), sorted=True)
+        counts = torch.bincount(key_U // num_tokens, minlength=layout.num_problems).tolist()
+        kept = []
+        for rows, ids_U in zip(layout.problems(), torch.split(key_U % num_tokens, counts), strict=True):
+            place_T = torch.searchsorted(ids_U, self.ids_N[layout.positions_of(rows)])
+            kept.append(HeadRows(ids_U, place_T, call.scale_R.new_zeros(len(ids_U), call.input.shape[-1])))
+        return kept
+
     def cross_term(self, call: LayerCall) -> LayerScores:
         """Return 2 <G_head, G_embedding> of each problem as squared norms, from the embedding's backward."""
         kept, self._head_rows = self._head_rows, []
         assert kept, "the output layer's backward runs before the embedding's"
+        if call.layout.group is not None:
+            for rows in kept:
+                summed(rows.grad_UH, call.layout.group)
         rows_NH = torch.cat([rows.grad_UH[rows.place_T] for rows in kept])
         row_N = call.layout.row_of_position(call.delta.device)
         product_N = (rows_NH * without_padding_index(call).to(call.dtype)).sum(dim=-1) * call.scale_R[row_N]

@@ -22,6 +22,7 @@ from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.head import plain_head
+from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.probe.taps import Gather, Gradient, tapped
@@ -89,7 +90,7 @@ def tapped_scores(
             if batch.is_whole:
                 sums.add_norms(batch, measured.squared_norm_P)
             elif is_summed and batch.is_last:
-                sums.add_norms(batch, _squared_norm(gradient))
+                sums.add_norms(batch, _squared_norm(gradient, layout))
                 gradient.clear()
             after_pass(batch)
     scores = sums.reduce(engine, direction_norm)
@@ -100,10 +101,8 @@ def tapped_scores(
     )
 
 
-def _squared_norm(gradient: Gradient) -> Tensor:
-    """Return the squared norm of a gradient, (1,), summed in float64."""
-    return (
-        torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in gradient.values()])
-        .sum()
-        .view(1)
-    )
+def _squared_norm(gradient: Gradient, layout: Layout) -> Tensor:
+    """Return the squared norm of a gradient, (1,), summed in float64; of slices this rank's share of it."""
+    parts = (layout.summed(part) for part in gradient.values())
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return torch.stack(norms).square().sum().view(1)
