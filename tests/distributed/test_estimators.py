@@ -81,6 +81,25 @@ def test_output_layer_gives_that_layers_part_of_the_oracle(
     assert scores["ranks_agree"]
 
 
+@pytest.mark.parametrize(("strategy", "model"), [("fsdp2", "qwen2"), ("fsdp", "qwen3")])
+def test_ranks_that_have_slices_of_rows_find_the_scores_of_whole_ones(
+    run_group: RunGroup, oracle: Oracle, strategy: str, model: str
+) -> None:
+    case, expected = case_of(run_group(2), f"ulysses-{strategy}"), oracle(model)
+    names = [name for name in case if name.startswith("ghost")]
+    assert len(names) == 4 and case["exchange"] == "verl.utils.ulysses"
+    for name in (*names, "backward"):
+        errors = largest_errors(case[name], {**expected, "derivative": None} if name == "backward" else expected)
+        assert max(errors.values()) <= RTOL_FLOAT64, (name, errors)
+        assert case[name]["ranks_agree"]
+    step = case["finite_difference"]
+    assert ((values(step) - values(expected)).abs() <= MAX_STEP_ERROR * values(expected, "norm")).all()
+    if model == "qwen3":
+        errors = largest_errors(case["output_layer"], oracle(model, part="lm_head.weight"))
+        assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert spearman(values(case["low_rank"]), values(expected)) > 0.9
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_with_verls_fused_kernels_scores_are_those_of_the_model(

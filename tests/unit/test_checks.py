@@ -67,8 +67,16 @@ def test_a_good_configuration_passes(verl_config):
             {"gradalign.schedule": "forecast", "gradalign.measure": "update", "gradalign.score": "dot"},
         ),
         ("actor_rollout_ref.actor.strategy", "megatron", {}),
-        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 2, {}),
-        ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 2, {}),
+        (
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+            2,
+            {"gradalign.schedule": "forecast", "gradalign.measure": "update", "gradalign.score": "dot"},
+        ),
+        (
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+            2,
+            {"gradalign.score": "pool_cosine", "gradalign.probe.pool_dots": "sketch"},
+        ),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "clip_cov", {}),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "sapo", {"gradalign.loss_agg_mode": "token-mean"}),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {"gradalign.loss_agg_mode": "seq-mean-token-mean"}),
@@ -124,6 +132,8 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
         },
         {"actor_rollout_ref.actor.strategy": "fsdp2"},
         {"actor_rollout_ref.model.use_fused_kernels": True},
+        {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+        {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 4, "gradalign.score": "pool_cosine"},
     ],
 )
 def test_the_remedies_pass(verl_config, changes):
@@ -161,7 +171,8 @@ def test_all_that_is_wrong_is_said_at_once_and_counted(verl_config):
         verl_config,
         {
             "trainer.v1.trainer_mode": "colocate_async",
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2,
+            "distillation.enabled": True,
+            "distillation.distillation_loss.use_task_rewards": False,
             "algorithm.rollout_correction.rollout_is": "token",
         },
     )

@@ -19,6 +19,7 @@ from verl_gradalign.integration.requests import (
     build_shares,
     keys_by_rank,
     owners_of,
+    sequence_parallel,
     token_budget,
 )
 from verl_gradalign.probe.call import DirectionRequest, ScoringRequest
@@ -276,3 +277,21 @@ def test_requests_for_a_direction_cover_every_row_once_in_the_rows_own_partition
 
 def _of(group: Group, length: dict[str, int]) -> tuple[int, ...]:
     return tuple(length[key] for key in group.keys)
+
+
+@pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])
+def test_ranks_that_have_slices_of_rows_hold_a_micro_batch_together(key):
+    actor = {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 1000, "ppo_micro_batch_size_per_gpu": 2}
+    config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"actor": actor, "model": {"use_remove_padding": True}},
+            "data": {"max_prompt_length": 100, "max_response_length": 400},
+        }
+    )
+    assert token_budget(ProbeConfig(), config).max_tokens == 1000
+    OmegaConf.update(config, f"actor_rollout_ref.actor.{key}", 4)
+    assert sequence_parallel(config) == (f"actor_rollout_ref.actor.{key}", 4)
+    assert token_budget(ProbeConfig(), config).max_tokens == 4000
+    assert token_budget(ProbeConfig(max_tokens_per_rank=300), config).max_tokens == 1200
+    config.actor_rollout_ref.actor.use_dynamic_bsz = False  # a number of rows, whichever ranks have slices of them
+    assert token_budget(ProbeConfig(), config).max_tokens == 1000

@@ -15,7 +15,7 @@ from verl_gradalign.doctor.data import ExaminedData
 from verl_gradalign.doctor.machine import Machine
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.model_check import MODEL, PATH, model_from_config, model_refusals
-from verl_gradalign.integration.requests import token_budget
+from verl_gradalign.integration.requests import sequence_parallel, token_budget
 from verl_gradalign.selection.scores import score_of
 
 AREA, COST = "model", "cost"
@@ -175,7 +175,7 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         has_checkpointing=actor_rollout.model.enable_gradient_checkpointing,
         has_reference=bool(actor.use_kl_loss or verl_config.algorithm.use_kl_in_reward),
         ppo_epochs=actor.ppo_epochs,
-        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens,
+        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens // sequence_parallel(verl_config)[1],
         max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,

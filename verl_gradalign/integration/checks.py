@@ -18,7 +18,7 @@ from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECK
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
-from verl_gradalign.integration.requests import OVERSIZED, token_budget
+from verl_gradalign.integration.requests import OVERSIZED, sequence_parallel, token_budget
 from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, SEPARATE, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -281,12 +281,15 @@ def _check_fused_kernels(config: GradAlignConfig, verl_config: DictConfig) -> No
         refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False, or gradalign.measure=before")
 
 
-def _check_sequence_parallel(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
-        ranks_per_sequence = OmegaConf.select(verl_config.actor_rollout_ref.actor, key) or 1
-        if ranks_per_sequence > 1:
-            why = "the estimators have not been shown to be exact with sequence parallelism"
-            refuse(f"actor_rollout_ref.actor.{key}", ranks_per_sequence, why, "set it to 1")
+def _check_sequence_parallel(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    key, num_ranks = sequence_parallel(verl_config)
+    if num_ranks > 1 and config.measures_in_update:
+        why = "gives ranks slices of rows, which are not put together where the update measures"
+        refuse(key, num_ranks, why, "set it to 1, or gradalign.measure=before")
+    is_of_pool = score_of(config.score).direction in ("pool", "learnability")
+    if num_ranks > 1 and is_of_pool and config.probe.pool_dots == "sketch":
+        why = "gives ranks slices of rows, of which no sketch is put together"
+        refuse(key, num_ranks, why, "set it to 1, or gradalign.probe.pool_dots=exact")
 
 
 def _check_optimizer(config: GradAlignConfig, verl_config: DictConfig) -> None:

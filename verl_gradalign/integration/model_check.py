@@ -23,6 +23,7 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.integration.hub import is_cached
 from verl_gradalign.integration.model_trial import MAX_PARAMETERS, shrunk, try_estimator
+from verl_gradalign.integration.requests import sequence_parallel
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
 from verl_gradalign.selection.scores import score_of
@@ -151,6 +152,10 @@ def _first_line(error: BaseException) -> str:
 def model_refusals(config: GradAlignConfig, verl_config: DictConfig, model: ModelFromConfig) -> ModelRefusals:
     """Return why a score by gradients cannot be taken of this model, as ValueErrors that name what to change."""
     errors: list[ValueError] = []
+    key, num_ranks = sequence_parallel(verl_config)
+    if num_ranks > 1 and hasattr(model.hf_config, "vision_config"):
+        why = "a model for images cuts its rows elsewhere than text models do, which scores do not follow"
+        errors.append(ValueError(f"{key}={num_ranks}: {why}. Remedy: set it to 1."))
     checks: tuple[Callable[[nn.Module], None], ...] = (
         require_no_dropout,
         ESTIMATORS[config.estimator](config.probe).check,

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
@@ -25,6 +25,7 @@ from verl.workers.engine.base import BaseEngine
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.integration.engine import VerlEngine, reading_mode
+from verl_gradalign.integration.requests import sequence_parallel
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.passes import assign
 from verl_gradalign.probe.prompt_states import prompt_states
@@ -32,7 +33,6 @@ from verl_gradalign.probe.prompt_states import prompt_states
 KEY = "gradalign.forecast.features"
 REMEDY = "take prompt out, e.g. gradalign.forecast.features=[source,text]"
 ENGINES = ("fsdp", "fsdp2")
-PER_SEQUENCE = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
 
 Tokens = Callable[[Any], list[int]]
 
@@ -45,7 +45,7 @@ def check_prompt_states(config: GradAlignConfig, verl_config: DictConfig) -> Non
     refuse_prompt = partial(_refuse, list(config.forecast.features))
     if actor.strategy not in ENGINES or "fsdp_config" not in actor:
         refuse_prompt(f"actor_rollout_ref.actor.strategy={actor.strategy}, and states are read from FSDP only")
-    if any((OmegaConf.select(actor, key) or 1) > 1 for key in PER_SEQUENCE):
+    if sequence_parallel(verl_config)[1] > 1:
         refuse_prompt("under sequence parallelism a rank has a part of each prompt (ulysses_sequence_parallel_size)")
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
@@ -50,13 +50,25 @@ class ProblemKeys:
         return ProblemRows(self.uid, (), len(self.keys), sum(self.lengths), max(self.lengths, default=0))
 
 
+def sequence_parallel(verl_config: DictConfig) -> tuple[str, int]:
+    """Return how many ranks of the actor have slices of the same rows, and the key that says so."""
+    keys = [f"actor_rollout_ref.actor.{part}ulysses_sequence_parallel_size" for part in ("", "fsdp_config.")]
+    sizes = {key: int(OmegaConf.select(verl_config, key) or 1) for key in keys}
+    return max(sizes.items(), key=lambda item: item[1])
+
+
 def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
-    """Return what a micro-batch of the actor may hold: as configured, else as for its update."""
+    """Return what a micro-batch of the actor may hold: as configured, else as for its update.
+
+    Where several ranks have slices of the same rows, it is what these hold together.
+    """
     actor = verl_config.actor_rollout_ref.actor
     max_tokens = probe.max_tokens_per_rank
     if max_tokens is None and actor.use_dynamic_bsz:
         max_tokens = actor.ppo_max_token_len_per_gpu
-    if max_tokens is None:
+    if max_tokens is not None:
+        max_tokens *= sequence_parallel(verl_config)[1]
+    else:
         longest = verl_config.data.max_prompt_length + verl_config.data.max_response_length
         max_tokens = (actor.ppo_micro_batch_size_per_gpu or 1) * longest
     return TokenBudget(int(max_tokens), is_padded=not verl_config.actor_rollout_ref.model.use_remove_padding)
