@@ -12,6 +12,7 @@ import json
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple
 from datetime import timedelta
@@ -43,8 +44,10 @@ from tests.distributed.setups import (
     PROMPTS,
     SKETCH_RANK,
     STRATEGIES,
+    TEN_EACH,
     TRUSTED,
     TRUSTED_CONFIGS,
+    TWO_RESPONSES,
     WIDE,
     Setup,
     exact_setups,
@@ -113,6 +116,22 @@ def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
                 call.score(direction)
         counts[estimator] = dict(counter.counts)
     return counts
+
+
+def measure_large(root: Path, strategy: str) -> dict[str, Any]:
+    """Return scores of problems of ten micro-batches each, and what they took on this rank."""
+    engine, measured = build_engine(root, Setup(strategy, "qwen2")), {}
+    for number in (4, len(TEN_EACH)):
+        with scoring(engine, TEN_EACH[:number], "ghost", TWO_RESPONSES) as call:
+            direction = call.direction()
+            call.score(direction)  # finds out, once, how the model's logits are made
+            forward, passes = call.engine.forward, Counter[str]()
+            with mock.patch.object(call.engine, "forward", lambda *a: (passes.update(["all"]), forward(*a))[1]):
+                with CollectiveCounter() as counter:
+                    measured[f"{number}"] = report(call.score(direction))
+            measured[f"passes {number}"], measured[f"collectives {number}"] = passes["all"], counter.counts.total()
+    measured["backward"] = score(engine, "backward", TWO_RESPONSES, candidates=TEN_EACH)
+    return measured
 
 
 def measure_fused(root: Path, strategy: str) -> dict[str, Any]:
@@ -284,6 +303,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
         cases[f"adam-{strategy}"] = partial(measure_adam, root, strategy)
     for strategy in ("fsdp", "fsdp2"):
         cases[f"replay-{strategy}"] = partial(measure_replay, root, strategy)
+        cases[f"large-{strategy}"] = partial(measure_large, root, strategy)
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)

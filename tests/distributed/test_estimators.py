@@ -92,6 +92,7 @@ def test_ranks_that_have_slices_of_rows_find_the_scores_of_whole_ones(
         errors = largest_errors(case[name], {**expected, "derivative": None} if name == "backward" else expected)
         assert max(errors.values()) <= RTOL_FLOAT64, (name, errors)
         assert case[name]["ranks_agree"]
+    assert "(Linear) gives norms of rows that it sees whole" in case["own rule"]
     step = case["finite_difference"]
     assert ((values(step) - values(expected)).abs() <= MAX_STEP_ERROR * values(expected, "norm")).all()
     if model == "qwen3":
@@ -162,6 +163,22 @@ def test_oversized_problems_are_scored_exactly_and_the_canary_finds_nothing(
     assert max(errors.values()) <= RTOL_FLOAT64, errors
     assert 0 <= scores["diagnostics"]["canary/relative_error"] < RTOL_FLOAT64
     assert scores["ranks_agree"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_problems_of_many_micro_batches_are_shared_by_the_ranks_whole(
+    results: dict[str, Any], world_size: int, strategy: str
+) -> None:
+    case = case_of(results, f"large-{strategy}")
+    for number in (4, 8):
+        assert case[f"passes {number}"] == 10 * number / world_size
+        scores = case[f"{number}"]
+        for key in ("dot", "norm"):
+            error_P = (values(scores, key) - values(case["backward"], key)[:number]).abs()
+            assert (error_P <= RTOL_FLOAT64 * values(case["backward"], "norm")[:number]).all(), error_P
+        assert scores["ranks_agree"] and not values(scores, "derivative").isnan().any()
+    per_pass = [case[f"collectives {number}"] / case[f"passes {number}"] for number in (4, 8)]
+    assert per_pass[1] <= per_pass[0]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations import flash_attention
 from verl.models.transformers import monkey_patch
@@ -29,6 +29,7 @@ from tests.distributed.engines import build_engine, infer
 from tests.distributed.scoring import score, tight_budget
 from tests.distributed.setups import CANDIDATES, ULYSSES, WIDE, Setup
 from verl_gradalign.probe import sizes
+from verl_gradalign.probe.layer_rules import LAYER_RULES, linear
 
 CALLS = {"attention": 0, "exchange": 0}
 """How often what verl patches in, and its exchange, have run."""
@@ -95,5 +96,10 @@ def measure_ulysses(root: Path, strategy: str, model: str, estimators: Sequence[
         measured["ghost of problems that are cut"] = score(engine, "ghost", longest)
         with mock.patch.object(sizes, "CHUNK_ELEMENTS", 700):
             measured["ghost in blocks"] = score(engine, "ghost", WIDE)
+        with mock.patch.dict(LAYER_RULES, {nn.Linear: lambda call: linear(call)}):
+            try:
+                score(engine, "ghost", WIDE)
+            except ValueError as error:
+                measured["own rule"] = str(error)
     measured["exchange"] = SeqAllToAll.__module__
     return measured

@@ -129,6 +129,10 @@ def test_a_head_whose_output_is_changed_or_replaced_gives_logits() -> None:
     assert plain_head(engine) is None
     model, engine = with_hook(lambda module, inputs, output: None)
     assert plain_head(engine) is model.lm_head
+    handle = model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
+    assert plain_head(engine) is None
+    handle.remove()
+    assert plain_head(engine) is model.lm_head
     model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
     assert plain_head(engine) is None
 

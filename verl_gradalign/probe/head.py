@@ -6,7 +6,7 @@ is called by the model, gives the tokens' log-probs in place of logits: blocks o
 exponentials, and once more, in the backward pass, the gradient. A norm needs each problem's gradient of a weight whole
 in its positions, but not in its outputs; so blocks are of outputs, and a layer rule adds up what they give.
 
-    log_prob_RT = response_log_probs(engine, passed, spans, temperature, plain_head(engine), on_block)
+    log_prob_RT = response_log_probs(passed, spans, temperature, plain_head(engine), on_block)
 
 Shape legend: N positions of a pass, M response tokens, H hidden features, V vocabulary, B a block of it, T tokens of a
 response, R rows.
@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks
 
 from verl_gradalign.probe import sizes
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock, OnBlock, PreparedPass
@@ -42,23 +43,26 @@ def output_layer_of(root: nn.Module) -> nn.Module | None:
     return head
 
 
-_is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""By model, whether what it puts out is its head's output as it is."""
+_found: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+"""By model, whether what it puts out is its head's output as it is, and the hooks that it had when that was found."""
 
 
 def plain_head(engine: GradientEngine) -> nn.Linear | None:
     """Return the output layer if it is a linear layer whose output the model puts out unchanged, else None. Collective.
 
-    Found once for each model, by a short pass: some models scale their logits, or cap them.
+    Found by a short pass, once for each model while it has the same hooks: some models scale their logits, or cap them.
     """
     root = engine.module
     head = output_layer_of(root)
     # With a forward of its own (a kernel's, a wrapper's) it does something else than is done in its place here.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return None
-    if root not in _is_plain:
-        _is_plain[root] = _puts_out_logits_of(head, engine)
-    return head if _is_plain[root] else None
+    hooks = tuple(root._forward_hooks), tuple(head._forward_hooks), tuple(_global_forward_hooks)
+    known_hooks, is_plain = _found.get(root, (None, False))
+    if hooks != known_hooks:
+        is_plain = _puts_out_logits_of(head, engine)
+        _found[root] = hooks, is_plain
+    return head if is_plain else None
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Taps:
     def __init__(
         self, points: Sequence[TapPoint], gather: Gather, gives_norm: bool, head: nn.Module | None = None
     ) -> None:
-        self._points, self._gather = points, gather
+        self._points, self._gather, self._gives_norm = points, gather, gives_norm
         self.head = next((point for point in points if point.module is head and point.by_outputs), None)
         """The output layer, if it gives its part in blocks."""
         self._needs_logits = self.head is None and any(point.module is head for point in points)
@@ -260,16 +260,21 @@ class Taps:
         return self._tied if self._gradient is None else None
 
     def _totals(self, point: TapPoint) -> dict[str, Tensor] | None:
-        """Return what the layer's gradient is to be added to.
+        """Return what the layer's gradient is to be added to, None if it is not wanted.
 
-        Raises: ValueError that names the layer if its rule gives no gradient.
+        Raises: ValueError that names the layer if its rule does not put a gradient together of parts that it sees.
         """
+        assert self._layout is not None
+        if point.rule not in COVERED and self._gives_norm:
+            rule = f"the layer rule of {point.name} ({type(point.module).__name__})"
+            if self._gradient is not None:
+                why = "does not give the gradient that the norm of a problem larger than a micro-batch is made of"
+                raise ValueError(f"{rule} {why}. Remedy: set gradalign.probe.oversized=backward.")
+            if self._layout.group is not None:
+                why = "gives norms of rows that it sees whole, and ranks have slices of them (sequence parallelism)"
+                raise ValueError(f"{rule} {why}. Remedy: set gradalign.estimator=backward.")
         if self._gradient is None:
             return None
-        if point.rule not in COVERED:
-            trouble = f"the layer rule of {point.name} ({type(point.module).__name__}) does not give a whole gradient"
-            reason = "which the norm of a problem larger than a micro-batch needs"
-            raise ValueError(f"{trouble}, {reason}. Remedy: set gradalign.probe.oversized=backward.")
         for placement in point.placements:
             if placement.identity not in self._gradient:
                 self._gradient[placement.identity] = self._scale_R.new_zeros(placement.shape)
