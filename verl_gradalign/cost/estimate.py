@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_gradalign.cost.memory import BYTES_PER_ROLLOUT_TOKEN, kept_bytes, memory_of
+from verl_gradalign.cost.memory import BYTES_PER_ROLLOUT_TOKEN, FULL, kept_bytes, memory_of
 from verl_gradalign.cost.setting import AUTO, ModelShape, Setting
 from verl_gradalign.errors import refuse
 from verl_gradalign.probe.sizes import fastest_form
@@ -200,8 +200,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     if is_apart and longest > most:
         which, size = ("a mean problem", mean) if mean > most else ("a problem of the longest responses", longest)
         notes.append(
-            f"{which} takes {size:,.0f} positions, more than the {most:,} of a micro-batch: such problems are scored "
-            "one at a time on all GPUs, exactly but slowly. Raise gradalign.probe.max_tokens_per_rank if memory allows"
+            f"{which} takes {size:,.0f} positions, more than the {most:,} of a micro-batch: such problems take several "
+            f"of them, and for norms {FULL * setting.shape.num_parameters / 1e9:,.1f} GB of one GPU for their gradient"
         )
     if setting.estimator == "backward" and setting.num_gpus > 1:
         notes.append(

@@ -32,6 +32,9 @@ def memory_of(setting: Setting) -> dict[str, float]:
     gathered = bytes_each * (2 * shape.layer_parameters + shape.embedding_parameters) if is_gathered else 0
     activations, logits = pass_bytes(setting, setting.micro_batch_tokens)
     measuring = gathered + sum(pass_bytes(setting, setting.probe_tokens))
+    # verl's pass forms logits; of ours `backward` is verl's.
+    forms_logits = setting.estimator == "backward"
+    reading = gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits))
     selects, base = setting.estimator is not None, 3 * shard
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
@@ -44,10 +47,10 @@ def memory_of(setting: Setting) -> dict[str, float]:
         "backward": shard,
         "finite_difference": shard,  # a copy of the parameters, to restore them bit for bit
         "low_rank": largest,
-        "ghost": largest + FORMED_BYTES,
+        "ghost": largest + FORMED_BYTES + accumulated_bytes(setting),
         "output_layer": head + FORMED_BYTES,
     }
-    scoring = base + kept + shard + measuring + beside_pass_and_direction[setting.estimator]
+    scoring = base + kept + shard + reading + beside_pass_and_direction[setting.estimator]
     scores_apart, replicated = selects and not setting.measures_in_update, _replicated_bytes(setting)
     peaks = {
         "update": plain + kept + replicated,
@@ -77,8 +80,14 @@ def _replicated_bytes(setting: Setting) -> float:
     return float(setting.compute_bytes * (factors if setting.estimator == "low_rank" else setting.shape.num_parameters))
 
 
-def pass_bytes(setting: Setting, micro_batch_tokens: int) -> tuple[float, float]:
-    """Return the bytes of a micro-batch's activations that autograd keeps, and of its logits.
+def accumulated_bytes(setting: Setting) -> float:
+    """Return the bytes of a gradient that is added up on one GPU, where a mean problem takes several micro-batches."""
+    mean = setting.responses_per_candidate * setting.tokens_per_row
+    return float(FULL * setting.shape.num_parameters) if mean > setting.probe_tokens else 0.0
+
+
+def pass_bytes(setting: Setting, micro_batch_tokens: int, forms_logits: bool = True) -> tuple[float, float]:
+    """Return the bytes of a micro-batch's activations that autograd keeps, and of its logits, or of a chunk of them.
 
     Per token and layer 10 hidden + 4 intermediate numbers are kept (measured on transformers' Qwen2 with SDPA: the
     norms' inputs and outputs, queries, keys, values, the attention's and the MLP's products). With checkpointing one
@@ -90,6 +99,8 @@ def pass_bytes(setting: Setting, micro_batch_tokens: int) -> tuple[float, float]
     layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * bytes_each
     inputs = shape.num_layers * tokens * shape.hidden * bytes_each
     logits = tokens * shape.vocabulary
+    if not forms_logits:
+        logits = min(logits, CHUNK_ELEMENTS)
     activations = layer + inputs if setting.has_checkpointing else shape.num_layers * layer
     return float(activations), float(2 * logits * bytes_each + min(CHUNK_BYTES, 2 * FULL * logits))
 
