@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from verl_gradalign.probe.layout import packed_layout, padded_layout, row_sums
 
 CPU = torch.device("cpu")
+GROUP = object()
+"""Stands for the ranks that have the other slices, which a layout only hands on."""
 
 
 @st.composite
@@ -90,6 +92,32 @@ def test_row_sums_add_up_the_positions_of_each_row(layout, seed, has_factor):
     weighted_NF = values_NF if factor_N is None else values_NF * factor_N.unsqueeze(-1)
     expected_RF = torch.stack([weighted_NF[row].sum(dim=0) for row in layout.rows()])
     assert torch.equal(row_sums(values_NF, layout, torch.float64, factor_N), expected_RF)
+
+
+@settings(deadline=None)
+@given(layout=layouts(), num_slices=st.integers(1, 4), data=st.data())
+def test_slices_have_each_position_once_and_their_row_sums_add_up(layout, num_slices, data):
+    num_positions = layout.shape[0] * layout.shape[1]
+    cuts = [0, *sorted(data.draw(st.integers(0, num_positions)) for _ in range(num_slices - 1)), num_positions]
+    values_NF = torch.arange(2 * num_positions, dtype=torch.float64).view(num_positions, 2)
+    total_RF = torch.zeros(layout.num_rows, 2, dtype=torch.float64)
+    for window in map(slice, cuts, cuts[1:]):
+        part = layout.sliced(window, GROUP)
+        assert part.group is GROUP and not part.is_padded and part.problems() == layout.problems()
+        assert part.row_bounds[0] == 0 and part.row_bounds[-1] == part.shape[1] == window.stop - window.start
+        assert all(each.group is GROUP for each in (part.part(slice(0, 1)), part.widened(2)))
+        total_RF += row_sums(values_NF[window], part, torch.float64)
+    assert torch.equal(total_RF, row_sums(values_NF, layout, torch.float64))
+
+
+@settings(deadline=None)
+@given(layout=layouts(), data=st.data())
+def test_responses_alone_follow_one_another(layout, data):
+    lengths = [data.draw(st.integers(0, 4)) for _ in range(layout.num_rows)]
+    responses = layout.of_responses(lengths)
+    assert [row.stop - row.start for row in responses.rows()] == lengths
+    assert responses.problems() == layout.problems()
+    assert responses.shape[0] * responses.shape[1] == sum(lengths)
 
 
 def test_a_padding_suffix_counts_to_the_last_row():

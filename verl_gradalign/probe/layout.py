@@ -16,15 +16,18 @@ Shape legend: N flattened positions, F features, R rows, P problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,22 @@ class Layout:
 
     def row_of_position(self, device: torch.device) -> Tensor:
         """Return the row of each flattened position, int64 (positions,)."""
-        return _run_of_element(self.row_bounds, device)
+        return self._once(("row", device), lambda: _run_of_element(self.row_bounds, device))
 
     def problem_of_row(self, device: torch.device) -> Tensor:
         """Return the problem of each row, int64 (rows,)."""
-        return _run_of_element(self.problem_bounds, device)
+        return self._once(("problem", device), lambda: _run_of_element(self.problem_bounds, device))
+
+    def _once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for the first caller: a pass has hundreds of layers, which ask for the same."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
+
+    @cached_property
+    def _made(self) -> dict[Hashable, Any]:
+        return {}
 
     def merged(self, parts: Sequence[Sequence[int]]) -> Layout:
         """Return the layout in which some consecutive rows of a problem are one: `parts` counts them, per problem."""
@@ -131,9 +145,9 @@ class Layout:
         """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
         if factor == 1:
             return self
-        lines, width = self.shape
-        row_bounds = tuple(b * factor for b in self.row_bounds)
-        return Layout((lines, width * factor), row_bounds, self.problem_bounds, self.group)
+        (lines, width), row_bounds = self.shape, tuple(b * factor for b in self.row_bounds)
+        wide = Layout((lines, width * factor), row_bounds, self.problem_bounds, self.group)
+        return self._once(("widened", factor), lambda: wide)
 
 
 def padded_layout(num_rows: int, width: int, rows_per_problem: Sequence[int]) -> Layout:
@@ -163,7 +177,8 @@ def _checked(shape: tuple[int, int], row_bounds: tuple[int, ...], rows_per_probl
 
 def _run_of_element(bounds: Sequence[int], device: torch.device) -> Tensor:
     length_R = torch.tensor(bounds, dtype=torch.int64, device=device).diff()
-    return torch.arange(len(length_R), device=device).repeat_interleave(length_R)
+    # With its size given, no device is asked for it.
+    return torch.arange(len(length_R), device=device).repeat_interleave(length_R, output_size=bounds[-1])
 
 
 def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Tensor | None = None) -> Tensor:

@@ -93,7 +93,8 @@ class Taps:
         """Of the pass, each row for itself."""
         self._parts: Sequence[Sequence[int]] | None = None
         self._gradient: Gradient | None = None
-        self._head_direction: dict[str, Tensor] = {}
+        self._of_blocks: tuple[Layout, dict[str, Tensor]] | None = None
+        """The layout of the output layer's blocks, and its direction: the same for all of a pass."""
         tied = TiedWeight.find(points)  # also without norms: it refuses weights that are shared in other ways
         self._tied = tied if gives_norm else None
         self.is_idle = False
@@ -133,7 +134,7 @@ class Taps:
         """
         # Activations keep the shape of the pass, whichever of its rows count as one.
         self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
-        self._bare, self._parts, self._head_direction, self._gradient = layout, parts, {}, gradient
+        self._bare, self._parts, self._of_blocks, self._gradient = layout, parts, None, gradient
         self._scale_R, self._seen = scale_R, set()
         self._scores = LayerScores(torch.zeros_like(scale_R), scale_R.new_zeros(layout.num_problems))
 
@@ -234,15 +235,17 @@ class Taps:
         """Add the part of some of the output layer's outputs to the scores."""
         self._require_first_call(point)
         assert self._bare is not None and self._layout is not None and self._scores is not None
-        layout = self._bare.of_responses(block.lengths)
-        # Gathered once for all blocks.
-        direction = self._head_direction or {p.attribute: self._gather(p) for p in point.placements}
+        if self._of_blocks is None:
+            layout = self._bare.of_responses(block.lengths)
+            layout = layout if self._parts is None else layout.merged(self._parts)
+            self._of_blocks = layout, {p.attribute: self._gather(p) for p in point.placements}
+        layout, direction = self._of_blocks
         call = LayerCall(
             module=point.module,
             input=block.input_MH,
             delta=block.delta_MB,
             direction=direction,
-            layout=layout if self._parts is None else layout.merged(self._parts),
+            layout=layout,
             scale_R=self._scale_R,
             outputs=block.outputs,
             gradient=self._totals(point),
@@ -250,8 +253,8 @@ class Taps:
         self._scores = add(self._scores, self._by_rule(point, call))
         if self._tied_here is not None and point is self._tied_here.head:
             self._tied_here.keep_head_rows(call, self._layout)
-        self._head_direction = {} if block.is_last else direction
         if block.is_last:
+            self._of_blocks = None
             self._seen.add(point.module)
 
     @property
