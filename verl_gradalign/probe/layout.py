@@ -145,9 +145,12 @@ class Layout:
         """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
         if factor == 1:
             return self
-        (lines, width), row_bounds = self.shape, tuple(b * factor for b in self.row_bounds)
-        wide = Layout((lines, width * factor), row_bounds, self.problem_bounds, self.group)
-        return self._once(("widened", factor), lambda: wide)
+
+        def make() -> Layout:
+            (lines, width), row_bounds = self.shape, tuple(b * factor for b in self.row_bounds)
+            return Layout((lines, width * factor), row_bounds, self.problem_bounds, self.group)
+
+        return self._once(("widened", factor), make)
 
 
 def padded_layout(num_rows: int, width: int, rows_per_problem: Sequence[int]) -> Layout:
