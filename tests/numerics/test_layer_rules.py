@@ -32,6 +32,15 @@ def without(layer: nn.Module, frozen: str) -> nn.Module:
     return layer
 
 
+class GemmasScaledWordEmbedding(nn.Embedding):
+    def __init__(self, padding_idx: int | None, scale: float | Tensor) -> None:
+        super().__init__(NUM_TOKENS, NUM_OUT, padding_idx)
+        self.embed_scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(NUM_IN, NUM_OUT, bias=False),
     "linear-narrowing": lambda: nn.Linear(NUM_OUT, NUM_IN),
@@ -41,6 +50,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear-rank-one": lambda: nn.Linear(NUM_IN, 1, bias=False),
     "embedding": lambda: nn.Embedding(NUM_TOKENS, NUM_OUT),
     "embedding-padding": lambda: nn.Embedding(NUM_TOKENS, NUM_OUT, padding_idx=3),
+    "embedding-scaled": lambda: GemmasScaledWordEmbedding(None, 4.0),
+    "embedding-scaled-padding": lambda: GemmasScaledWordEmbedding(3, torch.tensor(0.125)),
     "rms-norm": lambda: nn.RMSNorm(NUM_IN, eps=1e-3),
     "rms-norm-default-epsilon": lambda: nn.RMSNorm(NUM_IN),
     "layer-norm": lambda: nn.LayerNorm(NUM_IN, eps=1e-3),
@@ -181,7 +192,7 @@ def test_a_subclass_is_covered_by_the_rule_of_its_base() -> None:
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As Gemma's: the output is not the weight's row."""
+    """The output is not the weight's row, and no name says what it is."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * 4.0

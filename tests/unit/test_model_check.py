@@ -48,7 +48,12 @@ def refused(path, config=None, **model):
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [("llama", "LlamaForCausalLM"), ("qwen3", "Qwen3ForCausalLM"), ("olmo3", "Olmo3ForCausalLM")],
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM"),
+        ("olmo3", "Olmo3ForCausalLM"),
+        ("gemma2", "Gemma2ForCausalLM"),
+    ],
 )
 def test_dense_models_are_accepted_whatever_their_size(tmp_path, model_type, architecture):
     folder = folder_of(tmp_path, model_type, architecture, hidden_size=8192, num_hidden_layers=80)
@@ -63,10 +68,10 @@ def test_dense_models_are_accepted_whatever_their_size(tmp_path, model_type, arc
     [
         # Without a rule: seen in the layers.
         ("qwen3_moe", "Qwen3MoeForCausalLM", "mlp.experts.gate_up_proj"),
-        ("gemma2", "Gemma2ForCausalLM", "Gemma2TextScaledWordEmbedding"),
         ("qwen3_vl", "Qwen3VLForConditionalGeneration", "visual.patch_embed.proj"),
         # With rules for all layers: seen in a pass only.
         ("exaone4", "Exaone4ForCausalLM", "self_attn.k_norm"),
+        ("gemma3_text", "Gemma3ForCausalLM", "self_attn.k_norm"),
         ("gpt_bigcode", "GPTBigCodeForCausalLM", "transformer.wpe"),
     ],
 )

@@ -93,11 +93,12 @@ def register_layer_rule(*types: type[nn.Module]) -> Callable[[LayerRule], LayerR
 
 
 def rule_of(module: nn.Module) -> LayerRule | None:
-    """Return the rule of the registered class whose `forward` the module runs, else RMSNorm's by name, else None.
+    """Return the rule of the registered class whose `forward` the module runs, else one by its name, else None.
 
-    A subclass with a `forward` of its own (Gemma's scaled embedding) computes something else than its base's rule is
-    for. Every transformers model has an RMSNorm class of its own, all with a `weight` and an epsilon. Where more than
-    the class decides what is computed, `output_error` says whether it is what the rule is for.
+    A subclass with a `forward` of its own computes something else than its base's rule is for. By their names known
+    are RMSNorms, of which every transformers model has a class of its own, all with a `weight` and an epsilon, and
+    embeddings times a number (Gemma's). Where more than the class decides what is computed, `output_error` says whether
+    it is what the rule is for.
     """
     is_norm = type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
     base = _base_of(module)
@@ -107,7 +108,15 @@ def rule_of(module: nn.Module) -> LayerRule | None:
         return None
     if base is not None:
         return LAYER_RULES[base]
+    if embedding_scale(module) is not None:
+        return embedding
     return rms_norm if is_norm else None
+
+
+def embedding_scale(module: nn.Module) -> Any:
+    """Return the number that an embedding multiplies its weight's rows by, None for one that does not."""
+    is_scaled = isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
+    return getattr(module, "embed_scale", None) if is_scaled else None
 
 
 def _base_of(module: nn.Module) -> type[nn.Module] | None:
@@ -139,8 +148,13 @@ def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> floa
     some = (slice(0, 1), slice(0, SHOWN_POSITIONS)) if has_lines else slice(0, SHOWN_POSITIONS)
     actual, value = output[some].detach(), layer_input[some].detach()
     with torch.no_grad():
-        # Some RMSNorms have a weight, others its offset from one.
-        known = [base.forward(module, value)] if base is not None else _normalised(module, value)
+        if base is not None:
+            known = [base.forward(module, value)]
+        elif (scale := embedding_scale(module)) is not None:
+            known = [nn.Embedding.forward(cast(nn.Embedding, module), value) * scale]
+        else:
+            # Some RMSNorms have a weight, others its offset from one.
+            known = _normalised(module, value)
         errors = [(actual.double() - each.double()).norm() / each.double().norm() for each in known]
     return torch.stack(errors).min().item()
 
@@ -175,10 +189,13 @@ def linear(call: LayerCall) -> LayerScores:
 
 @register_layer_rule(nn.Embedding)
 def embedding(call: LayerCall) -> LayerScores:
-    """Embeddings: the rows of delta, added up by token id. The padding index gets no gradient, as in torch."""
+    """Embeddings, times a number or not: the rows of delta, added up by token id.
+
+    The padding index gets no gradient, as in torch.
+    """
     module: Any = call.module
     require_plain_embedding(module)
-    delta_NH = without_padding_index(call).to(call.dtype)
+    delta_NH = embedding_delta(call).to(call.dtype)
     product_N = (delta_NH * call.direction["weight"][call.input].to(call.dtype)).sum(dim=-1)
     derivative_R = row_sums(product_N, call.layout, call.dtype)
     row_N = call.layout.row_of_position(delta_NH.device)
@@ -276,10 +293,14 @@ def inverse_rms(module: nn.Module, input_ND: Tensor) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
 
 
-def without_padding_index(call: LayerCall) -> Tensor:
-    """Return an embedding's delta with zeros where the token is its padding index, (positions, features)."""
-    padding_idx: Any = call.module.padding_idx
-    return call.delta if padding_idx is None else call.delta.masked_fill((call.input == padding_idx).unsqueeze(-1), 0.0)
+def embedding_delta(call: LayerCall) -> Tensor:
+    """Return the gradient by the weight's row of each position's token, (positions, features).
+
+    0 at the padding index.
+    """
+    padding_idx, scale = cast(nn.Embedding, call.module).padding_idx, embedding_scale(call.module)
+    delta_NH = call.delta if scale is None else call.delta * torch.as_tensor(scale).to(call.delta)
+    return delta_NH if padding_idx is None else delta_NH.masked_fill((call.input == padding_idx).unsqueeze(-1), 0.0)
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.estimators import low_rank
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, without_padding_index
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 
@@ -50,7 +50,7 @@ def embedding(call: LayerCall) -> LayerScores:
     """Embeddings: delta . V[token], and nothing at the padding index."""
     layer_rules.require_plain_embedding(call.module)
     rows_NH = call.direction["weight"][call.input].to(call.delta.dtype)
-    return scores(dots(without_padding_index(call), rows_NH, call.dtype), call)
+    return scores(dots(embedding_delta(call), rows_NH, call.dtype), call)
 
 
 def factored_linear(call: LayerCall) -> LayerScores:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, without_padding_index
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta
 from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
@@ -170,7 +170,7 @@ def linear_factors(call: LayerCall, left_OK: Tensor, right_IK: Tensor) -> tuple[
 
 def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the projected tokens, one-hot vectors in effect, and the projected output gradients of an embedding."""
-    return left_VK[call.input].to(call.dtype), _project(without_padding_index(call), right_HK, call.dtype)
+    return left_VK[call.input].to(call.dtype), _project(embedding_delta(call), right_HK, call.dtype)
 
 
 Factors = Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, without_padding_index
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, embedding_delta
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.ranks import summed
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
@@ -102,7 +102,7 @@ class TiedWeight:
                 summed(rows.grad_UH, call.layout.group)
         rows_NH = torch.cat([rows.grad_UH[rows.place_T] for rows in kept])
         row_N = call.layout.row_of_position(call.delta.device)
-        product_N = (rows_NH * without_padding_index(call).to(call.dtype)).sum(dim=-1) * call.scale_R[row_N]
+        product_N = (rows_NH * embedding_delta(call).to(call.dtype)).sum(dim=-1) * call.scale_R[row_N]
         problem_N = call.layout.problem_of_row(call.delta.device)[row_N]
         cross_P = call.scale_R.new_zeros(call.layout.num_problems).index_add(0, problem_N, 2 * product_N)
         return LayerScores(torch.zeros_like(call.scale_R), cross_P)

@@ -20,7 +20,7 @@ from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, weight_and_bias, without_padding_index
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, embedding_delta, weight_and_bias
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.probe.taps import Gather
@@ -106,7 +106,7 @@ def embedding(call: LayerCall) -> LayerScores:
     """Return the products sum_t (delta_t R) . L[token_t], and zeros for norms."""
     num_tokens: int = call.module.num_embeddings  # type: ignore[assignment]
     left_OK, right_IK = torch.split(call.direction["weight"].to(call.dtype), [num_tokens, call.delta.shape[-1]])
-    product_NK = (without_padding_index(call).to(call.dtype) @ right_IK) * left_OK[call.input]
+    product_NK = (embedding_delta(call).to(call.dtype) @ right_IK) * left_OK[call.input]
     return _products_only(product_NK.sum(-1), call)
 
 
