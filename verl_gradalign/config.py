@@ -185,8 +185,8 @@ class DirectionConfig(Block, name="direction"):
     candidates' gradients (plus a tenth of its mean), one backward pass for each. `none`: v, the published method."""
     metric_problems: int = key(32, least=2)
     """metric=candidates: how many of the live candidates it is measured on, at random, at least 2."""
-    offload: bool = False
-    """Whether v lies in CPU memory between its uses: saves 4 bytes per parameter and rank count, costs transfers."""
+    offload: bool = True
+    """Whether v lies in CPU memory between its uses, as while the rollout is awake. It is brought back once per use."""
 
     def _check(self) -> None:
         require(

@@ -32,7 +32,6 @@ case "$METHOD" in
             gradalign.validation.files="$DATA_DIR/trusted.parquet"
             # Tokens of a micro-batch when scoring: 8 responses of 1,536, the longest there are.
             gradalign.probe.max_tokens_per_rank=16384
-            gradalign.direction.offload=true
         )
         ;;
 esac

@@ -40,7 +40,6 @@ case "$METHOD" in
             gradalign.validation.files="$DATA_DIR/trusted.parquet"
             # Tokens of a micro-batch when scoring: 16 responses of 2,000, prompts included.
             gradalign.probe.max_tokens_per_rank=32768
-            gradalign.direction.offload=true
         )
         ;;
 esac

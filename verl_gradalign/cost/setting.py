@@ -86,7 +86,7 @@ class Setting:
     max_tokens_per_rank: int | None = entry(None, AT_LEAST_1, "The same of scoring (probe). As many.")
     compute_bytes: int = entry(2, BYTES)
     """Of a number that is computed with; master parameters and Adam are float32."""
-    is_direction_offloaded: bool = entry(False, None, "")
+    is_direction_offloaded: bool = entry(True, None, "")
     is_direction_kept: bool = True
     """False where no step needs an earlier direction: refresh_interval=1, ema=0, on_degenerate other than previous."""
 

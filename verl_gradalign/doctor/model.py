@@ -218,6 +218,6 @@ def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Fin
         findings.add(COST, "ok", f"{text}, {of_what} {has_gb:.3g} GB")
     else:
         remedy = "more GPUs, smaller micro-batches (gradalign.probe.max_tokens_per_rank, ppo_max_token_len_per_gpu)"
-        if plain_gb <= GPU_SHARE * has_gb:
+        if plain_gb <= GPU_SHARE * has_gb and not cost.setting.is_direction_offloaded:
             remedy += ", gradalign.direction.offload=true"
         findings.add(COST, "warning", f"{text}, {of_what} {has_gb:.3g} GB", remedy)

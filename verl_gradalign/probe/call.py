@@ -18,7 +18,7 @@ from torch import Tensor
 
 from verl_gradalign.config import DirectionConfig, ProbeConfig
 from verl_gradalign.probe.audit import audited_scores
-from verl_gradalign.probe.direction import Direction, compute_direction, inner, no_direction
+from verl_gradalign.probe.direction import Direction, compute_direction, inner, no_direction, on_device
 from verl_gradalign.probe.engine import GradientEngine, TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.sketch import sketched_scores
@@ -164,7 +164,8 @@ def _direction_for(
     if request.set_weights:
         fresh, reports = _fresh(engine, request, stored)
     may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
-    used = fresh or (stored if may_use_stored else None)
+    # Here and not before: while a direction is made, the stored one would be one more shard in the device's memory.
+    used = fresh or (on_device(stored, engine.device) if stored is not None and may_use_stored else None)
     if used is not None:
         measured_on = [request.candidates[i] for i in request.metric_on]
         used = in_metric(engine, used, request.direction, optimizer, measured_on)

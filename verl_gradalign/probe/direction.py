@@ -89,8 +89,20 @@ def no_direction(module: nn.Module) -> Direction:
 
 
 def on_cpu(direction: Direction) -> Direction:
-    """Return the direction with its shards in CPU memory; they are brought back where they are used."""
-    return replace(direction, shards=mapped(Tensor.cpu, direction.shards))
+    """Return the direction with its shards in CPU memory; `on_device` brings them back."""
+    return replace(direction, shards=mapped(_to_host, direction.shards))
+
+
+def _to_host(shard: Tensor) -> Tensor:
+    if shard.device.type != "cuda":
+        return shard.cpu()
+    # Page-locked: a copy back runs at the bus's speed.
+    return torch.empty(shard.shape, dtype=shard.dtype, pin_memory=True).copy_(shard)
+
+
+def on_device(direction: Direction, device: torch.device) -> Direction:
+    """Return the direction with its shards on the device, once for all passes of a call."""
+    return replace(direction, shards=mapped(lambda shard: shard.to(device, non_blocking=True), direction.shards))
 
 
 def require_same_shards(root: nn.Module, direction: Direction) -> None:
