@@ -120,7 +120,7 @@ def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
 def measure_large(root: Path, strategy: str) -> dict[str, Any]:
     """Return scores of problems of ten micro-batches each, and what they took on this rank."""
     engine, measured = build_engine(root, Setup(strategy, "qwen2")), {}
-    for number in (4, len(TEN_EACH)):
+    for number in (2, len(TEN_EACH)):
         with scoring(engine, TEN_EACH[:number], "ghost", TWO_RESPONSES) as call:
             direction = call.direction()
             call.score(direction)  # finds out, once, how the model's logits are made

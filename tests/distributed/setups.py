@@ -57,7 +57,7 @@ TRUSTED_CONFIGS = {
     "units": DirectionConfig(aggregation="per_problem_unit"),
     "metric": DirectionConfig(metric="candidates"),
 }
-TEN_EACH = [draw_problem([15 + (i + k) % 2 for k in range(20)], 80 + i) for i in range(8)]
+TEN_EACH = [draw_problem([15 + (i + k) % 2 for k in range(20)], 80 + i) for i in range(4)]
 """Problems of ten micro-batches of two responses each."""
 TWO_RESPONSES = 2 * max(row.num_tokens for problem in TEN_EACH for row in problem)
 MANY = [draw_problem([1 + (5 * i + 3 * k) % 9 for k in range(1 + i % 4)], 40 + i) for i in range(28)]

@@ -170,14 +170,14 @@ def test_problems_of_many_micro_batches_are_shared_by_the_ranks_whole(
     results: dict[str, Any], world_size: int, strategy: str
 ) -> None:
     case = case_of(results, f"large-{strategy}")
-    for number in (4, 8):
+    for number in (2, 4):
         assert case[f"passes {number}"] == 10 * number / world_size
         scores = case[f"{number}"]
         for key in ("dot", "norm"):
             error_P = (values(scores, key) - values(case["backward"], key)[:number]).abs()
             assert (error_P <= RTOL_FLOAT64 * values(case["backward"], "norm")[:number]).all(), error_P
         assert scores["ranks_agree"] and not values(scores, "derivative").isnan().any()
-    per_pass = [case[f"collectives {number}"] / case[f"passes {number}"] for number in (4, 8)]
+    per_pass = [case[f"collectives {number}"] / case[f"passes {number}"] for number in (2, 4)]
     assert per_pass[1] <= per_pass[0]
 
 

@@ -10,7 +10,7 @@ It does not decide which problems are trusted, nor when the direction is refresh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.fsdp import Placement, flat_handles, gather_flat, gather_whole, local_part
+from verl_gradalign.probe.fsdp import (
+    Placement,
+    flat_handles,
+    gather_flat,
+    gather_together,
+    gather_whole,
+    local_part,
+)
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients, trainable_parameters
-from verl_gradalign.probe.ranks import summed
+from verl_gradalign.probe.ranks import largest, summed
 from verl_gradalign.types import ProblemRows
 
+SHARE_OF_FREE = 0.25
+FULL_BYTES = 4
 Shards = tuple[Tensor | None, ...]
 """One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
 shard; None where this rank had no gradient."""
@@ -198,3 +207,38 @@ class DirectionGather:
         if shard is None:
             return torch.zeros(placement.shape, device=self._like.device)
         return gather_whole(parameter, shard.to(self._like.device, non_blocking=True))
+
+    def all(self, placements: Iterable[Placement]) -> dict[tuple[int, int], Tensor]:
+        """Return v of the whole parameters, by identity, in few exchanges. Collective; asked for alike on all ranks."""
+        wholes: dict[tuple[int, int], Tensor] = {}
+        together: list[Placement] = []
+        for placement in {placement.identity: placement for placement in placements}.values():
+            if placement.handle is None and self._shards[placement.parameter] is not None:
+                together.append(placement)
+            else:
+                # A copy: of a flat parameter this is a view, which would keep all of it.
+                wholes[placement.identity] = self(placement).clone()
+        shards = [shard.to(self._like.device, non_blocking=True) for shard in self._shards_of(together)]
+        gathered = gather_together([self._parameters[p.parameter] for p in together], shards)
+        return wholes | dict(zip((p.identity for p in together), gathered, strict=True))
+
+    def _shards_of(self, placements: Sequence[Placement]) -> list[Tensor]:
+        shards = (self._shards[placement.parameter] for placement in placements)
+        return [shard for shard in shards if shard is not None]
+
+
+def gathered_where_it_fits(
+    engine: GradientEngine, direction: Direction, placements: Iterable[Placement]
+) -> Callable[[Placement], Tensor]:
+    """Return what gives v of a parameter: gathered once for all passes of a call, or by layer in each. Collective.
+
+    On a GPU the whole v may take `SHARE_OF_FREE` of the free memory, on the rank that has the least.
+    """
+    gather, distinct = DirectionGather(engine.module, direction, engine.device), list(placements)
+    if engine.device.type == "cuda":
+        size = FULL_BYTES * sum(shape.numel() for shape in {use.identity: use.shape for use in distinct}.values())
+        is_too_large = size > SHARE_OF_FREE * torch.cuda.mem_get_info(engine.device)[0]
+        if largest(int(is_too_large), engine.data_group, engine.device):
+            return gather
+    parts = gather.all(distinct)
+    return lambda placement: parts[placement.identity]

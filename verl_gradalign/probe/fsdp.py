@@ -9,8 +9,9 @@ during a pass the modules show temporary parameters.
     placements = trainable_placements(module)
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+TOGETHER_BYTES = 2**28
+"""Of wholes that are gathered in one exchange: it takes as much memory again."""
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
@@ -125,6 +128,57 @@ def gather_whole(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
     # Every rank made its shard by the same rule; checking it would be a collective for each parameter.
     return DTensor.from_local(shard, mesh, placements, run_check=False, **whole).full_tensor()
+
+
+def gather_together(parameters: Sequence[nn.Parameter], shards: Sequence[Tensor]) -> list[Tensor]:
+    """Return the wholes of tensors that are sharded as these parameters are, in few exchanges. Collective.
+
+    What is cut along its first axis over one group of ranks, as by FSDP2, goes together, `TOGETHER_BYTES` at a time;
+    anything else alone (`gather_whole`).
+    """
+    wholes: dict[int, Tensor] = {}
+    waiting: dict[Any, list[int]] = {}
+    for index, (parameter, shard) in enumerate(zip(parameters, shards, strict=True)):
+        group = _group_of_first_axis(parameter)
+        if group is None:
+            wholes[index] = gather_whole(parameter, shard)
+            continue
+        together = waiting.setdefault((group, shard.dtype), [])
+        together.append(index)
+        if sum(shards[i].nbytes for i in together) * group.size() >= TOGETHER_BYTES:
+            wholes |= _gathered(waiting.pop((group, shard.dtype)), parameters, shards, group)
+    for (group, _), together in waiting.items():
+        wholes |= _gathered(together, parameters, shards, group)
+    return [wholes[index] for index in range(len(shards))]
+
+
+def _group_of_first_axis(parameter: nn.Parameter) -> ProcessGroup | None:
+    """Return the ranks over which a parameter is cut along its first axis, None if it is not, or not alone."""
+    if not isinstance(parameter, DTensor):
+        return None
+    cut = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    is_first = len(cut) == 1 and parameter.placements[cut[0]] == Shard(0) and parameter.device_mesh.size(cut[0]) > 1
+    return parameter.device_mesh.get_group(cut[0]) if is_first else None
+
+
+def _gathered(
+    indices: Sequence[int], parameters: Sequence[nn.Parameter], shards: Sequence[Tensor], group: ProcessGroup
+) -> dict[int, Tensor]:
+    """Return the wholes of some tensors by one exchange; the last ranks' shards can be smaller, or empty."""
+    num_ranks, parts = group.size(), []
+    lengths = [math.ceil(parameters[i].shape[0] / num_ranks) * parameters[i].shape[1:].numel() for i in indices]
+    for index, length in zip(indices, lengths, strict=True):
+        flat = shards[index].flatten()
+        parts.append(torch.nn.functional.pad(flat, (0, length - len(flat))))
+    mine = torch.cat(parts)
+    of_all = mine.new_empty(num_ranks * len(mine))
+    torch.distributed.all_gather_into_tensor(of_all, mine, group=group)
+    columns = torch.split(of_all.view(num_ranks, -1), lengths, dim=1)
+    shapes = (parameters[index].shape for index in indices)
+    # A copy, so that a part does not keep the whole exchange in memory.
+    pairs = zip(columns, shapes, strict=True)
+    wholes = [column.reshape(-1, *shape[1:])[: shape[0]].clone() for column, shape in pairs]
+    return dict(zip(indices, wholes, strict=True))
 
 
 def gather_flat(

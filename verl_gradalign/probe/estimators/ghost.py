@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe.direction import Direction, DirectionGather
+from verl_gradalign.probe.direction import Direction, gathered_where_it_fits
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard
@@ -41,7 +41,8 @@ class GhostEstimator(ScoreEstimator):
 
     def score(self, engine: GradientEngine, problems: Sequence[ProblemRows], direction: Direction) -> ProblemScores:
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
-        points, gather = tap_points(engine.module), DirectionGather(engine.module, direction, engine.device)
+        points = tap_points(engine.module)
+        gather = gathered_where_it_fits(engine, direction, [use for point in points for use in point.placements])
         return tapped_scores(engine, problems, direction.norm, points, gather, self._config.response_derivatives)
 
 
