@@ -52,12 +52,14 @@ def test_every_method_is_measured_on_one_rank_and_on_two(records: dict[tuple[int
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("method", ["ghost", "ghost, sums only", "finite_difference", "output_layer", "low_rank"])
-def test_scoring_holds_no_more_than_the_update_and_a_shard_and_a_layer(
+def test_scoring_holds_no_more_than_the_update_and_the_direction_and_a_layer(
     records: dict[tuple[int, str], dict[str, Any]], method: str, ranks: int
 ) -> None:
     update, scoring = records[ranks, "update"], records[ranks, method]
-    shard_bytes = 4 * update["num_parameters"] // ranks
-    assert scoring["peak_bytes"] <= update["peak_bytes"] + shard_bytes + FORMED_BYTES
+    # `ghost` gathers the direction once for all passes where that fits, which on a CPU it is taken to do.
+    is_whole = method.startswith("ghost")
+    direction_bytes = 4 * update["num_parameters"] // (1 if is_whole else ranks)
+    assert scoring["peak_bytes"] <= update["peak_bytes"] + direction_bytes + FORMED_BYTES
 
 
 def test_ghost_reduces_no_gradient(records: dict[tuple[int, str], dict[str, Any]]) -> None:
