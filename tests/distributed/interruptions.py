@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from verl_gradalign.integration import engine as adapter
 from verl_gradalign.integration.engine import VerlEngine, coefficient_loss
+from verl_gradalign.probe.engine import PreparedPass
 from verl_gradalign.probe.estimators import finite_difference
 from verl_gradalign.probe.taps import Taps
 
@@ -39,7 +41,7 @@ def interrupted(what: str, module: nn.Module) -> Any:
         "loss": lambda: _interrupted_loss(int(number)),
         "gradient": lambda: _interrupted_gradient(module),
         "forward": lambda: _interrupted_pass(module, "forward"),
-        "run": lambda: _interrupted_pass(module, "run"),
+        "run": lambda: _interrupted_run(module),
         "tap": _interrupted_tap,
         "second": lambda: _interrupted_second_pass(module),
     }
@@ -115,6 +117,27 @@ def _interrupted_pass(module: nn.Module, method: str) -> Iterator[None]:
             return forward(self, *args)
 
     with mock.patch.object(VerlEngine, method, counted):
+        yield
+
+
+@contextmanager
+def _interrupted_run(module: nn.Module) -> Iterator[None]:
+    """The second pass that the engine has prepared fails before the second decoder layer."""
+    prepare = VerlEngine.prepare
+    calls = 0
+
+    def counted(self: VerlEngine, *args: Any) -> PreparedPass:
+        passed = prepare(self, *args)
+
+        def run() -> Tensor:
+            nonlocal calls
+            calls += 1
+            with _failing_layer(module) if calls == 2 else nullcontext():
+                return passed.run()
+
+        return replace(passed, run=run)
+
+    with mock.patch.object(VerlEngine, "prepare", counted):
         yield
 
 
