@@ -11,6 +11,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimat
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.advantages import (
+    are_of_each_group,
     compute_advantages,
     follows_from_rewards,
     needs_values,
@@ -38,6 +39,7 @@ BY_REWARDS = {
     "rloo",
     "rloo_vectorized",
 }
+OVER_ALL_ROWS = {"gpg", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
 BY_MORE = {"gdpo", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"}
 
 
@@ -63,6 +65,20 @@ def test_what_follows_from_rewards_is_what_verls_function_gives(estimator):
     }
     expected_RT, _ = get_adv_estimator_fn(estimator)(**given)
     torch.testing.assert_close(advantage_RT * MASK_RT, (expected_RT * MASK_RT).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", sorted(BY_REWARDS | BY_MORE))
+def test_what_is_of_each_group_alone_may_be_computed_apart(estimator):
+    config = verl_config(estimator)
+    assert are_of_each_group(CONFIG, config) == (estimator not in OVER_ALL_ROWS)
+    given = {**COLUMNS, "rm_scores": COLUMNS["rm_scores"].clone()}
+    given["rm_scores"][5] = 0.0
+    together_RT = compute_advantages(given, KEYS, CONFIG, config)
+    apart_RT = torch.zeros_like(together_RT)
+    for rows in ([0, 3, 5], [1, 2, 4]):
+        columns = {name: column[rows] for name, column in given.items()}
+        apart_RT[rows] = compute_advantages(columns, [KEYS[row] for row in rows], CONFIG, config)
+    assert torch.allclose(apart_RT, together_RT, atol=1e-6) == (estimator not in OVER_ALL_ROWS)
 
 
 def test_gpg_is_the_centred_reward_times_one_number():
@@ -107,6 +123,7 @@ def test_gae_takes_a_critics_values():
     assert scored_advantage(CONFIG, config) == "trainer" and needs_values(CONFIG, config)
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config)
     assert len(advantage_RT[0].unique()) == 4
+    assert not are_of_each_group(CONFIG, config)
 
 
 def test_a_kl_penalty_in_the_reward_is_left_out_and_that_is_said(caplog):

@@ -44,14 +44,36 @@ def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:
 
 def follows_from_rewards(verl_config: DictConfig) -> bool:
     """Return whether verl's advantages can be computed of rewards and groups alone."""
-    mask_RT = torch.ones(4, 2)
-    reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    columns = {"response_mask": mask_RT, "rm_scores": reward_RT}
+    columns, keys = _made_up()
     try:
-        advantage_RT = verl_advantages(columns, ["a_0_0", "a_1_0", "b_0_0", "b_1_0"], verl_config)
+        advantage_RT = verl_advantages(columns, keys, verl_config)
     except Exception:  # an estimator of a user's own may want anything
         return False
     return bool(advantage_RT.isfinite().all())
+
+
+def are_of_each_group(config: GradAlignConfig, verl_config: DictConfig) -> bool:
+    """Return whether a group's advantages are the same whatever other groups they are computed with.
+
+    Some of verl's functions normalise over all rows; a critic's do.
+    """
+    if verl_config.algorithm.adv_estimator == GAE and config.advantage == "trainer":
+        return False
+    columns, keys = _made_up()
+    together_RT = compute_advantages(columns, keys, config, verl_config)
+    halves = [slice(0, 3), slice(3, None)]
+    apart = [
+        compute_advantages({name: column[rows] for name, column in columns.items()}, keys[rows], config, verl_config)
+        for rows in halves
+    ]
+    return torch.allclose(torch.cat(apart), together_RT)
+
+
+def _made_up() -> tuple[dict[str, Tensor], list[str]]:
+    """Return the rows of two groups, by column, and their keys. Rewards of the two have other means and spreads."""
+    mask_RT = torch.ones(6, 2)
+    reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
+    return {"response_mask": mask_RT, "rm_scores": reward_RT}, [f"{uid}_{k}_0" for uid in "ab" for k in range(3)]
 
 
 def compute_advantages(
@@ -74,11 +96,7 @@ def compute_advantages(
 def verl_advantages(columns: Mapping[str, Tensor] | TensorDict, keys: Sequence[str], verl_config: DictConfig) -> Tensor:
     """Return what verl's trainer computes of rewards without a KL penalty, (rows, tokens)."""
     algorithm = verl_config.algorithm
-    given = {
-        "response_mask": columns["response_mask"],
-        "token_level_scores": columns["rm_scores"],
-        "token_level_rewards": columns["rm_scores"],
-    }
+    given = {"response_mask": columns["response_mask"], "token_level_rewards": columns["rm_scores"]}
     if algorithm.adv_estimator == GAE:
         given["values"] = columns["values"]
     uids = np.array([_uid(key) for key in keys], dtype=object)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of finished rollouts read from TransferQueue: keys in order, rewards, advantages, coefficients."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.advantages import compute_advantages, needs_values
+from verl_gradalign.integration.advantages import are_of_each_group, compute_advantages, needs_values
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.integration.policy_loss import loss_weights
-from verl_gradalign.probe.objective import token_coefficients
+from verl_gradalign.probe.objective import response_weights
 from verl_gradalign.selection.groups import (
     NON_FINITE,
     REWARD_NOT_FINITE,
@@ -32,6 +33,7 @@ from verl_gradalign.selection.scores import score_of
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
 ZERO_ADVANTAGE = 1e-6
+ROWS_AT_ONCE = 2048
 
 
 def read_groups(
@@ -49,35 +51,69 @@ def read_groups(
     that looks at rewards alone, need neither, and with `measure=update` those of candidates are not stored. A group
     with a reward, or anything that training computes its loss from, that is not finite has failed, and is left out
     before advantages are computed: they may be normalised over all rows.
+
+    Rows are read `ROWS_AT_ONCE`, so that memory does not grow with their number; all at once where it matters to
+    advantages.
     """
-    is_measured = is_scored and score_of(config.score).needs_gradients
     by_uid = keys_by_uid(batch.keys)
     tags = dict(zip(batch.keys, batch.tags, strict=True))
     groups = [_unread(p, by_uid.get(p.uid, []), tags, p.uid not in by_uid or p.uid in failed) for p in problems]
-    usable = {g.problem.uid: list(g.keys) for g in groups if not g.is_failed}
+    is_measured = is_scored and score_of(config.score).needs_gradients
+    # An update that measures weighs its rows itself; trusted ones are read by a pass of ours all the same.
+    is_stored = is_measured and (not config.measures_in_update or problems[0].trusted_set is not None)
+    at_once = ROWS_AT_ONCE if not is_measured or are_of_each_group(config, verl_config) else len(batch.keys)
+    read: dict[str, Group] = {}
+    for some in _parts([group for group in groups if not group.is_failed], at_once):
+        of_some = _read_together(some, batch.partition_id, config, verl_config, is_measured, is_stored)
+        read |= {group.problem.uid: group for group in of_some}
+    return [read.get(group.problem.uid, group) for group in groups]
+
+
+def _parts(groups: Sequence[Group], max_rows: int) -> Iterator[list[Group]]:
+    """Cut the groups into parts of so many rows at most; a larger group is a part of its own."""
+    part: list[Group] = []
+    num_rows = 0
+    for group in groups:
+        if part and num_rows + len(group.keys) > max_rows:
+            yield part
+            part, num_rows = [], 0
+        part.append(group)
+        num_rows += len(group.keys)
+    if part:
+        yield part
+
+
+def _read_together(
+    groups: Sequence[Group],
+    partition_id: str,
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+    is_measured: bool,
+    is_stored: bool,
+) -> list[Group]:
+    """Return some groups as they are read; see `read_groups`."""
+    usable = {group.problem.uid: list(group.keys) for group in groups}
     fields = ["rm_scores", "response_mask", "input_ids", *_read_by_the_loss(config, verl_config, is_measured)]
-    usable, data, failures = _finite_rows(batch.partition_id, usable, fields)
-    groups = [_failing(g, failures.get(g.problem.uid)) for g in groups]
+    usable, data, failures = _finite_rows(partition_id, usable, fields)
+    groups = [_failing(group, failures.get(group.problem.uid)) for group in groups]
     if data is None:
         return groups
     keys = [key for members in usable.values() for key in members]
-    padded = data.to_padded_tensor()
+    padded = data.exclude("input_ids").to_padded_tensor()
     reward_of = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
-    ids = zip(keys, data["input_ids"].unbind(), strict=True)
-    content = {key: row.numpy().tobytes() + repr(reward_of[key]).encode() for key, row in ids}
+    ids_of = dict(zip(keys, _row_bytes(data["input_ids"]), strict=True))
     uniform: dict[str, tuple[float, float]] = {}
     live: set[str] | None = None
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
         advantage_RT = compute_advantages(padded, keys, config, verl_config)
-        coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, config, verl_config)
-        groups = [_failing(g, NON_FINITE if g.problem.uid in odd else None) for g in groups]
-        columns = [_uniform(values_RT, padded["response_mask"]) for values_RT in (advantage_RT, coefficient_RT)]
-        uniform = dict(zip(keys, zip(*columns, strict=True), strict=True))
-        # An update that measures weighs its rows itself; trusted ones are read by a pass of ours all the same.
-        if not config.measures_in_update or problems[0].trusted_set is not None:
+        coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, ids_of, config, verl_config)
+        groups = [_failing(group, NON_FINITE if group.problem.uid in odd else None) for group in groups]
+        uniform = dict(zip(keys, _uniform(advantage_RT, coefficient_RT, padded["response_mask"].bool()), strict=True))
+        if is_stored:
             column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
-            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(column, len(keys)))
+            tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=TensorDict(column, len(keys)))
+    content = {key: ids_of[key] + repr(reward_of[key]).encode() for key in keys}
 
     def read(group: Group) -> Group:
         halves, ordered = zip(*halved(group.keys, content), strict=True)
@@ -210,50 +246,73 @@ def read_responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
     return list(rows["responses"].unbind())
 
 
-def _uniform(values_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[float]:
-    """Return each row's value, nan where its masked tokens have different ones."""
-    first_R1 = values_RT.gather(1, mask_RT.long().argmax(dim=1, keepdim=True))
-    is_same_R = ((values_RT == first_R1) | ~mask_RT.bool()).all(dim=1)
-    return torch.where(is_same_R, first_R1.squeeze(1), torch.nan).tolist()
+def _uniform(
+    advantage_RT: torch.Tensor, coefficient_RT: torch.Tensor, mask_RT: torch.Tensor
+) -> list[tuple[float, float]]:
+    """Return each row's advantage and coefficient, nan where its masked tokens have different ones.
+
+    Tokens of one advantage have one coefficient: a loss weighs all tokens of a response alike.
+    """
+    first_R1 = mask_RT.byte().argmax(dim=1, keepdim=True)
+    is_same_R = ((advantage_RT == advantage_RT.gather(1, first_R1)) | ~mask_RT).all(dim=1)
+    firsts = (values_RT.gather(1, first_R1).squeeze(1) for values_RT in (advantage_RT, coefficient_RT))
+    return list(zip(*(torch.where(is_same_R, first_R, torch.nan).tolist() for first_R in firsts), strict=True))
+
+
+def _row_bytes(column: torch.Tensor) -> list[bytes]:
+    """Return the token ids of each row of a column, as bytes."""
+    if not column.is_nested:
+        return [row.tobytes() for row in column.numpy()]
+    # Not by unbind, which takes far longer for thousands of rows.
+    values, bounds = column.values().numpy(), column.offsets().tolist()
+    return [values[start:end].tobytes() for start, end in pairwise(bounds)]
 
 
 def _coefficients(
     padded: TensorDict,
     advantage_RT: torch.Tensor,
     usable: dict[str, list[str]],
+    ids_of: Mapping[str, bytes],
     config: GradAlignConfig,
     verl_config: DictConfig,
 ) -> tuple[torch.Tensor, set[str], set[str]]:
     """Return the token coefficients of all rows (rows, tokens), the uids of the live groups, and those of failed ones.
 
-    `usable` gives each group's keys; rows stand in that order. Rows of dead groups have coefficients of zero, and so
+    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have coefficients of zero, and so
     have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
     mode = loss_weights(config, actor)
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
-    coefficient_RT, live, odd, start = torch.zeros_like(advantage_RT), set[str](), set[str](), 0
+    mask_RT = padded["response_mask"].bool()
+    gain_RT = -advantage_RT.masked_fill(~mask_RT, 0.0)
+    # Of all rows at once: thousands of groups have each a table of thousands of tokens.
+    largest_R, num_tokens_R = gain_RT.abs().amax(dim=1), mask_RT.sum(dim=1).to(gain_RT.dtype)
+    weight_R, live, odd, start = torch.zeros_like(num_tokens_R), set[str](), set[str](), 0
     for uid, members in usable.items():
         rows, start = slice(start, start + len(members)), start + len(members)
-        mask_RT = padded["response_mask"][rows]
-        largest = advantage_RT[rows].masked_fill(mask_RT == 0, 0.0).abs().max()
+        largest = largest_R[rows].max()
         if not largest.isfinite():
             odd.add(uid)
         elif largest > ZERO_ADVANTAGE:
-            of_group_RT = token_coefficients(advantage_RT[rows], mask_RT, mode, scale)
-            if not cancels(padded["input_ids"][rows], of_group_RT):
+            of_group_R = response_weights(num_tokens_R[rows], mode, scale)
+            if not cancels([ids_of[key] for key in members], gain_RT[rows] * of_group_R.unsqueeze(1)):
                 live.add(uid)
-                coefficient_RT[rows] = of_group_RT
-    return coefficient_RT, live, odd
+                weight_R[rows] = of_group_R
+    is_live_R1 = weight_R.unsqueeze(1) > 0
+    return torch.where(is_live_R1, gain_RT * weight_R.unsqueeze(1), torch.zeros_like(gain_RT)), live, odd
 
 
-def cancels(ids_RS: torch.Tensor, coefficient_RT: torch.Tensor) -> bool:
+def cancels(ids: Sequence[Hashable], coefficient_RT: torch.Tensor) -> bool:
     """Return whether the coefficients of equal rows add up to zero, so that the group's gradient is zero.
 
     It is when all responses are the same while their rewards differ: noise in the reward under a confident policy.
     Computed, such a gradient is rounding error, whose cosine means nothing.
     """
-    _, place_R = torch.unique(ids_RS, dim=0, return_inverse=True)
+    place_of: dict[Hashable, int] = {}
+    place_R = torch.tensor([place_of.setdefault(row, len(place_of)) for row in ids])
+    if len(place_of) == len(ids):
+        return False
     total_RT = torch.zeros_like(coefficient_RT).index_add_(0, place_R, coefficient_RT)
     return bool(total_RT.abs().max() <= ZERO_ADVANTAGE * coefficient_RT.abs().sum(dim=0).max())
 

@@ -36,32 +36,41 @@ def token_coefficients(
         positive `loss_scale_factor` (verl then divides by the padded width, which depends on the batch).
     Source: `agg_loss` and `compute_policy_loss_vanilla` of verl 0.9.1 at ratio 1 (tests/numerics/test_objective.py).
     """
-    if loss_agg_mode not in LOSS_AGG_MODES:
-        raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; it must be one of {', '.join(LOSS_AGG_MODES)}")
     shape, mask_shape = tuple(advantage_RT.shape), tuple(response_mask_RT.shape)
     if shape != mask_shape:
         both = f"advantages have shape {shape} but the response mask has {mask_shape}"
         raise ValueError(f"{both}; both must be (responses, tokens)")
-    mask_RT = response_mask_RT.to(advantage_RT.dtype)
-    num_tokens_R = mask_RT.sum(dim=-1, keepdim=True)
+    num_tokens_R = response_mask_RT.sum(dim=-1).to(advantage_RT.dtype)
+    weight_R1 = response_weights(num_tokens_R, loss_agg_mode, loss_scale_factor).unsqueeze(-1)
+    # Masked by selection, not by multiplication: what lies under the padding may be nan.
+    return torch.where(response_mask_RT.bool(), -advantage_RT * weight_R1, torch.zeros_like(advantage_RT))
+
+
+def response_weights(num_tokens_R: Tensor, loss_agg_mode: str, loss_scale_factor: float | None = None) -> Tensor:
+    """Return w of each response's tokens in the loss of their problem, (responses,).
+
+    `num_tokens_R`: masked tokens of each of one problem's responses, a floating tensor. Raises and source as for
+    `token_coefficients`.
+    """
+    if loss_agg_mode not in LOSS_AGG_MODES:
+        raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; it must be one of {', '.join(LOSS_AGG_MODES)}")
     # Clamped so that a problem without any response token gets zeros, not 0/0.
-    num_responses = (num_tokens_R > 0).sum().clamp(min=1).to(advantage_RT.dtype)
+    num_responses = (num_tokens_R > 0).sum().clamp(min=1)
     if loss_agg_mode == "token-mean":
-        weight = 1.0 / num_tokens_R.sum().clamp(min=1)
+        divisor_R = num_tokens_R.sum().clamp(min=1).expand_as(num_tokens_R)
     elif loss_agg_mode == "token-sum":
-        weight = torch.ones_like(num_responses)
+        divisor_R = torch.ones_like(num_tokens_R)
     elif loss_agg_mode == "seq-mean-token-sum":
-        weight = 1.0 / num_responses
+        divisor_R = num_responses.to(num_tokens_R.dtype).expand_as(num_tokens_R)
     elif loss_agg_mode == "seq-mean-token-mean":
-        weight = 1.0 / (num_responses * num_tokens_R.clamp(min=1))
+        divisor_R = num_responses * num_tokens_R.clamp(min=1)
     elif loss_scale_factor is not None and loss_scale_factor > 0:
-        weight = 1.0 / (num_responses * loss_scale_factor)
+        divisor_R = torch.full_like(num_tokens_R, loss_scale_factor) * num_responses
     else:
         trouble = f"loss_agg_mode 'seq-mean-token-sum-norm' has loss_scale_factor={loss_scale_factor}"
         remedy = "set actor.loss_scale_factor to a positive constant, e.g. the maximum response length"
         raise ValueError(f"{trouble}; {remedy}")
-    # Masked by selection, not by multiplication: what lies under the padding may be nan.
-    return torch.where(response_mask_RT.bool(), -advantage_RT * weight * mask_RT, torch.zeros_like(advantage_RT))
+    return 1.0 / divisor_R
 
 
 def token_log_probs(logits_NV: Tensor, position_M: Tensor, token_M: Tensor, temperature: float) -> Tensor:
