@@ -185,7 +185,7 @@ class DirectionConfig(Block, name="direction"):
     candidates' gradients (plus a tenth of its mean), one backward pass for each. `none`: v, the published method."""
     metric_problems: int = key(32, least=2)
     """metric=candidates: how many of the live candidates it is measured on, at random, at least 2."""
-    offload: bool = True
+    offload: bool = neutral(True)
     """Whether v lies in CPU memory between its uses, as while the rollout is awake. It is brought back once per use."""
 
     def _check(self) -> None:
@@ -241,9 +241,9 @@ class ProbeConfig(Block, name="probe"):
     """How the estimators work, and how they are watched."""
 
     max_tokens_per_rank: int | None = neutral(None, least=1)
-    """Positions of one micro-batch of one rank, padding included. None: the actor's own budget
-    (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
-    oversized: str = neutral("accumulate", one_of=("accumulate", "backward", "stop"))
+    """Positions of one micro-batch of one rank, padding included; of ranks that share rows (Ulysses), each one's. None:
+    the actor's own budget (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
+    oversized: str = key("accumulate", one_of=("accumulate", "backward", "stop"))
     """Problems larger than that take several micro-batches; for a norm `accumulate` adds their gradient up on one rank,
     4 bytes a trained parameter; `backward` takes them one by one on all ranks, slowly. `stop` ends the run."""
     response_derivatives: bool = True

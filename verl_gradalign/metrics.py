@@ -111,7 +111,7 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("update/energy_kept", "share", "of |v|^2, what the factors keep"),
     ),
     "The estimator": (
-        ("probe/oversized", "problems", "larger than a micro-batch, so scored in several of them"),
+        ("probe/oversized", "problems", "larger than a micro-batch: scored in several, or by backward"),
         ("probe/canary/relative_error", "share", "largest |g - g exact| / |g exact| of the rescored problems"),
         ("probe/fidelity/spearman", "correlation", "an approximate estimator's ranks with those of exact dot products"),
         ("probe/energy_kept", "share", "low_rank: of |v|^2, what the truncation keeps"),

@@ -49,7 +49,7 @@ class VerlBench:
         ]
         self._candidates = self._keys[NUM_TRUSTED:]
         spread: list[int | None] = [None] * case.num_problems
-        whole = owners_of(self._candidates, "ghost", self._budget, case.num_ranks)
+        whole = owners_of(self._candidates, "ghost", self._budget, case.num_ranks, "accumulate")
         self._tables = {True: self._table(self._candidates, whole), False: self._table(self._candidates, spread)}
         self._update_rows = make_row_table(self._rows(self._candidates, spread)[1])
         trusted, trusted_shares = self._table(self._keys[:NUM_TRUSTED], [None] * NUM_TRUSTED)

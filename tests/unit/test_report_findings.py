@@ -74,7 +74,7 @@ def test_reliability_decides_the_headline(tmp_path, value, verdict):
         ({"gradalign/direction/degenerate": 0.0}, None, None, None),
         ({"gradalign/direction/degenerate": 1.0}, "degenerate directions", "problem", "trusted problems"),
         ({"gradalign/seconds/share_of_step": 0.9}, "cost", "watch", "gradalign.oversample"),
-        ({"gradalign/probe/oversized": 20.0}, "oversized problems", "watch", "max_tokens_per_rank"),
+        ({"gradalign/probe/oversized": 20.0}, "oversized problems", "note", "max_tokens_per_rank"),
         (
             {"gradalign/direction/age": 9.0, "gradalign/direction/cosine_previous": 0.1},
             "age of the direction",

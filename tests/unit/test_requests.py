@@ -83,12 +83,12 @@ def test_problems_stay_on_one_rank_and_those_for_backward_are_spread(estimator, 
 @pytest.mark.parametrize("estimator", SPREAD)
 def test_an_estimator_that_works_on_all_ranks_together_gets_spread_rows(estimator):
     problems = make_problems([[3, 4], [5]])
-    assert owners_of(problems, estimator, TokenBudget(1000, is_padded=False), dp_size=2) == [None, None]
+    assert owners_of(problems, estimator, TokenBudget(1000, is_padded=False), 2, "accumulate") == [None, None]
 
 
 def test_owners_are_balanced_by_tokens_not_by_problems():
     problems = make_problems([[90], [30], [30], [30]])
-    owners = owners_of(problems, "ghost", TokenBudget(1000, is_padded=False), dp_size=2)
+    owners = owners_of(problems, "ghost", TokenBudget(1000, is_padded=False), 2, "accumulate")
     assert owners[1] == owners[2] == owners[3] != owners[0]
 
 

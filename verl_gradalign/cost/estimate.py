@@ -194,7 +194,7 @@ def _seconds(cost: Cost, tflops: float | None, tokens_per_second: float | None) 
 
 def _notes(setting: Setting) -> tuple[str, ...]:
     """Return what the numbers do not show."""
-    notes, num, most = [], setting.responses_per_candidate, setting.probe_tokens
+    notes, num, most = [], setting.responses_per_candidate, setting.positions_together
     mean, longest = num * setting.tokens_per_row, num * setting.longest_row
     is_apart = not setting.measures_in_update and setting.estimator not in (None, "backward")
     if is_apart and longest > most:

@@ -3,8 +3,11 @@
 
 Parameters, gradients, Adam's moments and the direction are float32 shards. What is gathered and kept of a pass is in
 the compute dtype; the rollout sleeps. Left out are the allocator's fragmentation, communication buffers and what the
-rollout engine keeps while it sleeps; leave a tenth of the GPU for those.
+rollout engine keeps while it sleeps; leave a tenth of the GPU for those. Left out too is the whole direction that
+`ghost` gathers once for all its passes: it does so only where that takes a quarter of what is free at most.
 """
+
+import math
 
 from verl_gradalign.cost.setting import Setting
 from verl_gradalign.probe.sizes import CHUNK_ELEMENTS, MAX_GRADIENT_ELEMENTS
@@ -31,10 +34,10 @@ def memory_of(setting: Setting) -> dict[str, float]:
     # Layers put together from shards, two at a time, with embedding and output layer.
     gathered = bytes_each * (2 * shape.layer_parameters + shape.embedding_parameters) if is_gathered else 0
     activations, logits = pass_bytes(setting, setting.micro_batch_tokens)
-    measuring = gathered + sum(pass_bytes(setting, setting.probe_tokens))
-    # verl's pass forms logits; of ours `backward` is verl's.
-    forms_logits = setting.estimator == "backward"
-    reading = gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits))
+    # Directions, `backward` and checks by it are verl's own pass, with its micro-batches and logits; scores form none.
+    measuring = gathered + activations + logits
+    is_verls = setting.estimator == "backward"
+    reading = measuring if is_verls else gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits=False))
     selects, base = setting.estimator is not None, 3 * shard
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
@@ -51,6 +54,8 @@ def memory_of(setting: Setting) -> dict[str, float]:
         "output_layer": head + FORMED_BYTES,
     }
     scoring = base + kept + shard + reading + beside_pass_and_direction[setting.estimator]
+    # The gradient of a checked problem, or of all candidates where v is theirs, beside v.
+    scoring = max(scoring, base + kept + 2 * shard + measuring)
     scores_apart, replicated = selects and not setting.measures_in_update, _replicated_bytes(setting)
     peaks = {
         "update": plain + kept + replicated,
@@ -83,7 +88,7 @@ def _replicated_bytes(setting: Setting) -> float:
 def accumulated_bytes(setting: Setting) -> float:
     """Return the bytes of a gradient that is added up on one GPU, where a mean problem takes several micro-batches."""
     mean = setting.responses_per_candidate * setting.tokens_per_row
-    return float(FULL * setting.shape.num_parameters) if mean > setting.probe_tokens else 0.0
+    return float(FULL * setting.shape.num_parameters) if mean > setting.positions_together else 0.0
 
 
 def pass_bytes(setting: Setting, micro_batch_tokens: int, forms_logits: bool = True) -> tuple[float, float]:
@@ -95,7 +100,7 @@ def pass_bytes(setting: Setting, micro_batch_tokens: int, forms_logits: bool = T
     """
     shape, bytes_each = setting.shape, setting.compute_bytes
     # A longest row, where that is more than a micro-batch, is a separate one.
-    tokens = max(micro_batch_tokens, setting.longest_row)
+    tokens = max(micro_batch_tokens, math.ceil(setting.longest_row / setting.ranks_per_row))
     layer = tokens * (10 * shape.hidden + 4 * shape.intermediate) * bytes_each
     inputs = shape.num_layers * tokens * shape.hidden * bytes_each
     logits = tokens * shape.vocabulary

@@ -86,6 +86,8 @@ class Setting:
     max_tokens_per_rank: int | None = entry(None, AT_LEAST_1, "The same of scoring (probe). As many.")
     compute_bytes: int = entry(2, BYTES)
     """Of a number that is computed with; master parameters and Adam are float32."""
+    ranks_per_row: int = entry(1, AT_LEAST_1)
+    """GPUs that have slices of the same rows (Ulysses)."""
     is_direction_offloaded: bool = entry(True, None, "")
     is_direction_kept: bool = True
     """False where no step needs an earlier direction: refresh_interval=1, ema=0, on_degenerate other than previous."""
@@ -160,8 +162,13 @@ class Setting:
 
     @property
     def probe_tokens(self) -> int:
-        """Positions of a micro-batch of direction and scores."""
+        """Positions of a GPU's micro-batch of scores."""
         return self.max_tokens_per_rank or self.micro_batch_tokens
+
+    @property
+    def positions_together(self) -> int:
+        """Positions of a micro-batch of scores, on all GPUs that share its rows."""
+        return self.probe_tokens * self.ranks_per_row
 
     @property
     def candidates_per_selection(self) -> int:

@@ -33,6 +33,7 @@ from verl_gradalign.errors import refuse
 from verl_gradalign.findings import Findings
 from verl_gradalign.integration.checks import check_data, read_config, verl_checks
 from verl_gradalign.integration.compose import compose_run, composing, validate
+from verl_gradalign.integration.requests import sequence_parallel
 from verl_gradalign.integration.run_identity import check_resume, identity, resume_folder
 from verl_gradalign.selection.curriculum import check_schedule
 from verl_gradalign.selection.scores import score_of
@@ -160,12 +161,11 @@ def _has_wrong_sizes(verl_config: DictConfig, findings: Findings) -> bool:
     key, mini = "actor_rollout_ref.actor.ppo_mini_batch_size", actor_rollout.actor.ppo_mini_batch_size
     batch = verl_config.data.train_batch_size
     num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
+    num_ranks = max(1, num_ranks // sequence_parallel(verl_config)[1])
     if actor_rollout.actor.strategy in ("fsdp", "fsdp2") and mini * actor_rollout.rollout.n % num_ranks:
         rows = f"{mini} x {actor_rollout.rollout.n} (actor_rollout_ref.rollout.n) rows"
-        ulysses = OmegaConf.select(actor_rollout.actor, "ulysses_sequence_parallel_size") or 1
-        if mini * actor_rollout.rollout.n % max(num_ranks // ulysses, 1):
-            text = f"{key}={mini}: {rows} cannot be divided among {num_ranks} ranks, so verl's update stops"
-            findings.add(AREA, "error", text, f"set {key}={num_ranks * max(1, mini // num_ranks)}")
+        text = f"{key}={mini}: {rows} cannot be divided among {num_ranks} data-parallel ranks, so verl's update stops"
+        findings.add(AREA, "error", text, f"set {key}={num_ranks * max(1, mini // num_ranks)}")
     elif mini > batch:
         text = f"{key}={mini} is more than data.train_batch_size={batch}: verl fills every update up with padding"
         findings.add(AREA, "warning", text, f"set {key}={batch}")
@@ -193,7 +193,8 @@ def _warnings_of_checks(findings: Findings) -> Iterator[None]:
         findings.add(AREA, "warning", record.getMessage())
         return False
 
-    loggers = [logging.getLogger(f"verl_gradalign.integration.{name}") for name in ("checks", "forecast_checks")]
+    names = ("advantages", "checks", "forecast_checks")
+    loggers = [logging.getLogger(f"verl_gradalign.integration.{name}") for name in names]
     for logger in loggers:
         logger.addFilter(keep)
     try:

@@ -124,7 +124,7 @@ def examine_cost(
         share = features / sum(cost.plain.values())
         text = f"reading prompts for gradalign.forecast.features is {share:.1%} of a plain step's operations at first"
         findings.add(COST, "note", text, "gradalign.forecast.features=[source,text] asks nothing of it")
-    if score_of(config.score).direction in ("pool", "learnability") and config.probe.pool_dots == "exact":
+    if score_of(config.score).is_of_candidates and config.probe.pool_dots == "exact":
         text = f"score {config.score} reads the candidates twice; the operations count them once"
         findings.add(COST, "note", text, "gradalign.probe.pool_dots=sketch takes one pass")
     _memory(cost, verl_config, machine, findings)
@@ -149,6 +149,7 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         num_selections = max(1, len(curriculum.stages)) if config.schedule == "staged" else 1
         steps = max(1, total_steps(verl_config, num_problems) // num_selections)
         schedule |= {"steps_per_round": steps, "num_candidates": num_problems}
+    num_sharing = sequence_parallel(verl_config)[1]
     fsdp = actor.get("fsdp_config") or {}  # other engines have none
     param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or fsdp.get("dtype")
     return Setting(
@@ -175,7 +176,8 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         has_checkpointing=actor_rollout.model.enable_gradient_checkpointing,
         has_reference=bool(actor.use_kl_loss or verl_config.algorithm.use_kl_in_reward),
         ppo_epochs=actor.ppo_epochs,
-        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens // sequence_parallel(verl_config)[1],
+        micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens // num_sharing,
+        ranks_per_row=num_sharing,
         max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,

@@ -10,17 +10,22 @@ Shape legend: R rows, T response tokens.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
@@ -29,51 +34,75 @@ GAE = "gae"
 """Needs a critic's values, which are asked for before the selection."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What verl's function of an estimator says to made-up rewards."""
+
+    lacks: str | None = None
+    """Why it gives no advantages of rewards and groups alone; None if it does."""
+    is_of_each_group: bool = True
+    """Whether a group's advantages are the same whatever other groups they are computed with; some normalise over all
+    rows."""
+    is_of_each_response: bool = True
+    """Whether all tokens of a response have the same."""
+
+
+OF_CRITIC = Asked(is_of_each_group=False, is_of_each_response=False)
+CENTRED = Asked()
+
+
+def asked(config: GradAlignConfig, verl_config: DictConfig) -> Asked:
+    """Return what is known of the advantages that groups are scored with."""
+    if uses_critic(config, verl_config):
+        return OF_CRITIC
+    if config.advantage == "centred":
+        return CENTRED
+    algorithm = verl_config.algorithm
+    function = ADV_ESTIMATOR_REGISTRY.get(algorithm.adv_estimator)
+    rollout_n = verl_config.actor_rollout_ref.rollout.n
+    return _ask(function, OmegaConf.to_yaml(algorithm), rollout_n)
+
+
+@lru_cache
+def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) -> Asked:
+    """Ask once in a run: a function of a user's own might keep a baseline of what it is given."""
+    if function is None:
+        return Asked(lacks="verl knows no such estimator")
+    rollout = {"actor_rollout_ref": {"rollout": {"n": rollout_n}}}
+    verl_config = DictConfig({"algorithm": OmegaConf.create(algorithm), **rollout})
+    mask_RT = torch.ones(6, 2, dtype=torch.int64)
+    # The two groups' rewards have other means and spreads.
+    reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
+    keys = [f"{uid}_{k}_0" for uid in "ab" for k in range(3)]
+
+    def of_rows(rows: slice) -> Tensor:
+        columns = {"response_mask": mask_RT[rows], "rm_scores": reward_RT[rows]}
+        return verl_advantages(columns, keys[rows], verl_config)
+
+    try:
+        advantage_RT = of_rows(slice(None))
+        apart_RT = torch.cat([of_rows(slice(0, 3)), of_rows(slice(3, None))])
+    except Exception as error:  # an estimator of a user's own may want anything
+        return Asked(lacks=f"verl's function says {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    if not advantage_RT.isfinite().all():
+        return Asked(lacks="verl's function gives numbers that are not finite")
+    is_one_R = (advantage_RT == advantage_RT[:, :1]).all(dim=1)
+    return Asked(None, torch.allclose(apart_RT, advantage_RT), bool(is_one_R.all()))
+
+
+def uses_critic(config: GradAlignConfig, verl_config: DictConfig) -> bool:
+    """Return whether groups are scored with the advantages of a critic's values, which are asked for before."""
+    return bool(verl_config.algorithm.adv_estimator == GAE and config.advantage == "trainer")
+
+
 def scored_advantage(config: GradAlignConfig, verl_config: DictConfig) -> str:
     """Return which advantages groups are scored with: `trainer`, or `centred` if asked for or if there is no other."""
-    if config.advantage == "centred" or verl_config.algorithm.adv_estimator == GAE:
-        return config.advantage
-    return "trainer" if follows_from_rewards(verl_config) else "centred"
+    return config.advantage if asked(config, verl_config).lacks is None else "centred"
 
 
 def needs_values(config: GradAlignConfig, verl_config: DictConfig) -> bool:
     """Return whether the advantages that candidates are scored with need a critic's values."""
-    is_gae = verl_config.algorithm.adv_estimator == GAE and config.advantage == "trainer"
-    return is_gae and score_of(config.score).needs_gradients
-
-
-def follows_from_rewards(verl_config: DictConfig) -> bool:
-    """Return whether verl's advantages can be computed of rewards and groups alone."""
-    columns, keys = _made_up()
-    try:
-        advantage_RT = verl_advantages(columns, keys, verl_config)
-    except Exception:  # an estimator of a user's own may want anything
-        return False
-    return bool(advantage_RT.isfinite().all())
-
-
-def are_of_each_group(config: GradAlignConfig, verl_config: DictConfig) -> bool:
-    """Return whether a group's advantages are the same whatever other groups they are computed with.
-
-    Some of verl's functions normalise over all rows; a critic's do.
-    """
-    if verl_config.algorithm.adv_estimator == GAE and config.advantage == "trainer":
-        return False
-    columns, keys = _made_up()
-    together_RT = compute_advantages(columns, keys, config, verl_config)
-    halves = [slice(0, 3), slice(3, None)]
-    apart = [
-        compute_advantages({name: column[rows] for name, column in columns.items()}, keys[rows], config, verl_config)
-        for rows in halves
-    ]
-    return torch.allclose(torch.cat(apart), together_RT)
-
-
-def _made_up() -> tuple[dict[str, Tensor], list[str]]:
-    """Return the rows of two groups, by column, and their keys. Rewards of the two have other means and spreads."""
-    mask_RT = torch.ones(6, 2)
-    reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
-    return {"response_mask": mask_RT, "rm_scores": reward_RT}, [f"{uid}_{k}_0" for uid in "ab" for k in range(3)]
+    return uses_critic(config, verl_config) and score_of(config.score).needs_gradients
 
 
 def compute_advantages(
@@ -88,8 +117,8 @@ def compute_advantages(
     reward_R = columns["rm_scores"].sum(dim=1)
     place_of: dict[str, int] = {}
     group_R = torch.tensor([place_of.setdefault(_uid(key), len(place_of)) for key in keys])
-    sums_2G = reward_R.new_zeros(2, len(place_of)).index_add_(1, group_R, torch.stack([reward_R, reward_R**0]))
-    centred_R = reward_R - (sums_2G[0] / sums_2G[1])[group_R]
+    sum_G = reward_R.new_zeros(len(place_of)).index_add_(0, group_R, reward_R)
+    centred_R = reward_R - (sum_G / group_R.bincount())[group_R]
     return centred_R.unsqueeze(1) * columns["response_mask"].float()
 
 
@@ -114,19 +143,27 @@ def verl_advantages(columns: Mapping[str, Tensor] | TensorDict, keys: Sequence[s
     return advantage_RT.float()
 
 
-def note_advantages(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Say by how much the scored advantages differ from those of training, if they do."""
+def check_advantages(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    """Say by how much the scored advantages differ from those of training, if they do.
+
+    Raises: ValueError if verl knows no such estimator.
+    """
     algorithm = verl_config.algorithm
-    if scored_advantage(config, verl_config) != config.advantage:
+    lacks = asked(config, verl_config).lacks
+    if lacks is not None and algorithm.adv_estimator not in ADV_ESTIMATOR_REGISTRY:
+        remedy = "correct it, or name the module that registers it in VERL_USE_EXTERNAL_MODULES"
+        refuse("algorithm.adv_estimator", algorithm.adv_estimator, lacks, remedy)
+    if lacks is not None:
         logger.warning(
             "algorithm.adv_estimator=%s: its advantages are not known when groups are scored, which are scored with "
-            "rewards less the group's mean (gradalign.advantage=centred)",
+            "rewards less the group's mean (gradalign.advantage=centred); %s",
             algorithm.adv_estimator,
+            lacks,
         )
     if algorithm.use_kl_in_reward:
         logger.warning(
             "algorithm.use_kl_in_reward=True: scores leave the KL penalty out, as they do one in the loss: its "
-            "log-probs are not there when groups are scored"
+            "log-probs are not there when groups are scored. Groups whose rewards are equal count as dead"
         )
 
 

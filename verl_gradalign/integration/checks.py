@@ -13,12 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
-from verl_gradalign.integration.advantages import GAE, note_advantages, scored_advantage
+from verl_gradalign.integration.advantages import GAE, asked, check_advantages, scored_advantage, uses_critic
 from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
-from verl_gradalign.integration.requests import OVERSIZED, sequence_parallel, token_budget
+from verl_gradalign.integration.requests import (
+    OVERSIZED,
+    fate_of_oversized,
+    longest_problem,
+    sequence_parallel,
+    takes_sketch,
+    token_budget,
+)
 from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, SEPARATE, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -83,9 +90,8 @@ def _check_response_derivatives(config: GradAlignConfig) -> None:
 
 
 def _check_pool_dots(config: GradAlignConfig) -> None:
-    is_of_pool = score_of(config.score).direction in ("pool", "learnability")
     require(
-        not is_of_pool or config.probe.pool_dots == "exact" or config.estimator == "ghost",
+        not takes_sketch(config) or config.estimator == "ghost",
         "probe.pool_dots",
         config.probe.pool_dots,
         f"a sketch is taken by ghost's taps, not by {config.estimator}",
@@ -118,7 +124,7 @@ def check_verl_config(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 
 def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, DictConfig], None], ...]:
-    """Return the checks of a verl configuration, in their order. Each raises ValueError for one thing."""
+    """Return the checks of a verl configuration, in their order. Each raises ValueError for one thing, or warns."""
     checks = (
         _check_version,
         _check_num_responses,
@@ -134,8 +140,9 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
         return checks
     return (
         *checks,
-        note_advantages,
+        check_advantages,
         _check_advantages_of_tokens,
+        _check_resampling,
         _check_group_size,
         _check_loss,
         _check_rollout_correction,
@@ -200,19 +207,26 @@ def _check_reward_model(_: GradAlignConfig, verl_config: DictConfig) -> None:
 
 
 def _check_advantages_of_tokens(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    is_gae = config.advantage == "trainer" and verl_config.algorithm.adv_estimator == GAE
-    if is_gae and score_of(config.score).needs_response_derivatives:
+    is_of_tokens = not asked(config, verl_config).is_of_each_response
+    if is_of_tokens and score_of(config.score).needs_response_derivatives:
         why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
         remedy = "set gradalign.advantage=centred to score with reward minus group mean"
-        refuse("algorithm.adv_estimator", GAE, why, remedy)
+        refuse("algorithm.adv_estimator", verl_config.algorithm.adv_estimator, why, remedy)
+
+
+def _check_resampling(config: GradAlignConfig, verl_config: DictConfig) -> None:
+    if verl_config.algorithm.get("use_pf_ppo") and uses_critic(config, verl_config):
+        why = "training draws its rows anew, at random, when it computes advantages, so that scores would be of others"
+        refuse("algorithm.use_pf_ppo", True, why, "set it to False, or gradalign.advantage=centred")
 
 
 def _check_group_size(config: GradAlignConfig, verl_config: DictConfig) -> None:
     rollout_n = verl_config.actor_rollout_ref.rollout.n
     is_groupwise = verl_config.algorithm.adv_estimator not in (GAE, "reinforce_plus_plus")
+    is_groupwise = is_groupwise or scored_advantage(config, verl_config) == "centred"
     n_trusted = min((s.n or rollout_n for s in config.validation.trusted_sets()), default=rollout_n)
     for key, n in (("actor_rollout_ref.rollout.n", rollout_n), ("gradalign.validation.n", n_trusted)):
-        if (is_groupwise or scored_advantage(config, verl_config) == "centred") and n < 2:
+        if is_groupwise and n < 2:
             refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
 
 
@@ -275,21 +289,24 @@ def _check_replicas(_: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_fused_kernels(config: GradAlignConfig, verl_config: DictConfig) -> None:
     model = verl_config.actor_rollout_ref.model
-    trains_head = not (model.get("lora_rank") or OmegaConf.select(model, "lora.rank"))
-    if config.measures_in_update and model.get("use_fused_kernels") and trains_head:
+    if config.measures_in_update and model.get("use_fused_kernels") and not model.get("lora_rank"):
         why = "has the update read the output layer's weight without calling it, so that its part cannot be measured"
-        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, "set it to False, or gradalign.measure=before")
+        refuse("actor_rollout_ref.model.use_fused_kernels", True, why, f"set it to False{_or_before(verl_config)}")
 
 
 def _check_sequence_parallel(config: GradAlignConfig, verl_config: DictConfig) -> None:
     key, num_ranks = sequence_parallel(verl_config)
     if num_ranks > 1 and config.measures_in_update:
         why = "gives ranks slices of rows, which are not put together where the update measures"
-        refuse(key, num_ranks, why, "set it to 1, or gradalign.measure=before")
-    is_of_pool = score_of(config.score).direction in ("pool", "learnability")
-    if num_ranks > 1 and is_of_pool and config.probe.pool_dots == "sketch":
+        refuse(key, num_ranks, why, f"set it to 1{_or_before(verl_config)}")
+    if num_ranks > 1 and takes_sketch(config):
         why = "gives ranks slices of rows, of which no sketch is put together"
         refuse(key, num_ranks, why, "set it to 1, or gradalign.probe.pool_dots=exact")
+
+
+def _or_before(verl_config: DictConfig) -> str:
+    """Return the other remedy for what an update cannot measure, where there is one."""
+    return "" if verl_config.trainer.v1.trainer_mode == SEPARATE else ", or gradalign.measure=before"
 
 
 def _check_optimizer(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -308,18 +325,24 @@ def _check_model_dtype(config: GradAlignConfig, verl_config: DictConfig) -> None
 
 
 def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    """Warn of problems that do not fit a micro-batch."""
-    budget = token_budget(config.probe, verl_config)
-    data, num_rows = verl_config.data, config.curriculum.n or verl_config.actor_rollout_ref.rollout.n
-    longest = num_rows * (data.max_prompt_length + data.max_response_length)
-    needs_whole = ESTIMATORS[config.estimator].needs_whole_problems and not config.measures_in_update
-    if needs_whole and longest > budget.max_tokens:
+    """Warn of problems that do not fit a micro-batch.
+
+    Raises: ValueError if one response alone may be larger than the probe's own budget.
+    """
+    if config.measures_in_update or not ESTIMATORS[config.estimator].needs_whole_problems:
+        return
+    budget, fate = token_budget(config.probe, verl_config), fate_of_oversized(config)
+    longest, row = longest_problem(config, verl_config)
+    if row > budget.max_tokens and config.probe.max_tokens_per_rank is not None and fate == "accumulate":
+        why = f"a response with its prompt may take {row} tokens, and a micro-batch holds {budget.max_tokens}"
+        refuse("gradalign.probe.max_tokens_per_rank", config.probe.max_tokens_per_rank, why, f"set it to {row} or more")
+    if longest > budget.max_tokens:
         logger.warning(
             "a problem may take %d positions, more than the %d of a micro-batch; such problems %s. Raise "
             "gradalign.probe.max_tokens_per_rank if memory allows",
             longest,
             budget.max_tokens,
-            OVERSIZED[config.probe.oversized],
+            OVERSIZED[fate],
         )
 
 

@@ -12,13 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse, require
 from verl_gradalign.integration.trainer_modes import SEPARATE
-from verl_gradalign.selection.scores import Score, score_of
+from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
 
 OF_UPDATE = ("low_rank", "ghost")
 """Estimators of the update's own backward pass: the direction's factors, or the whole direction."""
-OF_CANDIDATES = ("pool", "learnability")
 MODE, ANY_SCHEDULE = "trainer.v1.trainer_mode", "gradalign_colocate_async"
 
 
@@ -26,10 +25,6 @@ def _otherwise(config: GradAlignConfig) -> str:
     """Return what leaves schedule forecast: measuring in the update, and without norms, belongs to it alone."""
     before = ", gradalign.measure=before and gradalign.estimator=ghost" if config.measures_in_update else ""
     return f"gradalign.schedule=step{before}"
-
-
-def _is_of_candidates(score: Score) -> bool:
-    return score.direction in OF_CANDIDATES
 
 
 def _check_ranking(config: GradAlignConfig) -> None:
@@ -42,7 +37,7 @@ def _check_ranking(config: GradAlignConfig) -> None:
 
 
 def _check_comparable(config: GradAlignConfig) -> None:
-    is_of_candidates = _is_of_candidates(score_of(config.score))
+    is_of_candidates = score_of(config.score).is_of_candidates
     rule = (
         "compares a step's candidates with each other, so its values say nothing of another step, and no forecast fits"
     )
@@ -52,7 +47,7 @@ def _check_comparable(config: GradAlignConfig) -> None:
 
 def _check_norms_of_update(config: GradAlignConfig) -> None:
     score = score_of(config.score)
-    is_in_vain = config.measures_in_update and score.needs_norm and not _is_of_candidates(score)
+    is_in_vain = config.measures_in_update and score.needs_norm and not score.is_of_candidates
     rule = "needs gradient norms, and the update (gradalign.measure=update) gives dot products only"
     remedy = "set gradalign.score=dot, or gradalign.measure=before and gradalign.estimator=ghost"
     if ":" in config.score:

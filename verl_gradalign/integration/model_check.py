@@ -10,6 +10,7 @@ architecture is then run once through the estimator (`model_trial`).
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,10 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.integration.hub import is_cached
 from verl_gradalign.integration.model_trial import MAX_PARAMETERS, shrunk, try_estimator
-from verl_gradalign.integration.requests import sequence_parallel
+from verl_gradalign.integration.requests import RowUse, row_use
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
+from verl_gradalign.probe.tap_points import tap_points
 from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
@@ -152,13 +154,10 @@ def _first_line(error: BaseException) -> str:
 def model_refusals(config: GradAlignConfig, verl_config: DictConfig, model: ModelFromConfig) -> ModelRefusals:
     """Return why a score by gradients cannot be taken of this model, as ValueErrors that name what to change."""
     errors: list[ValueError] = []
-    key, num_ranks = sequence_parallel(verl_config)
-    if num_ranks > 1 and hasattr(model.hf_config, "vision_config"):
-        why = "a model for images cuts its rows elsewhere than text models do, which scores do not follow"
-        errors.append(ValueError(f"{key}={num_ranks}: {why}. Remedy: set it to 1."))
     checks: tuple[Callable[[nn.Module], None], ...] = (
         require_no_dropout,
         ESTIMATORS[config.estimator](config.probe).check,
+        partial(check_row_use, config.estimator, row_use(config, verl_config)),
     )
     for check in checks:
         try:
@@ -172,6 +171,26 @@ def model_refusals(config: GradAlignConfig, verl_config: DictConfig, model: Mode
     except ValueError as error:
         kind = type(model.module).__name__
         return ModelRefusals([ValueError(f"{kind}, tried in small: {error}")], "")
+
+
+def check_row_use(estimator: str, use: RowUse, module: nn.Module) -> None:
+    """Raise ValueError if this model cannot be scored the way that rows run through it."""
+    if use.num_sharing > 1 and any(hasattr(getattr(m, "config", None), "vision_config") for m in module.modules()):
+        why = "a model for images cuts its rows elsewhere than text models do, which scores do not follow"
+        refuse(use.sharing_key, use.num_sharing, why, "set it to 1")
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    if use.is_fused and getattr(head, "bias", None) is not None:
+        why = "leaves the output layer's bias out, which scores would not"
+        refuse(f"{MODEL}.use_fused_kernels", True, why, "set it to False")
+    if estimator != "ghost" or not (use.num_sharing > 1 or use.cuts_problems):
+        return
+    for point in tap_points(module):
+        if not point.adds_up:
+            rule = f"the layer rule of {point.name} ({type(point.module).__name__}) gives norms of whole problems only"
+            if use.num_sharing > 1:
+                refuse(use.sharing_key, use.num_sharing, rule, "set it to 1, or gradalign.estimator=backward")
+            rule += ", and a problem may be larger than a micro-batch"
+            refuse("gradalign.probe.oversized", "accumulate", rule, "set gradalign.probe.oversized=backward")
 
 
 def _trial(config: GradAlignConfig, verl_config: DictConfig, model: ModelFromConfig) -> str:

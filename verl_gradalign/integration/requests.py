@@ -19,6 +19,7 @@ from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.passes import assign
 from verl_gradalign.selection.groups import Group
+from verl_gradalign.selection.scores import score_of
 from verl_gradalign.types import ProblemRows
 
 OVERSIZED = {
@@ -26,7 +27,20 @@ OVERSIZED = {
     "backward": "are scored one at a time, slowly",
     "stop": "will stop the run",
 }
-"""What problems larger than a micro-batch do, by `probe.oversized`."""
+"""What problems larger than a micro-batch do."""
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """How rows run through the model, as far as not every model can be scored so."""
+
+    sharing_key: str
+    num_sharing: int
+    """Ranks that have slices of the same rows, and the key that says so."""
+    is_fused: bool
+    """Whether verl replaces the model's forward by one with fused kernels."""
+    cuts_problems: bool
+    """Whether a norm may be of a gradient that is added up over several micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,22 @@ def sequence_parallel(verl_config: DictConfig) -> tuple[str, int]:
     """Return how many ranks of the actor have slices of the same rows, and the key that says so."""
     keys = [f"actor_rollout_ref.actor.{part}ulysses_sequence_parallel_size" for part in ("", "fsdp_config.")]
     sizes = {key: int(OmegaConf.select(verl_config, key) or 1) for key in keys}
-    return max(sizes.items(), key=lambda item: item[1])
+    # As verl's own configuration: the actor's key goes before its engine's, unless it is 1.
+    return next(((key, size) for key, size in sizes.items() if size > 1), (keys[0], 1))
+
+
+def takes_sketch(config: GradAlignConfig) -> bool:
+    """Return whether dot products with the candidates' own gradient are taken of sketches."""
+    return score_of(config.score).is_of_candidates and config.probe.pool_dots == "sketch"
+
+
+def fate_of_oversized(config: GradAlignConfig) -> str:
+    """Return the key of `OVERSIZED` that is true of this configuration."""
+    if takes_sketch(config):
+        return "stop"
+    oversized = config.probe.oversized
+    is_left = oversized == "backward" and not goes_to_backward(ESTIMATORS[config.estimator], oversized)
+    return "accumulate" if is_left else oversized
 
 
 def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
@@ -74,8 +103,23 @@ def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
     return TokenBudget(int(max_tokens), is_padded=not verl_config.actor_rollout_ref.model.use_remove_padding)
 
 
+def longest_problem(config: GradAlignConfig, verl_config: DictConfig) -> tuple[int, int]:
+    """Return the positions that a candidate may take, and one response of it alone."""
+    data = verl_config.data
+    row = data.max_prompt_length + data.max_response_length
+    return (config.curriculum.n or verl_config.actor_rollout_ref.rollout.n) * row, row
+
+
+def row_use(config: GradAlignConfig, verl_config: DictConfig) -> RowUse:
+    """Return how rows run through the model."""
+    is_cut = longest_problem(config, verl_config)[0] > token_budget(config.probe, verl_config).max_tokens
+    is_cut = is_cut and fate_of_oversized(config) == "accumulate" and not config.measures_in_update
+    is_fused = bool(verl_config.actor_rollout_ref.model.get("use_fused_kernels"))
+    return RowUse(*sequence_parallel(verl_config), is_fused, is_cut)
+
+
 def owners_of(
-    problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int, oversized: str = "accumulate"
+    problems: Sequence[ProblemKeys], estimator: str, budget: TokenBudget, dp_size: int, oversized: str
 ) -> list[int | None]:
     """Return the rank that scores each candidate whole, None where its rows are spread over all ranks."""
     if not ESTIMATORS[estimator].needs_whole_problems:

@@ -15,7 +15,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.advantages import are_of_each_group, compute_advantages, needs_values
+from verl_gradalign.integration.advantages import asked, compute_advantages, needs_values
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.integration.policy_loss import loss_weights
 from verl_gradalign.probe.objective import response_weights
@@ -61,7 +61,7 @@ def read_groups(
     is_measured = is_scored and score_of(config.score).needs_gradients
     # An update that measures weighs its rows itself; trusted ones are read by a pass of ours all the same.
     is_stored = is_measured and (not config.measures_in_update or problems[0].trusted_set is not None)
-    at_once = ROWS_AT_ONCE if not is_measured or are_of_each_group(config, verl_config) else len(batch.keys)
+    at_once = ROWS_AT_ONCE if not is_measured or asked(config, verl_config).is_of_each_group else len(batch.keys)
     read: dict[str, Group] = {}
     for some in _parts([group for group in groups if not group.is_failed], at_once):
         of_some = _read_together(some, batch.partition_id, config, verl_config, is_measured, is_stored)
@@ -278,8 +278,8 @@ def _coefficients(
 ) -> tuple[torch.Tensor, set[str], set[str]]:
     """Return the token coefficients of all rows (rows, tokens), the uids of the live groups, and those of failed ones.
 
-    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have coefficients of zero, and so
-    have those of groups that fail because an advantage is not finite.
+    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have
+    coefficients of zero, and so have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
     mode = loss_weights(config, actor)
@@ -323,7 +323,8 @@ def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, 
     Rows are split over ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
     """
     keys = set(batch.keys)
-    num_ranks = max(workers._query_dispatch_info("actor")) + 1
+    # Of all ranks: a critic's may have slices of rows where the actor's have whole ones, or the other way round.
+    num_ranks = len(workers._query_dispatch_info("actor"))
     whole = replace(batch, keys=list(batch.keys), tags=list(batch.tags))
     whole = upsample_batch_to_divisible_size(whole, num_ranks, eos_token_id)
     compute(whole, metrics={})

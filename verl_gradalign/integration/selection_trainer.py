@@ -28,6 +28,7 @@ from verl_gradalign.integration.measuring import MeasuringTrainer
 from verl_gradalign.integration.model_check import check_model
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, joined, problems_of
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
+from verl_gradalign.integration.requests import row_use
 from verl_gradalign.integration.rollouts import keep_rows, needs_completion, on_all_ranks, read_responses, read_step
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
 from verl_gradalign.integration.selector import AlignmentSelector
@@ -124,7 +125,8 @@ class SelectionTrainer(MeasuringTrainer):
         """Refuse, before anything is rolled out, an actor that cannot be scored."""
         if self._score.needs_gradients:
             config = self.gradalign
-            self.actor_rollout_wg.gradalign_check(config.estimator, config.probe, config.measures_in_update)
+            use = row_use(config, self.config)
+            self.actor_rollout_wg.gradalign_check(config.estimator, config.probe, use, config.measures_in_update)
         super().on_init_end()
 
     def prepare_step(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.requests import OVERSIZED, audited_problems, drawn, token_budget
+from verl_gradalign.integration.requests import OVERSIZED, audited_problems, drawn, fate_of_oversized, token_budget
 from verl_gradalign.probe.call import DirectionReply, ScoringReply, ScoringRequest
 from verl_gradalign.probe.trusted import COMBINED
 from verl_gradalign.selection.chooser import Choice, Chooser
@@ -107,7 +107,7 @@ class AlignmentSelector:
                 "(gradalign/probe/oversized). Raise gradalign.probe.max_tokens_per_rank if memory allows",
                 diagnostics["oversized"],
                 token_budget(self._config.probe, self._verl_config).max_tokens,
-                OVERSIZED[self._config.probe.oversized],
+                OVERSIZED[fate_of_oversized(self._config)],
             )
         error = diagnostics.get("canary/relative_error", 0.0)
         if not error <= self._config.probe.canary_threshold:  # nan is no agreement either

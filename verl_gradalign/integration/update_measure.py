@@ -28,7 +28,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.integration.engine import VerlEngine
-from verl_gradalign.probe.direction import Direction, DirectionGather
+from verl_gradalign.probe.direction import Direction, DirectionGather, is_away, on_cpu, on_device
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import packed_layout, padded_layout
@@ -96,7 +96,8 @@ def measured_update(
     engine = VerlEngine(actor.engine, TensorDict({}, batch_size=0), 1.0, TokenBudget(0, is_padded=True))
     with leave_no_trace(engine.module):
         if request.metric == "adam":
-            direction = with_adam_metric(direction, engine, actor.engine.optimizer)
+            here = with_adam_metric(on_device(direction, engine.device), engine, actor.engine.optimizer)
+            direction = on_cpu(here) if is_away(direction, engine.device) else here
         replicas = _replicas(engine, direction, request, compute_dtype(actor.engine))
     num_rows, is_half = len(data), compute_dtype(actor.engine) is not None
     readings, loss_fn = [replica.reading for replica in replicas], actor.loss_fn

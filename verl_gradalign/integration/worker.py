@@ -16,7 +16,9 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration import update_measure
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.model_check import check_row_use
 from verl_gradalign.integration.prompt_states import read_prompts
+from verl_gradalign.integration.requests import RowUse
 from verl_gradalign.integration.run_identity import direction_folder
 from verl_gradalign.integration.update_measure import MEASURE, UpdateReply, UpdateRequest, measured_update
 from verl_gradalign.probe import direction_file
@@ -41,13 +43,15 @@ class GradAlignWorker(ActorRolloutRefWorker):
     _update_reply: UpdateReply | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def gradalign_check(self, estimator: str, probe: ProbeConfig, in_update: bool = False) -> None:
+    def gradalign_check(self, estimator: str, probe: ProbeConfig, use: RowUse, in_update: bool = False) -> None:
         """Raise ValueError, before anything is rolled out, if this actor cannot be scored by the estimator."""
+        module = self.actor.engine.module
         if in_update:
-            update_measure.check(self.actor.engine.module, estimator, probe)
+            update_measure.check(module, estimator, probe)
             return
-        require_no_dropout(self.actor.engine.module)
-        ESTIMATORS[estimator](probe).check(self.actor.engine.module)
+        require_no_dropout(module)
+        ESTIMATORS[estimator](probe).check(module)
+        check_row_use(estimator, use, module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_reset(self, learning_rate: float) -> None:

@@ -114,6 +114,11 @@ def on_device(direction: Direction, device: torch.device) -> Direction:
     return replace(direction, shards=mapped(lambda shard: shard.to(device, non_blocking=True), direction.shards))
 
 
+def is_away(direction: Direction, device: torch.device) -> bool:
+    """Return whether the shards lie elsewhere than on the device."""
+    return any(shard is not None and shard.device != device for shard in direction.shards)
+
+
 def require_same_shards(root: nn.Module, direction: Direction) -> None:
     """Raise RuntimeError if the direction was made for other parameters, or for other shards of them.
 

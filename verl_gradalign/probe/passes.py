@@ -41,7 +41,7 @@ def assign(costs: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
-REMEDY = "raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl) or score it with backward"
+REMEDY = "raise gradalign.probe.max_tokens_per_rank (max_tokens, without verl), or set gradalign.estimator=backward"
 
 
 def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]]:

@@ -35,6 +35,11 @@ class TapPoint:
     """Whether the rule can be given some of the layer's outputs at a time, and adds up what it gives for each."""
 
     @property
+    def adds_up(self) -> bool:
+        """Whether the rule can put the layer's gradient together of parts: of micro-batches, or of slices of rows."""
+        return self.rule in COVERED
+
+    @property
     def has_matrix(self) -> bool:
         return any(len(placement.shape) > 1 for placement in self.placements)
 

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import COVERED, LayerCall, LayerScores, add, output_error
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.tap_nodes import Keep, Tap, keeper_of
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
@@ -268,7 +268,7 @@ class Taps:
         Raises: ValueError that names the layer if its rule does not put a gradient together of parts that it sees.
         """
         assert self._layout is not None
-        if point.rule not in COVERED and self._gives_norm:
+        if not point.adds_up and self._gives_norm:
             rule = f"the layer rule of {point.name} ({type(point.module).__name__})"
             if self._gradient is not None:
                 why = "does not give the gradient that the norm of a problem larger than a micro-batch is made of"

@@ -256,8 +256,8 @@ def _estimator(run: RunData) -> Iterator[Finding]:
     oversized, candidates = (run.metrics.total(f"gradalign/{name}") for name in ("probe/oversized", "candidates"))
     if oversized > 0.02 * candidates:
         share = f"{oversized / candidates:.0%} of the candidates"
-        text = f"{share} were too long for a micro-batch."
-        yield Finding("oversized problems", WATCH, text, "Raise gradalign.probe.max_tokens_per_rank.")
+        text = f"{share} were larger than a micro-batch: their gradients were added up over several, or taken apart."
+        yield Finding("oversized problems", NOTE, text, "Raise gradalign.probe.max_tokens_per_rank if memory allows.")
 
 
 def _forecast(run: RunData) -> Iterator[Finding]:

@@ -58,6 +58,11 @@ class Score:
         return self.direction == "trusted"
 
     @property
+    def is_of_candidates(self) -> bool:
+        """Whether v is made of the gradients of those that are scored."""
+        return self.direction in ("pool", "learnability")
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the actor measures anything at all."""
         return self.direction is not None or self.needs_norm

@@ -61,7 +61,7 @@ DECISIVE = {
     "actor_rollout_ref.rollout": "name n temperature top_k top_p dtype seed prompt_length response_length "
     "max_model_len ignore_eos do_sample quantization multi_turn agent.default_agent_loop agent.agent_loop_config_path",
     "gradalign": "score advantage loss_agg_mode estimator success_threshold seed score_options direction validation.n "
-    "probe.rank probe.relative_step probe.pool_dots probe.sketch_rank",
+    "probe.oversized probe.rank probe.relative_step probe.pool_dots probe.sketch_rank",
 }
 
 

@@ -135,7 +135,7 @@ class ScoringStore:
         A unit is a rollout file, or all of them where a problem's score depends on the others that are measured with
         it. Files with trusted groups alone are left out. What was measured along another direction does not count.
         """
-        is_whole = score_of(config.score).direction in ("pool", "learnability")
+        is_whole = score_of(config.score).is_of_candidates
         is_whole |= config.direction.metric == "candidates"
         names = [path.name for path in self._paths() if self.num_of_pool((path.name,))]
         found = [_read_measured(path) for path in self.folder.glob("measured-*.pt")]
