@@ -3,8 +3,8 @@
 
     python -m tests.benchmarks.driver --groups 5120 --n 16 --tokens 1000
 
-Rows are made up and lie in a real TransferQueue, whose stores are processes of their own. Prints a line of JSON: seconds
-of reading, without and with the coefficients' storing, and by how much the driver's memory grew at most.
+Rows are made up and lie in a real TransferQueue, whose stores are processes of their own. Prints a line of JSON:
+seconds of fetching the rows alone, and of reading them, and by how much the driver's memory grew at most.
 """
 
 from __future__ import annotations

@@ -59,6 +59,8 @@ from tests.numerics.kernels import bound_norm, norms_of, wrapped
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import scoring_mode
+from verl_gradalign.probe import direction as direction_module
+from verl_gradalign.probe import fsdp
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.call import pool_scores
 from verl_gradalign.probe.direction import Direction, on_cpu
@@ -75,11 +77,14 @@ AUDITED = (1, 4, 5)
 def measure_exactness(root: Path, setup: Setup) -> dict[str, Any]:
     """Return the scores of the exact estimators, in several batchings and orders."""
     engine = build_engine(root, setup)
-    turned = score(engine, "ghost", candidates=CANDIDATES[::-1])
+    with mock.patch.object(direction_module, "_free_bytes", return_value=0):  # v is then gathered layer by layer
+        turned = score(engine, "ghost", candidates=CANDIDATES[::-1])
     for key in ("dot", "norm", "derivative", "half_dot", "num_tokens"):
         turned[key].reverse()
+    with mock.patch.object(fsdp, "TOGETHER_BYTES", 5000):  # the whole of v, in several exchanges
+        tight = score(engine, "ghost", tight_budget(engine))
     return {
-        "ghost-tight": score(engine, "ghost", tight_budget(engine)),
+        "ghost-tight": tight,
         "ghost-wide-turned": turned,
         "backward": score(engine, "backward"),
         "prompts": [read(engine, PROMPTS, budget) for budget in (WIDE, 20)],

@@ -7,6 +7,7 @@ Shape legend: N positions, V vocabulary, H hidden features, M tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.numerics.cases import ALL_KINDS, TRUSTED, expect, score
 from tests.numerics.models import GROUPED, WIDTHS, make_model, qwen2
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe import head as head_module
 from verl_gradalign.probe import sizes
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.engine import HeadBlock, PreparedPass
@@ -127,7 +129,10 @@ def with_hook(hook: Callable[..., Tensor]) -> tuple[nn.Module, PlainEngine]:
 def test_a_head_whose_output_is_changed_or_replaced_gives_logits() -> None:
     _, engine = with_hook(lambda module, inputs, output: 2 * output)
     assert plain_head(engine) is None
-    model, engine = with_hook(lambda module, inputs, output: None)
+    _, engine = with_hook(lambda module, inputs, output: None)  # it reads the output, and would get log-probs
+    assert plain_head(engine) is None
+    model = make_model("qwen2-untied")
+    engine = PlainEngine(model, tabulate(TRUSTED)[0], TEMPERATURE)
     assert plain_head(engine) is model.lm_head
     handle = model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
     assert plain_head(engine) is None
@@ -135,6 +140,37 @@ def test_a_head_whose_output_is_changed_or_replaced_gives_logits() -> None:
     assert plain_head(engine) is model.lm_head
     model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
     assert plain_head(engine) is None
+
+
+class Wrapper(nn.Module):
+    """As FSDP1's and PEFT's, passes attributes on to the model inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.get_output_embeddings = model, model.get_output_embeddings
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
+def test_a_hook_inside_a_wrapper_is_seen() -> None:
+    model = make_model("qwen2-untied")
+    engine = PlainEngine(Wrapper(model), tabulate(TRUSTED)[0], TEMPERATURE)
+    assert plain_head(engine) is model.lm_head
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.tanh()))
+    assert plain_head(engine) is None
+
+
+def test_a_model_that_caps_its_logits_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    options = {"final_logit_softcapping": 2.0, "attn_implementation": "eager", "attention_dropout": 0.0}
+    model = Gemma2ForCausalLM(Gemma2Config(**WIDTHS, **GROUPED, **options)).double().train()
+    num_tried = []
+    found = head_module._puts_out_logits_of
+    monkeypatch.setattr(head_module, "_puts_out_logits_of", lambda *args: num_tried.append(args) or found(*args))
+    scores, expected = score("ghost", model, TRUSTED, ALL_KINDS), score("backward", model, TRUSTED, ALL_KINDS)
+    torch.testing.assert_close(scores.dot_P, expected.dot_P, rtol=1e-6, atol=1e-9)
+    assert len(num_tried) == 1
 
 
 def test_a_rule_of_the_users_own_for_linear_layers_sees_the_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:

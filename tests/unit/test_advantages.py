@@ -11,11 +11,10 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimat
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.advantages import (
-    are_of_each_group,
+    asked,
+    check_advantages,
     compute_advantages,
-    follows_from_rewards,
     needs_values,
-    note_advantages,
     scored_advantage,
 )
 
@@ -55,7 +54,7 @@ def test_every_estimator_of_verl_is_known_here():
 @pytest.mark.parametrize("estimator", sorted(BY_REWARDS))
 def test_what_follows_from_rewards_is_what_verls_function_gives(estimator):
     config = verl_config(estimator)
-    assert follows_from_rewards(config) and scored_advantage(CONFIG, config) == "trainer"
+    assert asked(CONFIG, config).lacks is None and scored_advantage(CONFIG, config) == "trainer"
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config)
     given = {
         "token_level_rewards": COLUMNS["rm_scores"].clone(),
@@ -70,7 +69,7 @@ def test_what_follows_from_rewards_is_what_verls_function_gives(estimator):
 @pytest.mark.parametrize("estimator", sorted(BY_REWARDS | BY_MORE))
 def test_what_is_of_each_group_alone_may_be_computed_apart(estimator):
     config = verl_config(estimator)
-    assert are_of_each_group(CONFIG, config) == (estimator not in OVER_ALL_ROWS)
+    assert asked(CONFIG, config).is_of_each_group == (estimator not in OVER_ALL_ROWS)
     given = {**COLUMNS, "rm_scores": COLUMNS["rm_scores"].clone()}
     given["rm_scores"][5] = 0.0
     together_RT = compute_advantages(given, KEYS, CONFIG, config)
@@ -96,8 +95,9 @@ def test_what_needs_more_is_centred_and_that_is_said(estimator, caplog):
     assert torch.equal(compute_advantages(COLUMNS, KEYS, CONFIG, config), asked_RT)
     torch.testing.assert_close(asked_RT[1:3, 0], REWARD_R[1:3] - 2.5 / 3)
     with caplog.at_level(logging.WARNING):
-        note_advantages(CONFIG, config)
+        check_advantages(CONFIG, config)
     assert f"adv_estimator={estimator}" in caplog.text and "group's mean" in caplog.text
+    assert "verl's function says" in caplog.text
 
 
 def test_an_estimator_of_the_users_own_is_asked(monkeypatch, caplog):
@@ -108,14 +108,35 @@ def test_an_estimator_of_the_users_own_is_asked(monkeypatch, caplog):
     def by_more(token_level_rewards, response_mask, entropy, **_):
         raise AssertionError("not called without entropies")
 
+    def by_last_token(token_level_rewards, response_mask, index, **_):
+        last_R = response_mask.sum(dim=1) - 1
+        reward_R = token_level_rewards[torch.arange(len(last_R)), last_R]
+        advantage_RT = reward_R[:, None] * response_mask.cumsum(dim=1)
+        return advantage_RT, advantage_RT
+
+    monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "by_last_token", by_last_token)
+    found = asked(CONFIG, verl_config("by_last_token"))
+    assert found.lacks is None and found.is_of_each_group and not found.is_of_each_response
     monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "mine", by_rewards)
     monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "theirs", by_more)
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("mine"))
     torch.testing.assert_close(advantage_RT, REWARD_R[:, None] * MASK_RT)
     assert scored_advantage(CONFIG, verl_config("theirs")) == "centred"
     with caplog.at_level(logging.WARNING):
-        note_advantages(CONFIG, verl_config("mine"))
+        check_advantages(CONFIG, verl_config("mine"))
     assert not caplog.text
+
+
+def test_an_estimator_that_verl_lacks_is_refused_unless_its_advantages_are_not_asked_for():
+    with pytest.raises(ValueError, match="adv_estimator=gropo: verl knows no such.*VERL_USE_EXTERNAL_MODULES"):
+        check_advantages(CONFIG, verl_config("gropo"))
+    own = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}, "advantage": "centred"})
+    check_advantages(own, verl_config("gropo"))
+
+
+def test_discounted_returns_differ_from_token_to_token():
+    assert asked(CONFIG, verl_config("reinforce_plus_plus")).is_of_each_response
+    assert not asked(CONFIG, verl_config("reinforce_plus_plus", gamma=0.9)).is_of_each_response
 
 
 def test_gae_takes_a_critics_values():
@@ -123,7 +144,7 @@ def test_gae_takes_a_critics_values():
     assert scored_advantage(CONFIG, config) == "trainer" and needs_values(CONFIG, config)
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config)
     assert len(advantage_RT[0].unique()) == 4
-    assert not are_of_each_group(CONFIG, config)
+    assert not asked(CONFIG, config).is_of_each_group and not asked(CONFIG, config).is_of_each_response
 
 
 def test_a_kl_penalty_in_the_reward_is_left_out_and_that_is_said(caplog):
@@ -131,5 +152,5 @@ def test_a_kl_penalty_in_the_reward_is_left_out_and_that_is_said(caplog):
     plain_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("grpo"))
     assert torch.equal(compute_advantages(COLUMNS, KEYS, CONFIG, with_kl), plain_RT)
     with caplog.at_level(logging.WARNING):
-        note_advantages(CONFIG, with_kl)
+        check_advantages(CONFIG, with_kl)
     assert "use_kl_in_reward=True: scores leave the KL penalty out" in caplog.text

@@ -13,6 +13,7 @@ from omegaconf import open_dict
 
 from tests.unit.configurations import change, check, composed_of
 from verl_gradalign.integration.checks import check_data, read_config
+from verl_gradalign.integration.requests import sequence_parallel
 
 GOOD = (
     "+gradalign=cosine",
@@ -49,6 +50,13 @@ def test_a_good_configuration_passes(verl_config):
     [
         ("trainer.v1.sampler.sync_refill_failed_groups", True, {}),
         ("algorithm.adv_estimator", "gae", {"gradalign.score": "correlation"}),
+        ("algorithm.use_pf_ppo", True, {"algorithm.adv_estimator": "gae"}),
+        (
+            "algorithm.adv_estimator",
+            "reinforce_plus_plus",
+            {"gradalign.score": "correlation", "algorithm.gamma": 0.9},
+        ),
+        ("algorithm.adv_estimator", "gropo", {}),
         ("gradalign.curriculum.n", 4, {}),
         ("gradalign.schedule", "round", {"trainer.v1.trainer_mode": "gradalign_colocate_async"}),
         (
@@ -132,6 +140,14 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
         },
         {"actor_rollout_ref.actor.strategy": "fsdp2"},
         {"actor_rollout_ref.model.use_fused_kernels": True},
+        {
+            "actor_rollout_ref.model.use_fused_kernels": True,
+            "actor_rollout_ref.model.lora_rank": 8,
+            "gradalign.schedule": "forecast",
+            "gradalign.measure": "update",
+            "gradalign.score": "dot",
+            "gradalign.estimator": "low_rank",
+        },
         {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
         {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 4, "gradalign.score": "pool_cosine"},
     ],
@@ -375,6 +391,41 @@ def test_what_an_estimator_cannot_do_is_refused(verl_config, key, value, others)
     [("accumulate", "run in several"), ("backward", "scored one at a time"), ("stop", "stop the run")],
 )
 def test_problems_that_may_not_fit_are_announced(verl_config, caplog, oversized, outcome):
-    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000, "gradalign.probe.oversized": oversized})
+    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1100, "gradalign.probe.oversized": oversized})
     check(verl_config)
-    assert "more than the 1000 of a micro-batch" in caplog.text and outcome in caplog.text
+    assert "more than the 1100 of a micro-batch" in caplog.text and outcome in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"gradalign.score": "pool_cosine", "gradalign.probe.pool_dots": "sketch"}, "stop the run"),
+        # Without norms there is nothing that backward is needed for.
+        (
+            {"gradalign.score": "dot", "gradalign.estimator": "low_rank", "gradalign.probe.oversized": "backward"},
+            "run in several",
+        ),
+    ],
+)
+def test_what_is_said_of_large_problems_is_true_of_the_estimator(verl_config, caplog, changes, outcome):
+    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1100, **changes})
+    check(verl_config)
+    assert outcome in caplog.text
+
+
+def test_a_response_that_no_micro_batch_holds_is_refused(verl_config):
+    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000})
+    with pytest.raises(ValueError) as refusal:
+        check(verl_config)
+    assert_refused(refusal, "gradalign.probe.max_tokens_per_rank", 1000)
+    assert "set it to 1024 or more" in str(refusal.value)
+    change(verl_config, {"gradalign.probe.oversized": "backward"})
+    check(verl_config)
+
+
+def test_the_actors_key_of_sequence_parallelism_goes_before_its_engines(verl_config):
+    actor = "actor_rollout_ref.actor"
+    change(verl_config, {f"{actor}.fsdp_config.ulysses_sequence_parallel_size": 4})
+    assert sequence_parallel(verl_config) == (f"{actor}.fsdp_config.ulysses_sequence_parallel_size", 4)
+    change(verl_config, {f"{actor}.ulysses_sequence_parallel_size": 2})
+    assert sequence_parallel(verl_config) == (f"{actor}.ulysses_sequence_parallel_size", 2)

@@ -488,3 +488,19 @@ def test_help_has_examples():
     for name in ("doctor", "cost"):
         result = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0 and f"verl-gradalign {name} " in result.stdout and "Examples" in result.stdout
+
+
+def test_what_scores_leave_out_of_advantages_is_a_warning(command):
+    found = texts(command("algorithm.use_kl_in_reward=True"), "configuration", "warning")
+    assert "use_kl_in_reward=True: scores leave the KL penalty out" in found
+    found = texts(command("algorithm.adv_estimator=remax"), "configuration", "warning")
+    assert "adv_estimator=remax: its advantages are not known" in found
+
+
+def test_ranks_that_share_rows_count_as_one_for_the_updates_batches(command):
+    """Four data-parallel ranks of two would not divide 6 problems x 5 responses; two of four do."""
+    keys = ("trainer.n_gpus_per_node=8", "actor_rollout_ref.actor.ppo_mini_batch_size=6", "data.train_batch_size=6")
+    keys = (*keys, "actor_rollout_ref.rollout.n=5")
+    size = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+    two, four = (texts(command(*keys, f"{size}={n}"), "configuration", "error") for n in (2, 4))
+    assert "cannot be divided among 4 data-parallel ranks" in two and "cannot be divided" not in four

@@ -6,11 +6,13 @@ import time
 
 import pytest
 from omegaconf import OmegaConf
+from torch import nn
 from transformers import AutoConfig
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import hub
 from verl_gradalign.integration.model_check import check_model, model_from_config, model_refusals
+from verl_gradalign.probe import layer_rules
 
 NO_DROPOUT = {"attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -24,7 +26,7 @@ def folder_of(place, model_type, architecture, **options):
     return folder
 
 
-def verl_config(path, **model):
+def verl_config(path, sharing=1, response=100, **model):
     keys = {
         "path": str(path),
         "trust_remote_code": False,
@@ -33,8 +35,13 @@ def verl_config(path, **model):
         "lora_alpha": 16,
         "target_modules": "all-linear",
         "external_lib": None,
+        "use_remove_padding": False,
     }
-    return OmegaConf.create({"actor_rollout_ref": {"model": keys | model}})
+    actor = {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 4096, "ulysses_sequence_parallel_size": sharing}
+    parts = {"model": keys | model, "actor": actor, "rollout": {"n": 8}}
+    return OmegaConf.create(
+        {"actor_rollout_ref": parts, "data": {"max_prompt_length": 100, "max_response_length": response}}
+    )
 
 
 def own(**keys):
@@ -103,6 +110,39 @@ def test_adapters_are_added_as_training_adds_them(tmp_path):
     (message,) = refused(folder, lora_rank=8, target_modules=["w_query"])
     assert message.startswith("actor_rollout_ref.model.target_modules=['w_query']")
     assert "q_proj" in message.partition("Remedy: ")[2]
+
+
+class Doubled(nn.Linear):
+    """A layer with a rule of the user's own."""
+
+
+def test_a_rule_of_the_users_own_gives_norms_of_whole_problems_only(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, "llama", "LlamaForCausalLM", hidden_size=64, num_hidden_layers=1)
+    model = model_from_config(verl_config(folder))
+    model.module.model.layers[0].mlp.up_proj.__class__ = Doubled
+    monkeypatch.setitem(layer_rules.LAYER_RULES, Doubled, lambda call: layer_rules.linear(call))
+    whole, cut, shared = (
+        model_refusals(own(), verl_config(folder, **keys), model).errors
+        for keys in ({}, {"response": 900}, {"sharing": 2})
+    )
+    backward = model_refusals(own(probe={"oversized": "backward"}), verl_config(folder, response=900), model)
+    assert not whole and not backward.errors
+    (of_cut,), (of_shared,) = cut, shared
+    layer = "the layer rule of model.layers.0.mlp.up_proj (Doubled) gives norms of whole problems only"
+    assert str(of_cut).startswith(layer) and "gradalign.probe.oversized=accumulate" in str(of_cut)
+    assert "Remedy: set gradalign.probe.oversized=backward" in str(of_cut)
+    assert str(of_shared).startswith(layer) and "ulysses_sequence_parallel_size=2" in str(of_shared)
+
+
+def test_models_whose_rows_run_otherwise_than_scores_follow_are_refused(tmp_path):
+    options = {"hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16, "attention_bias": False}
+    vision = folder_of(tmp_path, "qwen3_vl", "Qwen3VLForConditionalGeneration")
+    (message,) = [str(e) for e in check_model(own(estimator="backward"), verl_config(vision, sharing=2))]
+    assert "ulysses_sequence_parallel_size=2: a model for images" in message
+    biased = folder_of(tmp_path, "phi", "PhiForCausalLM", **NO_DROPOUT, **options)
+    (message,) = refused(biased, use_fused_kernels=True)
+    assert "actor_rollout_ref.model.use_fused_kernels=True: leaves the output layer's bias out" in message
+    assert refused(biased) == []
 
 
 def test_scores_without_gradients_ask_nothing_of_the_model(tmp_path):

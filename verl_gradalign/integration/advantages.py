@@ -68,8 +68,8 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
     """Ask once in a run: a function of a user's own might keep a baseline of what it is given."""
     if function is None:
         return Asked(lacks="verl knows no such estimator")
-    rollout = {"actor_rollout_ref": {"rollout": {"n": rollout_n}}}
-    verl_config = DictConfig({"algorithm": OmegaConf.create(algorithm), **rollout})
+    parts = {"algorithm": OmegaConf.create(algorithm), "actor_rollout_ref": {"rollout": {"n": rollout_n}}}
+    verl_config = OmegaConf.create(parts)
     mask_RT = torch.ones(6, 2, dtype=torch.int64)
     # The two groups' rewards have other means and spreads.
     reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])

@@ -27,7 +27,8 @@ from verl_gradalign.integration.model_trial import MAX_PARAMETERS, shrunk, try_e
 from verl_gradalign.integration.requests import RowUse, row_use
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.gradient import require_no_dropout
-from verl_gradalign.probe.tap_points import tap_points
+from verl_gradalign.probe.head import output_layer_of
+from verl_gradalign.probe.tap_points import require_gradients, tap_points
 from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
@@ -178,19 +179,19 @@ def check_row_use(estimator: str, use: RowUse, module: nn.Module) -> None:
     if use.num_sharing > 1 and any(hasattr(getattr(m, "config", None), "vision_config") for m in module.modules()):
         why = "a model for images cuts its rows elsewhere than text models do, which scores do not follow"
         refuse(use.sharing_key, use.num_sharing, why, "set it to 1")
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    head = output_layer_of(module)
     if use.is_fused and getattr(head, "bias", None) is not None:
         why = "leaves the output layer's bias out, which scores would not"
         refuse(f"{MODEL}.use_fused_kernels", True, why, "set it to False")
     if estimator != "ghost" or not (use.num_sharing > 1 or use.cuts_problems):
         return
-    for point in tap_points(module):
-        if not point.adds_up:
-            rule = f"the layer rule of {point.name} ({type(point.module).__name__}) gives norms of whole problems only"
-            if use.num_sharing > 1:
-                refuse(use.sharing_key, use.num_sharing, rule, "set it to 1, or gradalign.estimator=backward")
-            rule += ", and a problem may be larger than a micro-batch"
-            refuse("gradalign.probe.oversized", "accumulate", rule, "set gradalign.probe.oversized=backward")
+    points = tap_points(module)
+    if use.num_sharing > 1:
+        why = f"{use.sharing_key}={use.num_sharing} gives ranks slices of its rows"
+        require_gradients(points, why, "set it to 1, or gradalign.estimator=backward")
+    if use.cuts_problems:
+        why = "a problem may be larger than a micro-batch (gradalign.probe.oversized=accumulate)"
+        require_gradients(points, why, "set gradalign.probe.oversized=backward")
 
 
 def _trial(config: GradAlignConfig, verl_config: DictConfig, model: ModelFromConfig) -> str:

@@ -259,7 +259,7 @@ def _uniform(
     return list(zip(*(torch.where(is_same_R, first_R, torch.nan).tolist() for first_R in firsts), strict=True))
 
 
-def _row_bytes(column: torch.Tensor) -> list[bytes]:
+def _row_bytes(column: Any) -> list[bytes]:
     """Return the token ids of each row of a column, as bytes."""
     if not column.is_nested:
         return [row.tobytes() for row in column.numpy()]

@@ -27,8 +27,8 @@ from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.measuring import MeasuringTrainer
 from verl_gradalign.integration.model_check import check_model
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, joined, problems_of
-from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.requests import row_use
+from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.rollouts import keep_rows, needs_completion, on_all_ranks, read_responses, read_step
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
 from verl_gradalign.integration.selector import AlignmentSelector

@@ -49,13 +49,11 @@ def audited_scores(
             engine.budget.require_room(problems, remedy)
         # By the whole problem's size, which all ranks know: each takes the same decision without asking.
         too_large = {i for i, problem in enumerate(problems) if not engine.budget.holds([problem])}
-    num_oversized = len(too_large)
-    if not goes_to_backward(type(estimator), oversized):
-        too_large = set()
-    fitting = [i for i in range(len(problems)) if i not in too_large]
+    left = too_large if goes_to_backward(type(estimator), oversized) else set()
+    fitting = [i for i in range(len(problems)) if i not in left]
     place_of = {index: place for place, index in enumerate(fitting)}
     scores = estimator.score(engine, [problems[i] for i in fitting], direction)
-    diagnostics = {**scores.diagnostics, "oversized": float(num_oversized)}
+    diagnostics = {**scores.diagnostics, "oversized": float(len(too_large))}
     checked = [i for i in audited if i in place_of]
     if checked:
         reference = exact.score(engine, [problems[i] for i in checked], direction)
@@ -64,8 +62,8 @@ def audited_scores(
             diagnostics["canary/relative_error"] = relative_error(scores, reference, places)
         elif len(checked) >= MIN_RANKED:
             diagnostics["fidelity/spearman"] = spearman(scores.dot_P[places], reference.dot_P)
-    if too_large:
-        scores = _merged(problems, scores, exact.score(engine, [problems[i] for i in sorted(too_large)], direction))
+    if left:
+        scores = _merged(problems, scores, exact.score(engine, [problems[i] for i in sorted(left)], direction))
     return replace(scores, diagnostics=diagnostics)
 
 

@@ -21,6 +21,8 @@ from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.direction import Direction, compute_direction, inner, no_direction, on_device
 from verl_gradalign.probe.engine import GradientEngine, TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
+from verl_gradalign.probe.fsdp import local_part
+from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.sketch import sketched_scores
 from verl_gradalign.probe.trusted import SetReport, trusted_direction, with_adam_metric, with_candidates_metric
 from verl_gradalign.types import ProblemRows, ProblemScores
@@ -165,7 +167,8 @@ def _direction_for(
         fresh, reports = _fresh(engine, request, stored)
     may_use_stored = request.direction.on_degenerate == "previous" or not request.set_weights
     # Here and not before: while a direction is made, the stored one would be one more shard in the device's memory.
-    used = fresh or (on_device(stored, engine.device) if stored is not None and may_use_stored else None)
+    home = local_part(trainable_parameters(engine.module)[0][1]).device
+    used = fresh or (on_device(stored, home) if stored is not None and may_use_stored else None)
     if used is not None:
         measured_on = [request.candidates[i] for i in request.metric_on]
         used = in_metric(engine, used, request.direction, optimizer, measured_on)

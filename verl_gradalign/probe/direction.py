@@ -31,7 +31,9 @@ from verl_gradalign.probe.ranks import largest, summed
 from verl_gradalign.types import ProblemRows
 
 SHARE_OF_FREE = 0.25
+"""Of a GPU's memory that the whole direction may take beside a pass, whose activations need most of it."""
 FULL_BYTES = 4
+"""Of a number of the direction."""
 Shards = tuple[Tensor | None, ...]
 """One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
 shard; None where this rank had no gradient."""
@@ -110,7 +112,10 @@ def _to_host(shard: Tensor) -> Tensor:
 
 
 def on_device(direction: Direction, device: torch.device) -> Direction:
-    """Return the direction with its shards on the device, once for all passes of a call."""
+    """Return the direction with its shards on the device, once for all passes of a call.
+
+    It is where the gradients will lie: beside the parameters, which FSDP2's CPU offload keeps in CPU memory.
+    """
     return replace(direction, shards=mapped(lambda shard: shard.to(device, non_blocking=True), direction.shards))
 
 
@@ -161,7 +166,8 @@ def local_products(first: Shards, second: Shards) -> list[Tensor]:
     """Return the inner product of each of this rank's shards that both have, as float64 scalars."""
     return [
         # Only the sum is in float64: copies of both in float64 would take four shards' memory.
-        torch.sum(a * b.to(a.device, non_blocking=True), dtype=torch.float64)
+        # A copy to CPU memory that is not waited for may be read before it is there.
+        torch.sum(a * b.to(a.device, non_blocking=a.is_cuda), dtype=torch.float64)
         for a, b in zip(first, second, strict=True)
         if a is not None and b is not None
     ]
@@ -210,40 +216,46 @@ class DirectionGather:
         parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
         # The parameter was unused, so no rank has a gradient of it, and none gathers.
         if shard is None:
-            return torch.zeros(placement.shape, device=self._like.device)
+            return self._like.new_zeros(()).expand(placement.shape)
         return gather_whole(parameter, shard.to(self._like.device, non_blocking=True))
 
     def all(self, placements: Iterable[Placement]) -> dict[tuple[int, int], Tensor]:
         """Return v of the whole parameters, by identity, in few exchanges. Collective; asked for alike on all ranks."""
         wholes: dict[tuple[int, int], Tensor] = {}
-        together: list[Placement] = []
-        for placement in {placement.identity: placement for placement in placements}.values():
-            if placement.handle is None and self._shards[placement.parameter] is not None:
-                together.append(placement)
-            else:
+        together: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
+        for placement in placements:
+            parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
+            if placement.handle is not None:
                 # A copy: of a flat parameter this is a view, which would keep all of it.
                 wholes[placement.identity] = self(placement).clone()
-        shards = [shard.to(self._like.device, non_blocking=True) for shard in self._shards_of(together)]
-        gathered = gather_together([self._parameters[p.parameter] for p in together], shards)
-        return wholes | dict(zip((p.identity for p in together), gathered, strict=True))
-
-    def _shards_of(self, placements: Sequence[Placement]) -> list[Tensor]:
-        shards = (self._shards[placement.parameter] for placement in placements)
-        return [shard for shard in shards if shard is not None]
+            elif shard is None:
+                wholes[placement.identity] = self(placement)
+            else:
+                together[placement.identity] = parameter, shard.to(self._like.device, non_blocking=True)
+        parameters, shards = [parameter for parameter, _ in together.values()], [s for _, s in together.values()]
+        return wholes | dict(zip(together, gather_together(parameters, shards), strict=True))
 
 
 def gathered_where_it_fits(
     engine: GradientEngine, direction: Direction, placements: Iterable[Placement]
 ) -> Callable[[Placement], Tensor]:
-    """Return what gives v of a parameter: gathered once for all passes of a call, or by layer in each. Collective.
+    """Return a function that gives a parameter's v: gathered once for all passes of a call, or by layer in each.
 
-    On a GPU the whole v may take `SHARE_OF_FREE` of the free memory, on the rank that has the least.
+    On a GPU the whole v may take `SHARE_OF_FREE` of the free memory, on the rank that has the least. Collective.
     """
-    gather, distinct = DirectionGather(engine.module, direction, engine.device), list(placements)
-    if engine.device.type == "cuda":
-        size = FULL_BYTES * sum(shape.numel() for shape in {use.identity: use.shape for use in distinct}.values())
-        is_too_large = size > SHARE_OF_FREE * torch.cuda.mem_get_info(engine.device)[0]
-        if largest(int(is_too_large), engine.data_group, engine.device):
-            return gather
-    parts = gather.all(distinct)
+    gather = DirectionGather(engine.module, direction, engine.device)
+    distinct = {use.identity: use for use in placements}
+    size = FULL_BYTES * sum(use.shape.numel() for use in distinct.values())
+    is_too_large = size > SHARE_OF_FREE * _free_bytes(engine.device)
+    if largest(int(is_too_large), engine.data_group, engine.device):
+        return gather
+    parts = gather.all(distinct.values())
     return lambda placement: parts[placement.identity]
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Return what may still be allocated on a GPU, what torch keeps of freed tensors included; elsewhere no limit."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -25,7 +25,7 @@ from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingSt
 from torch.distributed.tensor import DTensor, Shard
 
 TOGETHER_BYTES = 2**28
-"""Of wholes that are gathered in one exchange: it takes as much memory again."""
+"""Size of the whole tensors that one exchange gathers; as much again is held while they are taken apart."""
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
@@ -145,7 +145,8 @@ def gather_together(parameters: Sequence[nn.Parameter], shards: Sequence[Tensor]
             continue
         together = waiting.setdefault((group, shard.dtype), [])
         together.append(index)
-        if sum(shards[i].nbytes for i in together) * group.size() >= TOGETHER_BYTES:
+        # By the wholes, which all ranks know: shards may be smaller on the last ones.
+        if sum(parameters[i].numel() for i in together) * shard.element_size() >= TOGETHER_BYTES:
             wholes |= _gathered(waiting.pop((group, shard.dtype)), parameters, shards, group)
     for (group, _), together in waiting.items():
         wholes |= _gathered(together, parameters, shards, group)
@@ -175,9 +176,8 @@ def _gathered(
     torch.distributed.all_gather_into_tensor(of_all, mine, group=group)
     columns = torch.split(of_all.view(num_ranks, -1), lengths, dim=1)
     shapes = (parameters[index].shape for index in indices)
-    # A copy, so that a part does not keep the whole exchange in memory.
-    pairs = zip(columns, shapes, strict=True)
-    wholes = [column.reshape(-1, *shape[1:])[: shape[0]].clone() for column, shape in pairs]
+    # Of several columns each is copied, so that none keeps the whole exchange in memory.
+    wholes = [column.reshape(-1, *shape[1:])[: shape[0]] for column, shape in zip(columns, shapes, strict=True)]
     return dict(zip(indices, wholes, strict=True))
 
 

@@ -4,7 +4,7 @@
 Logits over a vocabulary of 150,000 and their gradient take more memory than all else in a pass. Here the head, while it
 is called by the model, gives the tokens' log-probs in place of logits: blocks of the vocabulary give the sum of
 exponentials, and once more, in the backward pass, the gradient. A norm needs each problem's gradient of a weight whole
-in its positions, but not in its outputs; so blocks are of outputs, and a layer rule adds up what they give.
+in its positions, but not in its outputs; so blocks are of outputs, and taps add up what a layer rule gives of each.
 
     log_prob_RT = response_log_probs(passed, spans, temperature, plain_head(engine), on_block)
 
@@ -12,7 +12,7 @@ Shape legend: N positions of a pass, M response tokens, H hidden features, V voc
 response, R rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +28,11 @@ from verl_gradalign.probe.engine import GradientEngine, HeadBlock, OnBlock, Prep
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import in_eval_mode
 from verl_gradalign.probe.objective import token_log_probs
+from verl_gradalign.probe.ranks import largest
+from verl_gradalign.probe.tap_points import is_own_hook
 
 Spans = Sequence[tuple[int, int]]
 """Of each row its response's first position in the flattened pass, and its number of tokens."""
-Receive = Callable[[Tensor, Tensor, slice, bool], None]
-"""Gets the first four of a `HeadBlock`."""
 
 
 def output_layer_of(root: nn.Module) -> nn.Module | None:
@@ -48,21 +48,34 @@ _found: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def plain_head(engine: GradientEngine) -> nn.Linear | None:
-    """Return the output layer if it is a linear layer whose output the model puts out unchanged, else None. Collective.
+    """Return the output layer if it is a linear layer whose output the model puts out unchanged, else None.
 
     Found by a short pass, once for each model while it has the same hooks: some models scale their logits, or cap them.
+    Collective where they have changed.
     """
     root = engine.module
     head = output_layer_of(root)
     # With a forward of its own (a kernel's, a wrapper's) it does something else than is done in its place here.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return None
-    hooks = tuple(root._forward_hooks), tuple(head._forward_hooks), tuple(_global_forward_hooks)
+    # One that reads the output would be given log-probs.
+    if any(not is_own_hook(hook) for hook in head._forward_hooks.values()):
+        return None
+    hooks = *(tuple(module._forward_hooks) for module in _down_to(head, root)), tuple(_global_forward_hooks)
     known_hooks, is_plain = _found.get(root, (None, False))
     if hooks != known_hooks:
         is_plain = _puts_out_logits_of(head, engine)
+        # Of all ranks: rows differ, and so may what rounding makes of them.
+        is_plain = not largest(int(not is_plain), engine.data_group, engine.device)
         _found[root] = hooks, is_plain
     return head if is_plain else None
+
+
+def _down_to(head: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules from the root to the head that it is a part of: wrappers, and the model itself."""
+    name = next((name for name, module in root.named_modules() if module is head), "")
+    parts = name.split(".")
+    yield from (root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
 
 
 @torch.no_grad()
@@ -109,19 +122,11 @@ def response_log_probs(
     if head is None:
         log_prob_M = token_log_probs(passed.run().flatten(0, 1), position_M, token_M, temperature)
     else:
-        tokens = _Tokens(window.stop - window.start, position_M, token_M, num_tokens)
-        with _log_probs_of(head, tokens, temperature, _receiver(on_block, lengths)):
+        tokens = _Tokens(window.stop - window.start, position_M, token_M, num_tokens, tuple(lengths))
+        with _log_probs_of(head, tokens, temperature, on_block):
             log_prob_M = passed.run().flatten()
     flat = log_prob_M.new_zeros(len(spans) * width)
     return flat.index_put((place_M.to(ids_N.device),), log_prob_M).view(len(spans), width)
-
-
-def _receiver(on_block: OnBlock | None, lengths: Sequence[int]) -> Receive | None:
-    if on_block is None:
-        return None
-    return lambda input_MH, delta_MB, outputs, is_last: on_block(
-        HeadBlock(input_MH, delta_MB, outputs, is_last, tuple(lengths))
-    )
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,12 @@ class _Tokens:
     token_M: Tensor
     num_tokens: int
     """On all ranks that have slices of the same rows: they must cut the vocabulary into the same blocks."""
+    lengths: tuple[int, ...]
+    """Of each row's response."""
 
 
 @contextmanager
-def _log_probs_of(head: nn.Linear, tokens: _Tokens, temperature: float, receive: Receive | None) -> Iterator[None]:
+def _log_probs_of(head: nn.Linear, tokens: _Tokens, temperature: float, on_block: OnBlock | None) -> Iterator[None]:
     """Have the head give the tokens' log-probs, (1, tokens, 1), in place of logits.
 
     They are the head's output for FSDP too, which gathers parameters again for the backward pass of what it has seen.
@@ -148,16 +155,15 @@ def _log_probs_of(head: nn.Linear, tokens: _Tokens, temperature: float, receive:
         if len(hidden_NH) != tokens.num_positions:
             shapes = f"{len(hidden_NH)} positions in a pass over {tokens.num_positions}"
             raise RuntimeError(f"the output layer was given {shapes}, so that its tokens are not known")
-        anchor = torch.empty(0, device=hidden.device, requires_grad=receive is not None)
+        anchor = torch.empty(0, device=hidden.device, requires_grad=on_block is not None)
         log_prob_1M1: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden_NH.index_select(0, tokens.position_M),
             head.weight,
             head.bias,
-            tokens.token_M,
+            tokens,
             temperature,
             anchor,
-            receive,
-            _blocks(tokens.num_tokens, len(head.weight)),
+            on_block,
         )
         return log_prob_1M1
 
@@ -175,13 +181,13 @@ class _HeadLogProbs(torch.autograd.Function):
         hidden_MH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        token_M: Tensor,
+        tokens: _Tokens,
         temperature: float,
         anchor: Tensor,
-        receive: Receive | None,
-        blocks: Sequence[slice],
+        on_block: OnBlock | None,
     ) -> Tensor:
-        ctx.blocks, ctx.temperature, ctx.receive = blocks, temperature, receive
+        blocks, token_M = _blocks(tokens.num_tokens, len(weight_VH)), tokens.token_M
+        ctx.blocks, ctx.tokens, ctx.temperature, ctx.on_block = blocks, tokens, temperature, on_block
         ctx.dtype = _compute_dtype(hidden_MH, weight_VH)
         input_MH = hidden_MH.to(ctx.dtype)
         # Float32 or better: half precision would round the log-probs whose differences estimators take.
@@ -196,14 +202,15 @@ class _HeadLogProbs(torch.autograd.Function):
             place_M1, is_inside_M = _places(token_M, block)
             target_M = torch.where(is_inside_M, scaled_MB.gather(-1, place_M1).squeeze(-1), target_M)
             log_total_M = torch.logaddexp(log_total_M, scaled_MB.logsumexp(dim=-1))
-        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept)
+        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, log_total_M, *kept)
         # Not a view, which a hook of FSDP2's on it could not hold on to.
         return (target_M - log_total_M)[None, :, None].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_MH, weight_VH, bias_V, token_M, log_total_M, *kept = ctx.saved_tensors
+        hidden_MH, weight_VH, bias_V, log_total_M, *kept = ctx.saved_tensors
+        tokens: _Tokens = ctx.tokens
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         input_MH, factor_M1 = hidden_MH.to(ctx.dtype), (grads[0] / ctx.temperature).view(-1, 1)
         grad_MH = torch.zeros_like(hidden_MH, dtype=log_total_M.dtype) if needs_hidden else None
@@ -211,18 +218,19 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V) if needs_bias else None
         for block in ctx.blocks:
             logits_MB = kept[0] if kept else _logits(input_MH, weight_VH, bias_V, block)
-            delta_MB = _delta(logits_MB, log_total_M, token_M, block, ctx.temperature, not kept)
+            delta_MB = _delta(logits_MB, log_total_M, tokens.token_M, block, ctx.temperature, not kept)
             delta_MB = delta_MB.mul_(factor_M1).to(ctx.dtype)
             if grad_MH is not None:
-                grad_MH += delta_MB @ weight_VH[block].to(ctx.dtype)
+                grad_MH += _product(delta_MB, weight_VH[block].to(ctx.dtype), grad_MH.dtype)
             if grad_VH is not None:
                 grad_VH[block] = delta_MB.T @ input_MH
             if grad_V is not None:
                 grad_V[block] = delta_MB.sum(dim=0)
-            if ctx.receive is not None:
-                ctx.receive(input_MH, delta_MB, block, block.stop == len(weight_VH))
+            if ctx.on_block is not None:
+                is_last = block.stop == len(weight_VH)
+                ctx.on_block(HeadBlock(input_MH, delta_MB, block, is_last, tokens.lengths))
         grad_MH = None if grad_MH is None else grad_MH.to(hidden_MH.dtype)
-        return grad_MH, grad_VH, grad_V, None, None, None, None, None
+        return grad_MH, grad_VH, grad_V, None, None, None, None
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -243,6 +251,12 @@ def _blocks(num_tokens: int, num_outputs: int) -> list[slice]:
 def _logits(input_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
     bias = None if bias_V is None else bias_V[block].to(input_MH.dtype)
     return nn.functional.linear(input_MH, weight_VH[block].to(input_MH.dtype), bias)
+
+
+def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix product; on a GPU not rounded before it is added up, as one product over all blocks is not."""
+    is_rounded = first.is_cuda and first.dtype != dtype
+    return torch.mm(first, second, out_dtype=dtype) if is_rounded else first @ second
 
 
 def _delta(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Passes over whole problems: on which rank, which rows together, and sums over ranks of what they gave.
 
-A norm needs all of a problem's tokens on one rank. A problem that one micro-batch does not hold runs in several, one
-after another, and its gradient is added up over them.
+A norm needs all of a problem's tokens on one rank, or on ranks that share its rows. A problem that one micro-batch does
+not hold runs in several, one after another, and its gradient is added up over them.
 
     ranks = assign([problem.num_tokens for problem in problems], num_ranks=8)
     for batch in micro_batches(engine, problems):
@@ -63,23 +63,18 @@ def pack(problems: Sequence[ProblemRows], budget: TokenBudget) -> list[list[int]
 
 
 def cut(problem: ProblemRows, lengths: Sequence[int], budget: TokenBudget) -> list[slice]:
-    """Return runs of a problem's rows, of these lengths, as many together as a micro-batch holds.
-
-    Raises: ValueError if a row alone exceeds the budget.
-    """
+    """Return runs of a problem's rows, of these lengths, as many together as a micro-batch holds, and one at least."""
 
     def size(rows: slice) -> ProblemRows:
         mine = lengths[rows]
-        return ProblemRows(f"{problem.uid}, one response alone,", (), len(mine), sum(mine), max(mine))
+        return ProblemRows(problem.uid, (), len(mine), sum(mine), max(mine))
 
     start, runs = 0, []
     for end in range(2, len(lengths) + 1):
         if not budget.holds([size(slice(start, end))]):
             runs.append(slice(start, end - 1))
             start = end - 1
-    runs.append(slice(start, len(lengths)))
-    budget.require_room([size(run) for run in runs], REMEDY)
-    return runs
+    return [*runs, slice(start, len(lengths))]
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,9 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
 
     Raises: ValueError if one row is larger than the engine's budget, or if a problem's rows are spread over ranks.
     """
+    for problem in problems:  # of all ranks, for one alone that stopped would leave the others waiting
+        uid, longest = f"{problem.uid}, one response alone,", problem.longest_row
+        engine.budget.require_room([ProblemRows(uid, (), 1, longest, longest)], REMEDY)
     mine = [index for index, problem in enumerate(problems) if problem.rows]
     for problem in (problems[index] for index in mine):
         if len(problem.rows) != problem.num_rows:

@@ -32,11 +32,11 @@ class TapPoint:
     rule: LayerRule
     placements: tuple[Placement, ...]
     by_outputs: bool = False
-    """Whether the rule can be given some of the layer's outputs at a time, and adds up what it gives for each."""
+    """Whether the rule may be called once for each block of the layer's outputs; taps add up what it returns."""
 
     @property
-    def adds_up(self) -> bool:
-        """Whether the rule can put the layer's gradient together of parts: of micro-batches, or of slices of rows."""
+    def gives_gradient(self) -> bool:
+        """Whether the rule can add the layer's gradient to a sum: of micro-batches, or of slices of rows."""
         return self.rule in COVERED
 
     @property
@@ -73,6 +73,14 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
     return points
 
 
+def require_gradients(points: Sequence[TapPoint], why: str, remedy: str) -> None:
+    """Raise ValueError, naming the first layer, if a rule of a user's own gives norms of whole problems only."""
+    for point in points:
+        if not point.gives_gradient:
+            rule = f"the layer rule of {point.name} ({type(point.module).__name__}) gives norms of whole problems only"
+            raise ValueError(f"{rule}, and {why}. Remedy: {remedy}.")
+
+
 def require_rows_of_tokens(by_module: Mapping[nn.Module, Sequence[Placement]], root: nn.Module) -> None:
     """Raise ValueError that names trained layers of an encoder of images, video or sound, or of its projector.
 
@@ -100,6 +108,11 @@ def token_modules(root: nn.Module) -> set[nn.Module] | None:
     return {module for part in (*parts, head) if part is not None for module in part.modules()}
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Return whether a forward hook is one of those that leave the output's value as it is."""
+    return str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS)
+
+
 def require_no_hooks(root: nn.Module, points: Sequence[TapPoint]) -> None:
     """Raise ValueError, naming the parameter or layer, if a hook of it may change a gradient out of the taps' sight."""
     for name, parameter in trainable_parameters(root):
@@ -109,6 +122,6 @@ def require_no_hooks(root: nn.Module, points: Sequence[TapPoint]) -> None:
     # Between a layer that is an FSDP2 unit and its tap; elsewhere taps are the first hooks (`Taps.register`).
     units = [point for point in points if isinstance(point.module, FSDPModule)]
     for point, hook in ((unit, hook) for unit in units for hook in unit.module._forward_hooks.values()):
-        if not str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS):
+        if not is_own_hook(hook):
             trouble = f"has a forward hook ({getattr(hook, '__qualname__', hook)}), which may change its output"
             raise ValueError(f"{point.name} {trouble}. Remedy: remove the hook, or set gradalign.estimator=backward.")

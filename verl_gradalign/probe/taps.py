@@ -87,8 +87,9 @@ class Taps:
         self._points, self._gather, self._gives_norm = points, gather, gives_norm
         self.head = next((point for point in points if point.module is head and point.by_outputs), None)
         """The output layer, if it gives its part in blocks."""
-        self._needs_logits = self.head is None and any(point.module is head for point in points)
-        """Whether the output layer is tapped as other layers are, so that the pass must form logits."""
+        self._needs_logits = head is None or (self.head is None and any(point.module is head for point in points))
+        """Whether the pass must form logits: as the model does something of its own with them, or as the output layer
+        is tapped as other layers are."""
         self._bare: Layout | None = None
         """Of the pass, each row for itself."""
         self._parts: Sequence[Sequence[int]] | None = None
@@ -130,7 +131,7 @@ class Taps:
 
         With `parts` some rows of each problem count as one (`Layout.merged`): `scale_R` has one number for each part,
         and so has the result's `derivative_R`. With one problem its (scaled, summed) gradient of every parameter is
-        added to `gradient`, which lacks none of its parameters afterwards.
+        added to `gradient`, which afterwards has every tapped parameter.
         """
         # Activations keep the shape of the pass, whichever of its rows count as one.
         self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
@@ -225,11 +226,7 @@ class Taps:
             scale_R=self._scale_R,
             gradient=self._totals(point),
         )
-        self._scores = add(self._scores, self._by_rule(point, call))
-        if self._tied_here is not None and point is self._tied_here.head:
-            self._tied_here.keep_head_rows(call, self._layout)
-        elif self._tied_here is not None and point is self._tied_here.embedding:
-            self._scores = add(self._scores, self._tied_here.cross_term(call))
+        self._add(point, call)
 
     def _receive_block(self, point: TapPoint, block: HeadBlock) -> None:
         """Add the part of some of the output layer's outputs to the scores."""
@@ -250,12 +247,19 @@ class Taps:
             outputs=block.outputs,
             gradient=self._totals(point),
         )
-        self._scores = add(self._scores, self._by_rule(point, call))
-        if self._tied_here is not None and point is self._tied_here.head:
-            self._tied_here.keep_head_rows(call, self._layout)
+        self._add(point, call)
         if block.is_last:
             self._of_blocks = None
             self._seen.add(point.module)
+
+    def _add(self, point: TapPoint, call: LayerCall) -> None:
+        """Add what the layer's rule says to the scores, and a tied weight's cross term."""
+        assert self._layout is not None and self._scores is not None
+        self._scores = add(self._scores, self._by_rule(point, call))
+        if self._tied_here is not None and point is self._tied_here.head:
+            self._tied_here.keep_head_rows(call, self._layout)
+        elif self._tied_here is not None and point is self._tied_here.embedding:
+            self._scores = add(self._scores, self._tied_here.cross_term(call))
 
     @property
     def _tied_here(self) -> TiedWeight | None:
@@ -263,19 +267,7 @@ class Taps:
         return self._tied if self._gradient is None else None
 
     def _totals(self, point: TapPoint) -> dict[str, Tensor] | None:
-        """Return what the layer's gradient is to be added to, None if it is not wanted.
-
-        Raises: ValueError that names the layer if its rule does not put a gradient together of parts that it sees.
-        """
-        assert self._layout is not None
-        if not point.adds_up and self._gives_norm:
-            rule = f"the layer rule of {point.name} ({type(point.module).__name__})"
-            if self._gradient is not None:
-                why = "does not give the gradient that the norm of a problem larger than a micro-batch is made of"
-                raise ValueError(f"{rule} {why}. Remedy: set gradalign.probe.oversized=backward.")
-            if self._layout.group is not None:
-                why = "gives norms of rows that it sees whole, and ranks have slices of them (sequence parallelism)"
-                raise ValueError(f"{rule} {why}. Remedy: set gradalign.estimator=backward.")
+        """Return what the layer's gradient is to be added to, None if it is not wanted."""
         if self._gradient is None:
             return None
         for placement in point.placements:

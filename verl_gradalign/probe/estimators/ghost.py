@@ -24,7 +24,7 @@ from verl_gradalign.probe.gradient import require_no_gradients
 from verl_gradalign.probe.head import plain_head
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
-from verl_gradalign.probe.tap_points import TapPoint, tap_points
+from verl_gradalign.probe.tap_points import TapPoint, require_gradients, tap_points
 from verl_gradalign.probe.taps import Gather, Gradient, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -58,16 +58,22 @@ def tapped_scores(
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
 
-    Each problem's rows lie on one rank. Of a problem that no micro-batch holds the gradient is added up over several,
-    for its norm: as much memory as all tapped parameters in float32. Response derivatives are measured `per_response`
-    only; a row whose tokens have different coefficients gets nan for its own. A degenerate direction gives dot products
-    of zero and the true norms.
+    Each problem's rows lie on one rank, or on ranks that share them. Of a problem that no micro-batch holds, the
+    gradient is added up over several for its norm: as much memory as all tapped parameters in float32. Response
+    derivatives are measured `per_response` only; a row whose tokens have different coefficients gets nan for its own. A
+    degenerate direction gives dot products of zero and the true norms.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
     Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
-        if a response alone exceeds the budget.
+        if a response alone exceeds the budget, or if a layer rule does not give what norms are made of here.
     """
     require_no_gradients(engine.module)
+    if gives_norm:  # asked of what all ranks know: one alone that stopped would leave the others waiting
+        if any(not engine.budget.holds([problem]) for problem in problems):
+            why, remedy = "a problem is larger than a micro-batch", "set gradalign.probe.oversized=backward"
+            require_gradients(points, why, remedy)
+        if engine.sequence_group is not None:
+            require_gradients(points, "ranks have slices of its rows", "set gradalign.estimator=backward")
     device = engine.device
     sums, gradient = ProblemSums(problems), Gradient()
     with tapped(engine.module, points, gather, gives_norm, head=plain_head(engine)) as taps:
