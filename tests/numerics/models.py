@@ -44,7 +44,7 @@ GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 
 
 def qwen2(**options: object) -> nn.Module:
-    return Qwen2ForCausalLM(Qwen2Config(**WIDTHS, **GROUPED, **options))
+    return Qwen2ForCausalLM(Qwen2Config(**{**WIDTHS, **GROUPED, **options}))
 
 
 def qwen3(**options: object) -> nn.Module:

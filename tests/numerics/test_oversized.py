@@ -95,11 +95,6 @@ def test_every_estimator_cuts_problems(estimator: str) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def test_a_response_that_no_micro_batch_holds_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"problem p2, one response alone, takes 1\d positions, more than the 10"):
-        scored(make_model("qwen2-tied"), "ghost", 10)
-
-
 def test_a_rule_of_the_users_own_gives_no_norm_of_a_problem_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(call: LayerCall) -> LayerScores:
         return linear(call)

@@ -144,10 +144,10 @@ def test_a_layer_whose_output_does_not_begin_with_lines_and_positions_is_named()
 
 
 @pytest.mark.parametrize("estimator", WHOLE)
-def test_a_problem_larger_than_a_micro_batch_is_refused(estimator: str) -> None:
+def test_a_response_larger_than_a_micro_batch_is_refused(estimator: str) -> None:
     model = make_model("qwen2-untied")
-    words = ("82 positions", "the 80 of a micro-batch", "max_tokens_per_rank", "estimator=backward")
-    refused(model, estimator, ValueError, *words, max_tokens=80)
+    words = ("p4, one response alone, takes 41 positions", "the 40 of a micro-batch", "max_tokens_per_rank", "=backward")
+    refused(model, estimator, ValueError, *words, max_tokens=40)
 
 
 @pytest.mark.parametrize("estimator", WHOLE)

@@ -132,17 +132,17 @@ def _is_wrapped(forward: Any, module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward
 
 
-def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> float:
+def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> Tensor | None:
     """Return by how much a layer's output differs from what its rule is for, as a share of it, at the first positions.
 
-    0 where the class alone decides that: no forward of the instance, no rule by name, no hooks of all modules. Call it
-    where the parameters are whole. nan where either is not finite.
+    A float64 scalar on the device, nan where either is not finite. None where the class alone decides: no forward of
+    the instance, no rule by name, no hooks of all modules. Call it where the parameters are whole.
 
     Shapes: output (lines, positions, ...), layer_input (lines, positions[, ..., features]).
     """
     base = _base_of(module)
     if base is not None and "forward" not in vars(module) and not _global_forward_hooks:
-        return 0.0
+        return None
     # Of the first line, where there are lines; what else a layer is called with, its tap refuses.
     has_lines = layer_input.dim() >= (3 if layer_input.is_floating_point() else 2)
     some = (slice(0, 1), slice(0, SHOWN_POSITIONS)) if has_lines else slice(0, SHOWN_POSITIONS)
@@ -156,7 +156,7 @@ def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> floa
             # Some RMSNorms have a weight, others its offset from one.
             known = _normalised(module, value)
         errors = [(actual.double() - each.double()).norm() / each.double().norm() for each in known]
-    return torch.stack(errors).min().item()
+    return torch.stack(errors).min()
 
 
 def _normalised(module: nn.Module, value: Tensor) -> list[Tensor]:

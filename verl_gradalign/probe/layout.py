@@ -74,6 +74,10 @@ class Layout:
         """Return the row of each flattened position, int64 (positions,)."""
         return self._once(("row", device), lambda: _run_of_element(self.row_bounds, device))
 
+    def row_lengths(self, device: torch.device) -> Tensor:
+        """Return the number of positions of each row, int64 (rows,)."""
+        return self._once(("length", device), lambda: torch.tensor(self.row_bounds, device=device).diff())
+
     def problem_of_row(self, device: torch.device) -> Tensor:
         """Return the problem of each row, int64 (rows,)."""
         return self._once(("problem", device), lambda: _run_of_element(self.problem_bounds, device))
@@ -135,11 +139,15 @@ class Layout:
 
     def part(self, problems: slice) -> Layout:
         """Return the layout of some consecutive problems' positions alone."""
-        rows = slice(self.problem_bounds[problems.start], self.problem_bounds[problems.stop])
-        row_bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
-        problem_bounds = tuple(b - rows.start for b in self.problem_bounds[problems.start : problems.stop + 1])
-        shape = (rows.stop - rows.start, self.shape[1]) if self.is_padded else (1, row_bounds[-1])
-        return Layout(shape, row_bounds, problem_bounds, self.group)
+
+        def make() -> Layout:
+            rows = slice(self.problem_bounds[problems.start], self.problem_bounds[problems.stop])
+            row_bounds = tuple(b - self.row_bounds[rows.start] for b in self.row_bounds[rows.start : rows.stop + 1])
+            problem_bounds = tuple(b - rows.start for b in self.problem_bounds[problems.start : problems.stop + 1])
+            shape = (rows.stop - rows.start, self.shape[1]) if self.is_padded else (1, row_bounds[-1])
+            return Layout(shape, row_bounds, problem_bounds, self.group)
+
+        return self._once(("part", problems.start, problems.stop), make)
 
     def widened(self, factor: int) -> Layout:
         """Return the layout of activations with `factor` consecutive vectors per position, e.g. attention heads."""
@@ -197,8 +205,8 @@ def row_sums(values_NF: Tensor, layout: Layout, dtype: torch.dtype, factor_N: Te
         return (factor_N.view(layout.num_rows, 1, -1) @ values_RTF).squeeze(1)
     if factor_N is None and values_NF.dim() == 1:
         # One kernel: a pass has hundreds of layers, and a packed micro-batch some dozen rows.
-        length_R = torch.tensor(layout.row_bounds, device=values_NF.device).diff()
-        return torch.segment_reduce(values_NF.to(dtype), "sum", lengths=length_R)
+        lengths = layout.row_lengths(values_NF.device)
+        return torch.segment_reduce(values_NF.to(dtype), "sum", lengths=lengths)
     if factor_N is None:
         return torch.stack([values_NF[row].sum(dim=0, dtype=dtype) for row in layout.rows()])
     return torch.cat([factor_N[row].unsqueeze(0) @ values_NF[row] for row in layout.rows()])

@@ -108,6 +108,8 @@ class Taps:
         self._scores: LayerScores | None = None
         self._seen: set[nn.Module] = set()
         self._verified: set[nn.Module] = set()
+        self._errors: list[tuple[TapPoint, float, Tensor]] = []
+        """Of layers' first outputs, each with what is allowed."""
 
     def register(self, point: TapPoint) -> list[RemovableHandle]:
         """Have the layer's output tapped, and a linear layer's input kept in front of it."""
@@ -142,8 +144,9 @@ class Taps:
     def end(self) -> LayerScores:
         """Return the scores of the micro-batch.
 
-        Raises: RuntimeError if a layer was not part of the pass.
+        Raises: RuntimeError if a layer was not part of the pass, or puts out something else than its rule is for.
         """
+        self._require_known_outputs()
         missing = [point.name for point in self._points if point.module not in self._seen]
         if missing:
             trouble = "trained but not called in the scoring pass (bypassed by a fused kernel, or unused)"
@@ -190,7 +193,8 @@ class Taps:
     ) -> None:
         """Compare the layer's first output with what its rule is for: a forward hook before all others.
 
-        Raises: RuntimeError that names the layer if it is something else.
+        What differs is refused at the end of the pass, all layers together: to read an error is to wait for the device.
+        Raises: RuntimeError that names the layer if it puts out no tensor.
         """
         if module in self._verified:
             return
@@ -199,11 +203,19 @@ class Taps:
             trouble = f"puts out a {type(output).__name__}, not a tensor, so its gradient cannot be seen"
             raise RuntimeError(f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}.")
         error = output_error(module, output, _input(args, kwargs))
-        if error > max(LEAST_TOLERANCE, 4 * torch.finfo(output.dtype).eps):
-            trouble = f"puts out something else than its layer rule is for (off by {error:.1%} of it)"
-            raise RuntimeError(
-                f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}, or register a rule for it."
-            )
+        if error is not None:
+            tolerance = max(LEAST_TOLERANCE, 4 * torch.finfo(output.dtype).eps)
+            self._errors.append((point, tolerance, error))
+
+    def _require_known_outputs(self) -> None:
+        """Raise RuntimeError, naming the layer, if one put out something else than its rule is for (`verify`)."""
+        noted, self._errors = self._errors, []
+        errors = torch.stack([error for _, _, error in noted]).tolist() if noted else []
+        for (point, tolerance, _), error in zip(noted, errors, strict=True):
+            if error > tolerance:
+                trouble = f"puts out something else than its layer rule is for (off by {error:.1%} of it)"
+                kind = type(point.module).__name__
+                raise RuntimeError(f"{point.name} ({kind}) {trouble}. {REMEDY}, or register a rule for it.")
 
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""
