@@ -19,11 +19,11 @@ from tests.benchmarks.cases import Case, draw_problems, save_model
 from tests.distributed.engines import make_row_table
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import VerlEngine, coefficient_loss, scoring_mode
-from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
+from verl_gradalign.integration.requests import ProblemKeys, Shares, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import compute_direction
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
+from verl_gradalign.types import ProblemScores, TokenRow
 
 NUM_TRUSTED = 4
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -77,18 +77,18 @@ class VerlBench:
         with scoring_mode(self._verl):
             return method.score(VerlEngine(self._verl, rows, 1.0, self._budget), shares, self._direction)
 
-    def _table(
-        self, problems: list[ProblemKeys], owners: list[int | None]
-    ) -> tuple[TensorDict, tuple[ProblemRows, ...]]:
+    def _table(self, problems: list[ProblemKeys], owners: list[int | None]) -> tuple[TensorDict, Shares]:
         """Return this rank's rows, one of them again as the spare row, and its shares."""
         mine, rows = self._rows(problems, owners)
-        positions = {key: position for position, key in enumerate(key for keys in mine for key in keys)}
+        positions = {key: position for position, key in enumerate(key for keys in mine.values() for key in keys)}
         return make_row_table([*rows, self._problems[0][0]]), build_shares(problems, mine, positions)
 
-    def _rows(self, problems: list[ProblemKeys], owners: list[int | None]) -> tuple[list[list[str]], list[TokenRow]]:
+    def _rows(
+        self, problems: list[ProblemKeys], owners: list[int | None]
+    ) -> tuple[dict[int, list[str]], list[TokenRow]]:
         """Return this rank's keys by problem, and the rows of all these keys."""
         mine = keys_by_rank(problems, owners, self._case.num_ranks)[dist.get_rank()]
-        places = [key.split("_") for keys in mine for key in keys]
+        places = [key.split("_") for keys in mine.values() for key in keys]
         return mine, [self._problems[int(problem)][int(row)] for problem, row, _ in places]
 
 

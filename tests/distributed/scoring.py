@@ -23,11 +23,11 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
 from verl_gradalign.integration.engine import VerlEngine, scoring_mode
 from verl_gradalign.integration.prompt_states import PromptStates, read_prompts
-from verl_gradalign.integration.requests import ProblemKeys, build_shares, keys_by_rank, owners_of
+from verl_gradalign.integration.requests import ProblemKeys, Shares, build_shares, keys_by_rank, owners_of
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.estimators import ESTIMATORS
-from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
+from verl_gradalign.types import ProblemScores, TokenRow
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ScoringCall:
     """One rank's side of a scoring call."""
 
     engine: VerlEngine
-    trusted: tuple[ProblemRows, ...]
-    candidates: tuple[ProblemRows, ...]
+    trusted: Shares
+    candidates: Shares
     estimator: str
 
     def direction(self) -> Direction:
@@ -131,7 +131,7 @@ def deal_rows(
     budget: TokenBudget,
     oversized: str = "accumulate",
     place: tuple[int, int] | None = None,
-) -> tuple[TensorDict, tuple[ProblemRows, ...], tuple[ProblemRows, ...]]:
+) -> tuple[TensorDict, Shares, Shares]:
     """Return this rank's row table, spare row last, and its shares, assigned as the trainer assigns them.
 
     `place`: its number among the ranks that have different rows, and how many these are; by default among all.
@@ -149,7 +149,7 @@ def deal_rows(
     owners.append(owners_of(tables[1], estimator, budget, world_size, oversized))
     assigned = [keys_by_rank(*pair, world_size)[rank] for pair in zip(tables, owners, strict=True)]
     spare = min(responses, key=lambda key: responses[key].num_tokens)
-    keys = [key for mine in assigned for keys in mine for key in keys if key != spare] + [spare]
+    keys = [key for mine in assigned for keys in mine.values() for key in keys if key != spare] + [spare]
     positions = {key: position for position, key in enumerate(keys)}
     trusted_shares, candidate_shares = (build_shares(*pair, positions) for pair in zip(tables, assigned, strict=True))
     return make_row_table([responses[key] for key in keys]), trusted_shares, candidate_shares

@@ -146,7 +146,7 @@ def test_a_layer_whose_output_does_not_begin_with_lines_and_positions_is_named()
 @pytest.mark.parametrize("estimator", WHOLE)
 def test_a_response_larger_than_a_micro_batch_is_refused(estimator: str) -> None:
     model = make_model("qwen2-untied")
-    words = ("p4, one response alone, takes 41 positions", "the 40 of a micro-batch", "max_tokens_per_rank", "=backward")
+    words = ("p4, one response alone, takes 41 positions", "the 40 of a micro-batch", "max_tokens_per_rank")
     refused(model, estimator, ValueError, *words, max_tokens=40)
 
 

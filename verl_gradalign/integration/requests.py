@@ -6,8 +6,10 @@ candidates stay whole on one rank, unless they are larger than a micro-batch and
 """
 
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
@@ -132,36 +134,82 @@ def owners_of(
     return owners
 
 
-def keys_by_rank(problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int) -> list[list[list[str]]]:
-    """Return, for every data-parallel rank and problem, the keys of the rows that the rank computes.
+def keys_by_rank(
+    problems: Sequence[ProblemKeys], owners: Sequence[int | None], dp_size: int
+) -> list[dict[int, list[str]]]:
+    """Return, for every data-parallel rank, the keys of the rows that it computes, by their problem's position.
 
     Spread rows go to the ranks in turn, each problem starting one rank further on: no rank always has the most rows.
     """
-    return [
-        [
-            [key for k, key in enumerate(problem.keys) if (owner if owner is not None else (k + i) % dp_size) == rank]
-            for i, (problem, owner) in enumerate(zip(problems, owners, strict=True))
-        ]
-        for rank in range(dp_size)
-    ]
+    dealt: list[dict[int, list[str]]] = [{} for _ in range(dp_size)]
+    for i, (problem, owner) in enumerate(zip(problems, owners, strict=True)):
+        for k, key in enumerate(problem.keys):
+            rank = owner if owner is not None else (k + i) % dp_size
+            dealt[rank].setdefault(i, []).append(key)
+    return dealt
+
+
+class Shares(Sequence[ProblemRows]):
+    """Problems as one rank sees them: all of them, and of each the rows that are the rank's.
+
+    What all ranks know is sent as columns: objects for thousands of problems and dozens of ranks would take seconds.
+    """
+
+    def __init__(self, problems: Sequence[ProblemKeys], mine: Mapping[int, ProblemRows]) -> None:
+        self._uid = [problem.uid for problem in problems]
+        self._counts = [array("q", column) for column in zip(*map(_counts_of, problems), strict=True)]
+        self._mine = mine
+
+    def of_rank(self, mine: Mapping[int, ProblemRows]) -> "Shares":
+        """Return the same problems as another rank sees them."""
+        other = Shares((), mine)
+        other._uid, other._counts = self._uid, self._counts
+        return other
+
+    def __len__(self) -> int:
+        return len(self._uid)
+
+    @overload
+    def __getitem__(self, index: int) -> ProblemRows: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ProblemRows]: ...
+    def __getitem__(self, index: int | slice) -> ProblemRows | list[ProblemRows]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        if place in self._mine:
+            return self._mine[place]
+        num_rows, num_tokens, longest_row, is_split = (column[place] for column in self._counts)
+        return ProblemRows(self._uid[place], (), num_rows, num_tokens, longest_row, bool(is_split))
+
+
+def _counts_of(problem: ProblemKeys) -> tuple[int, int, int, int]:
+    size = problem.size
+    return size.num_rows, size.num_tokens, size.longest_row, int(problem.is_split)
+
+
+def rows_of_rank(
+    problems: Sequence[ProblemKeys], mine: Mapping[int, Sequence[str]], positions: Mapping[str, int]
+) -> dict[int, ProblemRows]:
+    """Return one rank's part of problems, given its keys and the position of each key in its row table."""
+    rows = {}
+    for i, keys in mine.items():
+        problem = problems[i]
+        half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
+        rows[i] = replace(
+            problem.size,
+            rows=tuple(positions[key] for key in keys),
+            is_split=problem.is_split,
+            halves=tuple(half_of[key] for key in keys) if half_of else (),
+        )
+    return rows
 
 
 def build_shares(
-    problems: Sequence[ProblemKeys], mine_of: Sequence[Sequence[str]], positions: Mapping[str, int]
-) -> tuple[ProblemRows, ...]:
-    """Return one rank's `ProblemRows`, given its keys and the position of each key in its row table."""
-    shares = []
-    for problem, mine in zip(problems, mine_of, strict=True):
-        half_of = dict(zip(problem.keys, problem.halves, strict=True)) if problem.is_split else {}
-        shares.append(
-            replace(
-                problem.size,
-                rows=tuple(positions[key] for key in mine),
-                is_split=problem.is_split,
-                halves=tuple(half_of[key] for key in mine) if half_of else (),
-            )
-        )
-    return tuple(shares)
+    problems: Sequence[ProblemKeys], mine: Mapping[int, Sequence[str]], positions: Mapping[str, int]
+) -> Shares:
+    """Return problems as the rank sees them that has these keys, at these positions of its row table."""
+    return Shares(problems, rows_of_rank(problems, mine, positions))
 
 
 def audited_problems(config: GradAlignConfig, num_problems: int, step: int, num_scorings: int) -> tuple[int, ...]:
@@ -234,19 +282,22 @@ def _deal(
     owners: Sequence[Sequence[int | None]],
     length: Mapping[str, int],
     dp_rank_of: Sequence[int],
-) -> tuple[list[KVBatchMeta], list[list[tuple[ProblemRows, ...]]]]:
+) -> tuple[list[KVBatchMeta], list[list[Shares]]]:
     """Return each worker's keys, the shortest row last, and its shares of every table's problems."""
     dp_size = max(dp_rank_of) + 1
     assigned = [keys_by_rank(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
     spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
+    known = [Shares(table, {}) for table in tables]
     metas, shares = [], []
-    for dp_rank in dp_rank_of:
-        keys = [key for table in assigned for keys in table[dp_rank] for key in keys if key != spare] + [spare]
+    for dp_rank in range(dp_size):
+        mine = [table[dp_rank] for table in assigned]
+        keys = [key for of_table in mine for keys in of_table.values() for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
         # Every column, as in verl's update: a choice of them would be another pass than training's.
         metas.append(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition_id))
-        shares.append([build_shares(t, mine[dp_rank], positions) for t, mine in zip(tables, assigned, strict=True)])
-    return metas, shares
+        parts = (rows_of_rank(table, of_table, positions) for table, of_table in zip(tables, mine, strict=True))
+        shares.append([whole.of_rank(part) for whole, part in zip(known, parts, strict=True)])
+    return [metas[dp_rank] for dp_rank in dp_rank_of], [shares[dp_rank] for dp_rank in dp_rank_of]
 
 
 def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:

@@ -51,9 +51,9 @@ class ScoringRequest:
     learnability: tuple[float, ...] = ()
     """p(1-p) of each candidate, where the direction is made of them."""
     seed: int = 0
-    trusted: Mapping[str, tuple[ProblemRows, ...]] = field(default_factory=dict)
+    trusted: Mapping[str, Sequence[ProblemRows]] = field(default_factory=dict)
     """Live problems of each trusted set."""
-    candidates: tuple[ProblemRows, ...] = ()
+    candidates: Sequence[ProblemRows] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DirectionRequest:
     temperature: float
     set_weights: Mapping[str, float]
     """Weight of each trusted set; a set without live problems is left out."""
-    trusted: Mapping[str, tuple[ProblemRows, ...]] = field(default_factory=dict)
+    trusted: Mapping[str, Sequence[ProblemRows]] = field(default_factory=dict)
     """Live problems of each trusted set, the same, in the same order, on all ranks."""
 
 
