@@ -91,11 +91,13 @@ def check_rule(
     dtype: torch.dtype = torch.float64,
     input_scale: float = 1.0,
     num_parts: int = 0,
+    heads_first: bool = False,
 ) -> float:
     """Return the largest error of row products and problem norms, as a share of the layer's gradient norms.
 
     The layer's output is weighted by random numbers, so that its output gradient is they. With `num_parts` each
-    problem counts as so many rows at most: its first ones, and the rest.
+    problem counts as so many rows at most: its first ones, and the rest. `heads_first`: the layer is given heads before
+    positions.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -112,12 +114,16 @@ def check_rule(
         parts = [in_parts(rows.stop - rows.start, num_parts) for rows in layout.problems()]
     counted = layout if parts is None else layout.merged(parts)
     scale_R = torch.randn(counted.num_rows, generator=generator, dtype=torch.float64).to(accumulation)
-    output = layer(value)
+
+    def run() -> Tensor:
+        return layer(value.transpose(1, 2)).transpose(1, 2) if heads_first else layer(value)
+
+    output = run()
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     points = tap_points(layer)
     with tapped(layer, points, lambda placement: direction[placement.parameter].to(dtype)) as taps:
-        tapped_output = layer(value)
+        tapped_output = run()
         taps.begin(layout, scale_R, parts)
         (tapped_output * weight).sum().backward()
         scores = taps.end()
@@ -154,6 +160,17 @@ def gradient(product_S: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
 def test_a_rule_equals_autograd(name: str, layout: Layout, num_heads: int, num_parts: int, seed: int) -> None:
     layer = LAYERS[name]().double()
     assert check_rule(layer, layout, num_heads, seed, num_parts=num_parts) <= RTOL_FLOAT64
+
+
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts(), num_heads=st.integers(2, 5), num_parts=st.integers(0, 2), seed=st.integers(0, 10_000))
+def test_norms_that_run_over_heads_before_positions(layout: Layout, num_heads: int, num_parts: int, seed: int) -> None:
+    """Also of as many heads as positions, whichever of the two orders it is."""
+    for heads_first in (True, False):
+        for heads in (num_heads, layout.shape[1]):
+            layer = LAYERS["rms-norm"]().double()
+            error = check_rule(layer, layout, heads, seed, num_parts=num_parts, heads_first=heads_first and heads > 1)
+            assert error <= RTOL_FLOAT64
 
 
 @settings(max_examples=10, deadline=None)

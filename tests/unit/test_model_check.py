@@ -60,6 +60,8 @@ def refused(path, config=None, **model):
         ("qwen3", "Qwen3ForCausalLM"),
         ("olmo3", "Olmo3ForCausalLM"),
         ("gemma2", "Gemma2ForCausalLM"),
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("exaone4", "Exaone4ForCausalLM"),
     ],
 )
 def test_dense_models_are_accepted_whatever_their_size(tmp_path, model_type, architecture):
@@ -77,8 +79,6 @@ def test_dense_models_are_accepted_whatever_their_size(tmp_path, model_type, arc
         ("qwen3_moe", "Qwen3MoeForCausalLM", "mlp.experts.gate_up_proj"),
         ("qwen3_vl", "Qwen3VLForConditionalGeneration", "visual.patch_embed.proj"),
         # With rules for all layers: seen in a pass only.
-        ("exaone4", "Exaone4ForCausalLM", "self_attn.k_norm"),
-        ("gemma3_text", "Gemma3ForCausalLM", "self_attn.k_norm"),
         ("gpt_bigcode", "GPTBigCodeForCausalLM", "transformer.wpe"),
     ],
 )
@@ -88,7 +88,7 @@ def test_layers_that_cannot_be_scored_are_refused_by_name(tmp_path, model_type, 
 
 
 def test_an_estimator_that_needs_no_rules_takes_what_ghost_refuses(tmp_path):
-    folder = folder_of(tmp_path, "exaone4", "Exaone4ForCausalLM")
+    folder = folder_of(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM", **NO_DROPOUT)
     assert refused(folder, own(estimator="backward")) == []
 
 

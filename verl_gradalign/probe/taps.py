@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -220,6 +221,7 @@ class Taps:
     def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""
         self._require_first_call(point)
+        layer_input, delta = _positions_first(point.module, layer_input, delta, self._shape)
         if tuple(delta.shape[:2]) != self._shape:
             trouble = f"returned a tensor of shape {tuple(delta.shape)} in a pass over {self._shape} (lines, positions)"
             reason = "so its gradient cannot be cut at problem boundaries"
@@ -314,6 +316,28 @@ class Taps:
             trouble = "changed its input or delta in place, which the layers before it go on with"
             raise ValueError(f"{layer} {trouble}. Remedy: work on a copy (call.delta.clone()).")
         return scores
+
+
+_runs_over_heads: WeakSet[nn.Module] = WeakSet()
+"""Layers whose activations were seen to be (lines, heads, positions, features)."""
+
+
+def _positions_first(
+    module: nn.Module, layer_input: Tensor, delta: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return a layer's input and output gradient as (lines, positions, ...).
+
+    Norms of some models run over attention heads first. As many heads as positions are told apart by what was seen
+    before, and by how the input lies in memory: heads are cut out of positions.
+    """
+    lines, width = shape
+    if delta.dim() != 4 or layer_input.shape != delta.shape or (delta.shape[0], delta.shape[2]) != (lines, width):
+        return layer_input, delta
+    if delta.shape[1] != width:
+        _runs_over_heads.add(module)
+    elif module not in _runs_over_heads and layer_input.stride(1) >= layer_input.stride(2):
+        return layer_input, delta
+    return layer_input.transpose(1, 2), delta.transpose(1, 2)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
