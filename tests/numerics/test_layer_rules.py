@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -61,6 +62,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 FLOAT32_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "qwen2-rms-norm": lambda: Qwen2RMSNorm(NUM_IN, eps=1e-3),
     "gemma-rms-norm": lambda: GemmaRMSNorm(NUM_IN, eps=1e-3),
+    "cohere-layer-norm": lambda: CohereLayerNorm(NUM_IN, eps=1e-3),
 }
 
 
@@ -176,7 +178,7 @@ def test_norms_that_run_over_heads_before_positions(layout: Layout, num_heads: i
 @settings(max_examples=10, deadline=None)
 @given(layout=layouts(), num_heads=st.integers(1, 3), seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", list(FLOAT32_LAYERS))
-def test_an_rms_norm_of_transformers_is_found_by_its_name(name: str, layout: Layout, num_heads: int, seed: int) -> None:
+def test_a_norm_of_transformers_is_found_by_its_name(name: str, layout: Layout, num_heads: int, seed: int) -> None:
     layer = FLOAT32_LAYERS[name]().double()
     assert type(layer) not in LAYER_RULES
     assert check_rule(layer, layout, num_heads, seed) <= RTOL_FLOAT32_NORM

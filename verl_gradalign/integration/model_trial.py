@@ -28,6 +28,7 @@ HEADS, HEAD_SIZE, VOCABULARY = 4, 16, 160
 SMALL: Mapping[str, int] = {
     "num_attention_heads": HEADS,
     "head_dim": HEAD_SIZE,
+    "rotary_dim": HEAD_SIZE,
     "hidden_size": HEADS * HEAD_SIZE,
     "intermediate_size": 96,
     "moe_intermediate_size": 32,

@@ -96,21 +96,27 @@ def rule_of(module: nn.Module) -> LayerRule | None:
     """Return the rule of the registered class whose `forward` the module runs, else one by its name, else None.
 
     A subclass with a `forward` of its own computes something else than its base's rule is for. By their names known
-    are RMSNorms, of which every transformers model has a class of its own, all with a `weight` and an epsilon, and
-    embeddings times a number (Gemma's). Where more than the class decides what is computed, `output_error` says whether
-    it is what the rule is for.
+    are RMSNorms and LayerNorms, of which transformers' models have classes of their own, all with a `weight` and an
+    epsilon, and embeddings times a number (Gemma's). Where more than the class decides what is computed, `output_error`
+    says whether it is what the rule is for.
     """
-    is_norm = type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
-    base = _base_of(module)
+    norm, base = _norm_by_name(module), _base_of(module)
     # A forward bound to the instance: a kernel (Liger's norms), or a wrapper that says what it wraps (verl's offload).
     own = vars(module).get("forward")
-    if own is not None and not (is_norm or isinstance(module, nn.RMSNorm) or _is_wrapped(own, module)):
+    if own is not None and not (norm is rms_norm or isinstance(module, nn.RMSNorm) or _is_wrapped(own, module)):
         return None
     if base is not None:
         return LAYER_RULES[base]
     if embedding_scale(module) is not None:
         return embedding
-    return rms_norm if is_norm else None
+    return norm
+
+
+def _norm_by_name(module: nn.Module) -> LayerRule | None:
+    if epsilon_of(module) is None:
+        return None
+    rules = {"RMSNorm": rms_norm, "LayerNorm": layer_norm}
+    return next((rule for name, rule in rules.items() if type(module).__name__.endswith(name)), None)
 
 
 def embedding_scale(module: nn.Module) -> Any:
@@ -152,6 +158,8 @@ def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> Tens
             known = [base.forward(module, value)]
         elif (scale := embedding_scale(module)) is not None:
             known = [nn.Embedding.forward(cast(nn.Embedding, module), value) * scale]
+        elif _norm_by_name(module) is layer_norm:
+            known = [_standardised(module, value)]
         else:
             # Some RMSNorms have a weight, others its offset from one.
             known = _normalised(module, value)
@@ -162,10 +170,18 @@ def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> Tens
 def _normalised(module: nn.Module, value: Tensor) -> list[Tensor]:
     """Return what an RMSNorm may put out, its weight as it is or as an offset from one."""
     value_D = value.to(torch.promote_types(value.dtype, torch.float32))
-    epsilon: Any = _epsilon(module)
+    epsilon: Any = epsilon_of(module)
     factor = torch.rsqrt(value_D.square().mean(dim=-1, keepdim=True) + epsilon)
     weight_D: Any = module.weight
     return [value_D * factor * weight_D, value_D * factor * (1 + weight_D)]
+
+
+def _standardised(module: Any, value: Tensor) -> Tensor:
+    """Return what a LayerNorm puts out."""
+    value_D = value.to(torch.promote_types(value.dtype, torch.float32))
+    normalised_D = nn.functional.layer_norm(value_D, value_D.shape[-1:], eps=cast(float, epsilon_of(module)))
+    bias_D = getattr(module, "bias", None)
+    return normalised_D * module.weight if bias_D is None else normalised_D * module.weight + bias_D
 
 
 def add(first: LayerScores, *others: LayerScores) -> LayerScores:
@@ -230,8 +246,8 @@ def layer_norm(call: LayerCall) -> LayerScores:
     """LayerNorm over the last axis: as RMSNorm with the mean taken off, and a bias."""
 
     def of_weight(direction_D: Tensor) -> LayerScores:
-        input_ND, module = call.input.to(call.dtype), cast(nn.LayerNorm, call.module)
-        normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=module.eps)
+        input_ND, epsilon = call.input.to(call.dtype), cast(float, epsilon_of(call.module))
+        normalised_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], eps=epsilon)
         return vector_scores(call.delta * normalised_ND, direction_D, call, total_F=call.total("weight"))
 
     return weight_and_bias(call, of_weight)
@@ -288,7 +304,7 @@ def require_plain_embedding(module: nn.Module) -> None:
 
 def inverse_rms(module: nn.Module, input_ND: Tensor) -> Tensor:
     """Return what an RMSNorm multiplies each position's input by, before its weight, (positions,)."""
-    epsilon = _epsilon(module)
+    epsilon = epsilon_of(module)
     epsilon = torch.finfo(input_ND.dtype).eps if epsilon is None else epsilon
     return torch.rsqrt(torch.linalg.vector_norm(input_ND, dim=-1).square() / input_ND.shape[-1] + epsilon)
 
@@ -303,7 +319,7 @@ def embedding_delta(call: LayerCall) -> Tensor:
     return delta_NH if padding_idx is None else delta_NH.masked_fill((call.input == padding_idx).unsqueeze(-1), 0.0)
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon_of(module: nn.Module) -> float | None:
     """Return a norm's epsilon, by torch's or transformers' name."""
     epsilon = getattr(module, "eps", None)
     return epsilon if epsilon is not None else getattr(module, "variance_epsilon", None)

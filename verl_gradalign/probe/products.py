@@ -77,12 +77,12 @@ def rms_norm(call: LayerCall) -> LayerScores:
 
 def layer_norm(call: LayerCall) -> LayerScores:
     """LayerNorm over the last axis: delta . (v * normalised input + v_bias)."""
-    input_ND, module = call.input.to(call.dtype), cast(nn.LayerNorm, call.module)
+    input_ND, epsilon = call.input.to(call.dtype), layer_rules.epsilon_of(call.module)
     parts: dict[str, Any] = {name: value.to(call.dtype) for name, value in call.direction.items()}
     weight_D, bias_D = parts.get("weight"), parts.get("bias")
     if weight_D is None:
         return scores(call.delta.to(call.dtype) @ parts["bias"], call)
-    change_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], weight_D, bias_D, module.eps)
+    change_ND = nn.functional.layer_norm(input_ND, input_ND.shape[-1:], weight_D, bias_D, cast(float, epsilon))
     return scores(dots(change_ND, call.delta, call.dtype), call)
 
 

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of causal language models through ghost: exact in float64, or refused by the layer's name; the page of all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.numerics.families import EXACT, REFUSED, WRONG, page, try_all, try_family
+
+PAGE = Path(__file__).parents[2] / "recipes/how_to/models.md"
+
+
+@pytest.mark.parametrize("family", ["bloom", "cohere2", "gemma3_text", "llama", "mpt", "phi"])
+def test_a_family_is_exact(family: str) -> None:
+    outcome = try_family(family)
+    assert outcome.kind == EXACT, outcome
+    assert f"`{family}`" in PAGE.read_text(encoding="utf-8").partition("## Refused")[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"), [("gpt_neo", "transformer.wpe"), ("mamba", "mixer.A_log"), ("qwen3_moe", "experts.gate_up_proj")]
+)
+def test_a_family_is_refused_by_the_layers_name(family: str, layer: str) -> None:
+    outcome = try_family(family)
+    assert outcome.kind == REFUSED and layer in outcome.why and "Remedy" in outcome.why
+    assert re.search(rf"^\| `{family}` \| .*{re.escape(layer)}", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.nightly
+def test_the_page_says_what_comes_of_every_family() -> None:
+    outcomes = try_all(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    assert not [outcome for outcome in outcomes if outcome.kind == WRONG]
+    assert page(outcomes, transformers.__version__) == PAGE.read_text(encoding="utf-8")
