@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of causal language models through ghost: exact in float64, or refused by the layer's name; the page of all."""
+"""Families of causal language models through ghost: exact in float64, or refused by the layer's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_a_family_is_exact(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "layer"), [("gpt_neo", "transformer.wpe"), ("mamba", "mixer.A_log"), ("qwen3_moe", "experts.gate_up_proj")]
+    ("family", "layer"),
+    [("gpt_neo", "transformer.wpe"), ("mamba", "mixer.A_log"), ("qwen3_moe", "experts.gate_up_proj")],
 )
 def test_a_family_is_refused_by_the_layers_name(family: str, layer: str) -> None:
     outcome = try_family(family)

@@ -17,8 +17,8 @@ FULL = 4
 FORMED_BYTES = FULL * MAX_GRADIENT_ELEMENTS["cuda"]
 CHUNK_BYTES = 2 * FULL * CHUNK_ELEMENTS
 """Logits converted to float32 at a time, and their exponentials."""
-SHARDS_WHILE_MADE = 4
-"""Shards of the gradient's size while a direction is made of one trusted set: two halves, their sum, and at most one
+SHARDS_WHILE_MADE = 3
+"""Shards of the gradient's size while a direction is made, of however many trusted sets: two halves, and at most one
 more for products. Measured: tests/unit/test_cost.py."""
 BYTES_PER_ROLLOUT_TOKEN = 48
 """Of the trainer's memory: ids, positions, masks and prompts or responses in int64, log-probs and scores in float32."""

@@ -162,6 +162,12 @@ def combined(terms: Sequence[tuple[float, Shards]]) -> Shards:
     return tuple(total)
 
 
+def added(first: Shards, second: Shards) -> Shards:
+    """Return the sum, in the first's tensors where it has them: a copy would be one more shard of the model's size."""
+    pairs = zip(first, second, strict=True)
+    return tuple(a if b is None else b if a is None else a.add_(b) for a, b in pairs)
+
+
 def local_products(first: Shards, second: Shards) -> list[Tensor]:
     """Return the inner product of each of this rank's shards that both have, as float64 scalars."""
     return [

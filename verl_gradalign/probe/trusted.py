@@ -22,6 +22,7 @@ from verl_gradalign.config import DirectionConfig
 from verl_gradalign.probe.direction import (
     Direction,
     Shards,
+    added,
     combined,
     inner,
     mapped,
@@ -35,8 +36,6 @@ from verl_gradalign.probe.fsdp import local_part, trainable_placements
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.types import ProblemRows
 
-Term = tuple[float, Shards]
-"""A factor and what it is of."""
 COMBINED = ""
 """Name of the report on all sets together."""
 FLOOR = 0.1
@@ -68,28 +67,64 @@ def trusted_direction(
     any, the direction is degenerate. With `ema` it is the bias-corrected average over refreshes, of which `previous` is
     the last.
     """
-    gradients = {
-        name: _halves(engine, _weighed(engine, trusted[name], config.aggregation)) for name in weights if trusted[name]
-    }
-    norms = {name: _norm(engine, halves) for name, halves in gradients.items()}
-    usable = [name for name, norm in norms.items() if 0.0 < norm < math.inf]
-    if not usable:
-        return replace(no_direction(engine.module), norm=next(iter(norms.values()), 0.0)), {}
-    # A single set keeps its length, which the moving average weighs refreshes by; of several only directions compare.
     is_single, scale = len(weights) == 1, engine.gradient_scale
-    factors = {name: 1.0 if is_single else weights[name] / norms[name] for name in usable}
-    terms = [[(factors[name], gradients[name][which]) for name in usable] for which in (0, 1)]
-    fresh = unit_direction(engine, combined([*terms[0], *terms[1]]), scale if is_single else 1.0)
-    reports = {
-        name: SetReport(
-            norm=norms[name] * scale,
-            half_cosine=_half_cosine(engine, *([(1.0, half)] for half in gradients[name])),
-            cosine=sum(inner(engine, half, fresh.shards) for half in gradients[name]) / norms[name],
-        )
-        for name in usable
-    }
-    reports[COMBINED] = SetReport(fresh.norm, _half_cosine(engine, *terms), 1.0)
+    sums, norms, reports = _Sums(engine, is_alone=is_single), dict[str, float](), dict[str, SetReport]()
+    for name in (name for name in weights if trusted[name]):
+        halves = _halves(engine, _weighed(engine, trusted[name], config.aggregation))
+        norms[name] = norm = _norm(engine, halves)
+        if 0.0 < norm < math.inf:
+            reports[name] = SetReport(norm * scale, _half_cosine(engine, *halves), math.nan)
+            # A single set keeps its length, which the moving average weighs refreshes by; of several only directions
+            # compare.
+            sums.add(name, 1.0 if is_single else weights[name] / norm, halves)
+        del halves  # the next set's take their place
+    if not reports:
+        return replace(no_direction(engine.module), norm=next(iter(norms.values()), 0.0)), {}
+    half_cosine = sums.half_cosine()
+    fresh = unit_direction(engine, sums.total(), scale if is_single else 1.0)
+    cosines = {name: sums.cosine(name, norms[name], fresh) for name in reports}
+    reports = {name: replace(report, cosine=cosines[name]) for name, report in reports.items()}
+    reports[COMBINED] = SetReport(fresh.norm, half_cosine, 1.0)
     return _averaged(engine, fresh, previous, config.ema or 0.0), reports
+
+
+class _Sums:
+    """The halves of several sets' gradients added up, and each set's own for its products later.
+
+    Of more than one set they lie in CPU memory, so that the device holds one set's halves, however many sets there are.
+    """
+
+    def __init__(self, engine: GradientEngine, is_alone: bool) -> None:
+        self._engine, self._is_alone, self._home = engine, is_alone, engine.device
+        self._halves: list[Shards] = []
+        self._wholes: dict[str, Shards] = {}
+
+    def add(self, name: str, factor: float, halves: tuple[Shards, Shards]) -> None:
+        """Add a set's halves times a factor."""
+        if self._is_alone:  # its length is kept
+            self._halves = list(halves)
+            return
+        self._home = next((shard.device for half in halves for shard in half if shard is not None), self._home)
+        mine = [mapped(Tensor.cpu, half) for half in halves]
+        terms = [[(factor, half)] for half in mine]
+        if self._halves:
+            terms = [[(1.0, before), *term] for before, term in zip(self._halves, terms, strict=True)]
+        self._halves = [combined(term) for term in terms]
+        self._wholes[name] = added(*mine)
+
+    def half_cosine(self) -> float:
+        """Return the cosine of the two sums. Collective; before `total`."""
+        return _half_cosine(self._engine, *self._halves)
+
+    def total(self) -> Shards:
+        """Return the sum of both, where the gradients were; it takes their place."""
+        total = added(*self._halves)
+        self._halves = []
+        return mapped(lambda shard: shard.to(self._home), total)
+
+    def cosine(self, name: str, norm: float, fresh: Direction) -> float:
+        """Return the cosine of a set's gradient, of this norm, with the direction. Collective."""
+        return 1.0 if self._is_alone else inner(self._engine, self._wholes[name], fresh.shards) / norm
 
 
 def _weighed(engine: GradientEngine, problems: Sequence[ProblemRows], aggregation: str) -> Sequence[ProblemRows]:
@@ -116,21 +151,16 @@ def _halves(engine: GradientEngine, problems: Sequence[ProblemRows]) -> tuple[Sh
 
 
 def _norm(engine: GradientEngine, halves: tuple[Shards, Shards]) -> float:
-    """Return the norm of the sum of two halves. Collective."""
-    terms = [(1.0, half) for half in halves]
-    squared = _inner(engine, terms, terms)
+    """Return the norm of the sum of two halves, which is not formed. Collective."""
+    first, second = halves
+    squared = sum(inner(engine, *pair) for pair in ((first, first), (second, second))) + 2 * inner(engine, *halves)
     return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
 
 
-def _half_cosine(engine: GradientEngine, first: Sequence[Term], second: Sequence[Term]) -> float:
-    """Return the cosine of two sums, nan if one is zero. Collective."""
-    squares = _inner(engine, first, first) * _inner(engine, second, second)
-    return _inner(engine, first, second) / math.sqrt(squares) if squares > 0 else math.nan
-
-
-def _inner(engine: GradientEngine, first: Sequence[Term], second: Sequence[Term]) -> float:
-    """Return the inner product of two sums, term by term: no sum is formed, which would be a model's size each."""
-    return sum(a * b * inner(engine, x, y) for a, x in first for b, y in second)
+def _half_cosine(engine: GradientEngine, first: Shards, second: Shards) -> float:
+    """Return the cosine of two gradients, nan if one is zero. Collective."""
+    squares = inner(engine, first, first) * inner(engine, second, second)
+    return inner(engine, first, second) / math.sqrt(squares) if squares > 0 else math.nan
 
 
 def _averaged(engine: GradientEngine, fresh: Direction, previous: Direction | None, ema: float) -> Direction:
