@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -451,6 +452,10 @@ def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):
         _memory(estimate(setting), SimpleNamespace(trainer=trainer), machine, findings)
         (finding,) = findings.all
         assert finding.level == level and "making the direction" in finding.message
+    findings = Findings()
+    cost = estimate(replace(setting, unreduced_bytes=4))
+    _memory(cost, SimpleNamespace(trainer=trainer), Machine(8, 70, 1e3), findings)
+    assert "fsdp_config.use_no_sync_for_gradient_accumulation=False (59.1 GB)" in findings.all[0].remedy
 
 
 def test_a_refusal_is_split_into_message_and_remedy():
@@ -498,9 +503,8 @@ def test_what_scores_leave_out_of_advantages_is_a_warning(command):
 
 
 def test_ranks_that_share_rows_count_as_one_for_the_updates_batches(command):
-    """Four data-parallel ranks of two would not divide 6 problems x 5 responses; two of four do."""
-    keys = ("trainer.n_gpus_per_node=8", "actor_rollout_ref.actor.ppo_mini_batch_size=6", "data.train_batch_size=6")
-    keys = (*keys, "actor_rollout_ref.rollout.n=5")
+    actor = "actor_rollout_ref.actor.ppo_mini_batch_size=6"
+    keys = ("trainer.n_gpus_per_node=8", actor, "data.train_batch_size=6", "actor_rollout_ref.rollout.n=5")
     size = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
     two, four = (texts(command(*keys, f"{size}={n}"), "configuration", "error") for n in (2, 4))
     assert "cannot be divided among 4 data-parallel ranks" in two and "cannot be divided" not in four

@@ -34,15 +34,16 @@ def memory_of(setting: Setting) -> dict[str, float]:
     # Layers put together from shards, two at a time, with embedding and output layer.
     gathered = bytes_each * (2 * shape.layer_parameters + shape.embedding_parameters) if is_gathered else 0
     activations, logits = pass_bytes(setting, setting.micro_batch_tokens)
+    whole = float(setting.unreduced_bytes * shape.num_parameters) if setting.num_gpus > 1 else 0.0
     # Directions, `backward` and checks by it are verl's own pass, with its micro-batches and logits; scores form none.
-    measuring = gathered + activations + logits
+    measuring = gathered + activations + logits + whole
     is_verls = setting.estimator == "backward"
     reading = measuring if is_verls else gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits=False))
     selects, base = setting.estimator is not None, 3 * shard
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
     making = max(2 * shard + measuring, SHARDS_WHILE_MADE * shard)
-    plain = base + shard + gathered + activations + logits
+    plain = base + shard + measuring
     head = float(FULL * shape.head_parameters)
     largest = max(head, *(FULL * o * i for o, i in shape.layer_matrices))
     beside_pass_and_direction = {
@@ -71,6 +72,7 @@ def memory_of(setting: Setting) -> dict[str, float]:
         "gathered": gathered,
         "activations": activations,
         "logits": logits,
+        "unreduced": whole,
         **peaks,
         "plain": plain,  # of the update without selection
         "peak": max(peaks.values()),

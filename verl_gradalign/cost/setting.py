@@ -88,6 +88,9 @@ class Setting:
     """Of a number that is computed with; master parameters and Adam are float32."""
     ranks_per_row: int = entry(1, AT_LEAST_1)
     """GPUs that have slices of the same rows (Ulysses)."""
+    unreduced_bytes: int = 0
+    """Of a number of the gradient that each GPU keeps whole between micro-batches, where verl puts off their reduction
+    (`use_no_sync_for_gradient_accumulation`): 4 under FSDP2, 2 under FSDP1."""
     is_direction_offloaded: bool = entry(True, None, "")
     is_direction_kept: bool = True
     """False where no step needs an earlier direction: refresh_interval=1, ema=0, on_degenerate other than previous."""

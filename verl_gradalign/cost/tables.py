@@ -100,10 +100,11 @@ def _name(part: str, cost: Cost) -> str:
 
 def _of_machine(costs: Sequence[Cost], gpu_gb: float | None) -> Table:
     """Return memory of a GPU, and time where the speeds are known, by the number of GPUs."""
-    parts = ("parameters", "gradients", "optimizer", "direction", "replicated", "gathered", "activations", "logits")
+    kept = ("parameters", "gradients", "optimizer", "direction", "replicated")
+    parts = (*kept, "gathered", "activations", "logits", "unreduced")
     peaks = {"update without selection": "plain", "update": "update", "scores": "score"}
     peaks["making the direction"] = "make_direction"
-    names = {"replicated": "direction in the update"}
+    names = {"replicated": "direction in the update", "unreduced": "gradients between micro-batches"}
     rows = [(f"GB: {names.get(part, part)}", *(_gb(cost.memory[part]) for cost in costs)) for part in parts]
     rows += [(f"GB, peak: {name}", *(_gb(c.memory[peak], gpu_gb) for c in costs)) for name, peak in peaks.items()]
     rows = [row for row in rows if set(row[1:]) != {_gb(0)}]

@@ -151,6 +151,7 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         schedule |= {"steps_per_round": steps, "num_candidates": num_problems}
     num_sharing = sequence_parallel(verl_config)[1]
     fsdp = actor.get("fsdp_config") or {}  # other engines have none
+    puts_off = fsdp.get("use_no_sync_for_gradient_accumulation", False)
     param_dtype = OmegaConf.select(actor, "fsdp_config.mixed_precision.param_dtype") or fsdp.get("dtype")
     return Setting(
         shape=shape,
@@ -178,6 +179,7 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         ppo_epochs=actor.ppo_epochs,
         micro_batch_tokens=token_budget(ProbeConfig(), verl_config).max_tokens // num_sharing,
         ranks_per_row=num_sharing,
+        unreduced_bytes=(4 if actor.strategy == "fsdp2" else 2) if puts_off else 0,
         max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,
@@ -220,6 +222,9 @@ def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Fin
         findings.add(COST, "ok", f"{text}, {of_what} {has_gb:.3g} GB")
     else:
         remedy = "more GPUs, smaller micro-batches (gradalign.probe.max_tokens_per_rank, ppo_max_token_len_per_gpu)"
+        if memory["unreduced"]:
+            key = "actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation"
+            remedy += f", {key}=False ({memory['unreduced'] / 1e9:.3g} GB)"
         if plain_gb <= GPU_SHARE * has_gb and not cost.setting.is_direction_offloaded:
             remedy += ", gradalign.direction.offload=true"
         findings.add(COST, "warning", f"{text}, {of_what} {has_gb:.3g} GB", remedy)
