@@ -64,6 +64,14 @@ def exchange(outputs: list[Tensor], inputs: list[Tensor], group: Any = None, asy
         output.copy_(part[place])
 
 
+def install() -> None:
+    """Have the same for good, in a process of its own."""
+    AttentionInterface.register(ULYSSES, flash_attention.flash_attention_forward)
+    AttentionMaskInterface.register(ULYSSES, lambda *_, **__: None)
+    monkey_patch._flash_attention_forward = attend
+    dist.all_to_all = exchange
+
+
 @contextmanager
 def ulysses() -> Iterator[None]:
     """Have transformers' models call flash attention where verl patches it, and both run on the CPU."""

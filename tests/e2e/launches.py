@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import Qwen3MoeConfig
 
+from tests.distributed.setups import ULYSSES
 from tests.e2e import comparisons, offline
 from tests.e2e.runs import OWN_LOOP, REPOSITORY, SEPARATE, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
 from tests.e2e.series_runs import (
@@ -96,6 +97,26 @@ def two_ranks(workplace: Workplace) -> Run:
         f"+gradalign.validation.files=[{workplace.files['trusted']}]",
         "+gradalign.probe.max_tokens_per_rank=165",
         "actor_rollout_ref.actor.strategy=fsdp",
+        FLOAT64,
+        TWO_STEPS,
+        num_ranks=2,
+    )
+
+
+@launch
+def sliced(workplace: Workplace) -> Run:
+    """Return a run whose two ranks have slices of packed rows (Ulysses), with fused kernels and GSPO's loss."""
+    model = "actor_rollout_ref.model"
+    return workplace.run(
+        "sliced",
+        *gradalign("cosine", workplace.files),
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+        f"{model}.use_remove_padding=true",
+        f"{model}.use_fused_kernels=true",
+        f"{model}.fused_kernel_options.impl_backend=torch",
+        f"{model}.external_lib=tests.e2e.sliced_rows",
+        f"++{model}.override_config.attn_implementation={ULYSSES}",
         FLOAT64,
         TWO_STEPS,
         num_ranks=2,

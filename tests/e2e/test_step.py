@@ -82,10 +82,20 @@ def test_metrics_are_in_the_console_too(cosine_run: Run) -> None:
 
 def test_two_ranks_select_what_one_rank_selects(cosine_run: Run, two_ranks: Run) -> None:
     """Turned on by the single keys instead of the word, on FSDP1, with groups too large for a micro-batch."""
-    run = two_ranks
+    assert sum(metrics["gradalign/probe/oversized"] for metrics in two_ranks.steps) > 0
+    check_alike(cosine_run, two_ranks)
+
+
+def test_ranks_that_have_slices_of_rows_select_what_one_rank_selects(cosine_run: Run, sliced: Run) -> None:
+    """Ulysses, fused kernels and GSPO's loss, whose gradient at the policy that sampled is that of the plain one."""
+    assert len(sliced.steps) == 2
+    check_alike(cosine_run, sliced)
+
+
+def check_alike(cosine_run: Run, run: Run) -> None:
+    """The first step's scores and choice are the same."""
     for metrics in run.steps:
         assert metrics["training/rollout_probs_diff_max"] < ATOL_PROBABILITY
-    assert sum(metrics["gradalign/probe/oversized"] for metrics in run.steps) > 0
     first = {row["problem_id"]: row for row in cosine_run.log if row["step"] == 1}
     second = {row["problem_id"]: row for row in run.log if row["step"] == 1}
     assert set(first) == set(second)
