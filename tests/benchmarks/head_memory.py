@@ -3,8 +3,8 @@
 
     python -m tests.benchmarks.head_memory
 
-A Qwen2 of hidden size 256 and four layers, one micro-batch, float32. Prints a line of JSON for each number of tokens and
-vocabulary: megabytes at the highest point, and, of the wider vocabulary, what it takes more than the narrow one's,
+A Qwen2 of hidden size 256 and four layers, one micro-batch, float32. Prints a line of JSON for each number of tokens
+and vocabulary: megabytes at the highest point, and, of the wider vocabulary, what it takes more than the narrow one's,
 beside the output layer's parameters, their direction and a chunk of logits, as a ratio.
 """
 

@@ -44,6 +44,9 @@ class LayerCall:
     gradient: Mapping[str, Tensor] | None = None
     """With one problem only: what its (scaled, summed) gradient of each parameter is to be added to, by attribute name
     (rules in `COVERED` only)."""
+    further: tuple[Any, ...] = ()
+    """What else the layer was given, by position; of a layer that may have several outputs the place of the one that
+    `delta` is the gradient of comes first (None: it has one)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +74,12 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
 """Rules by module type, subclasses that inherit `forward` included. RMSNorm classes are found by name (`rule_of`)."""
 
 
+NAMED_RULES: list[tuple[Callable[[nn.Module], bool], LayerRule]] = []
+"""Rules of layers that are known by how they are built, and not by their class."""
+OUTPUTS: dict[LayerRule, Callable[..., Tensor]] = {}
+"""What layers of such rules put out, given the layer and all that it is called with, which their calls have too."""
+SEVERAL_OUTPUTS: set[LayerRule] = set()
+"""Rules of layers that may put out several tensors, of which one is used. They run the layer themselves."""
 SHOWN_POSITIONS = 64
 """At which `output_error` compares."""
 
@@ -109,7 +118,7 @@ def rule_of(module: nn.Module) -> LayerRule | None:
         return LAYER_RULES[base]
     if embedding_scale(module) is not None:
         return embedding
-    return norm
+    return norm or next((rule for is_built, rule in NAMED_RULES if is_built(module)), None)
 
 
 def _norm_by_name(module: nn.Module) -> LayerRule | None:
@@ -138,11 +147,12 @@ def _is_wrapped(forward: Any, module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward
 
 
-def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> Tensor | None:
+def output_error(module: nn.Module, output: Tensor, layer_input: Tensor, *further: Any) -> Tensor | None:
     """Return by how much a layer's output differs from what its rule is for, as a share of it, at the first positions.
 
     A float64 scalar on the device, nan where either is not finite. None where the class alone decides: no forward of
-    the instance, no rule by name, no hooks of all modules. Call it where the parameters are whole.
+    the instance, no rule by name, no hooks of all modules. Call it where the parameters are whole. `further`: what else
+    the layer was given, cut as the output is.
 
     Shapes: output (lines, positions, ...), layer_input (lines, positions[, ..., features]).
     """
@@ -158,6 +168,8 @@ def output_error(module: nn.Module, output: Tensor, layer_input: Tensor) -> Tens
             known = [base.forward(module, value)]
         elif (scale := embedding_scale(module)) is not None:
             known = [nn.Embedding.forward(cast(nn.Embedding, module), value) * scale]
+        elif (made := OUTPUTS.get(cast(LayerRule, rule_of(module)))) is not None:
+            known = [made(module, value, *(each[some] for each in further))]
         elif _norm_by_name(module) is layer_norm:
             known = [_standardised(module, value)]
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two nodes that a tap puts into the graph, one in front of a layer and one behind it. Values pass unchanged.
+"""The nodes that a tap puts into the graph, one in front of a layer and one behind it. Values pass unchanged.
 
 kept = Keep.apply(layer_input)
 output = Tap.apply(layer(kept), None, anchor, keeper_of(kept), receive)
@@ -68,3 +68,25 @@ class Tap(torch.autograd.Function):
         layer_input = Keep.read(ctx.keeper) if ctx.keeper is not None else ctx.saved_tensors[0]
         ctx.receive(layer_input, grads[0])
         return grads[0], None, None, None, None
+
+
+class TapAll(torch.autograd.Function):
+    """As `Tap`, on a layer's several outputs. Its backward hands (input, gradients, None where there is none) on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer_input: Tensor,
+        anchor: Tensor,
+        receive: Callable[[Tensor, tuple[Tensor | None, ...]], None],
+        *outputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(layer_input)
+        ctx.set_materialize_grads(False)
+        ctx.receive = receive
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.receive(ctx.saved_tensors[0], grads)
+        return None, None, None, *grads

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+import verl_gradalign.probe.expert_rules  # noqa: F401  (registers its rules)
 from verl_gradalign.probe.fsdp import Placement, trainable_placements
 from verl_gradalign.probe.gradient import trainable_parameters
 from verl_gradalign.probe.layer_rules import BY_OUTPUTS, COVERED, LayerRule, rule_of

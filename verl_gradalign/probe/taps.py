@@ -31,9 +31,16 @@ from torch.utils.hooks import RemovableHandle
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
+from verl_gradalign.probe.layer_rules import (
+    OUTPUTS,
+    SEVERAL_OUTPUTS,
+    LayerCall,
+    LayerScores,
+    add,
+    output_error,
+)
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.tap_nodes import Keep, Tap, keeper_of
+from verl_gradalign.probe.tap_nodes import Keep, Tap, TapAll, keeper_of
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
 from verl_gradalign.probe.tied import TiedWeight
 
@@ -179,15 +186,47 @@ class Taps:
         # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
         if self.is_idle or not torch.is_grad_enabled():
             return output
-        self.passed = tuple(output.shape[:2])
         layer_input = _input(args, kwargs)
+        if isinstance(output, tuple):
+            return self._tap_all(point, layer_input, output, _further(args, kwargs))
+        self.passed = tuple(output.shape[:2])
         if self._tied is not None and point is self._tied.embedding:
             self._tied.ids_N = layer_input.flatten()
         # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
         anchor = torch.empty(0, device=output.device, requires_grad=True)
-        keeper, receive = keeper_of(layer_input), partial(self._receive, point)
+        further = _further(args, kwargs) if point.rule in OUTPUTS else ()
+        if point.rule in SEVERAL_OUTPUTS:
+            further = (None, *_further(args, kwargs))
+        keeper, receive = keeper_of(layer_input), partial(self._receive, point, further)
         own = layer_input if keeper is None else None
         return Tap.apply(output, own, anchor, keeper, receive)  # type: ignore[no-untyped-call]
+
+    def _tap_all(
+        self, point: TapPoint, layer_input: Tensor, outputs: tuple[Any, ...], further: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """Return a layer's outputs with a tap behind those that may have a gradient."""
+        places = [i for i, each in enumerate(outputs) if isinstance(each, Tensor) and each.is_floating_point()]
+        anchor = torch.empty(0, device=layer_input.device, requires_grad=True)
+        receive = partial(self._receive_one_of, point, places, further)
+        tapped = TapAll.apply(layer_input, anchor, receive, *(outputs[i] for i in places))  # type: ignore[no-untyped-call]
+        behind = dict(zip(places, tapped, strict=True))
+        return tuple(behind.get(i, each) for i, each in enumerate(outputs))
+
+    def _receive_one_of(
+        self,
+        point: TapPoint,
+        places: Sequence[int],
+        further: tuple[Any, ...],
+        layer_input: Tensor,
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        """Add the part of a layer of whose outputs one is used."""
+        found = [(place, grad) for place, grad in zip(places, grads, strict=True) if grad is not None]
+        if len(found) != 1:
+            trouble = f"has gradients at {len(found)} of its outputs, and its rule is for one"
+            raise RuntimeError(f"{point.name} ({type(point.module).__name__}) {trouble}. {REMEDY}.")
+        ((place, delta),) = found
+        self._receive(point, (place, *further), layer_input, delta)
 
     def verify(
         self, point: TapPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -200,10 +239,13 @@ class Taps:
         if module in self._verified:
             return
         self._verified.add(module)
+        if point.rule in SEVERAL_OUTPUTS:
+            return
         if not isinstance(output, Tensor):
             trouble = f"puts out a {type(output).__name__}, not a tensor, so its gradient cannot be seen"
             raise RuntimeError(f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}.")
-        error = output_error(module, output, _input(args, kwargs))
+        further = _further(args, kwargs) if point.rule in OUTPUTS else ()
+        error = output_error(module, output, _input(args, kwargs), *further)
         if error is not None:
             tolerance = max(LEAST_TOLERANCE, 4 * torch.finfo(output.dtype).eps)
             self._errors.append((point, tolerance, error))
@@ -218,11 +260,13 @@ class Taps:
                 kind = type(point.module).__name__
                 raise RuntimeError(f"{point.name} ({kind}) {trouble}. {REMEDY}, or register a rule for it.")
 
-    def _receive(self, point: TapPoint, layer_input: Tensor, delta: Tensor) -> None:
+    def _receive(self, point: TapPoint, further: tuple[Any, ...], layer_input: Tensor, delta: Tensor) -> None:
         """Add the layer's part to the scores."""
         self._require_first_call(point)
         layer_input, delta = _positions_first(point.module, layer_input, delta, self._shape)
-        if tuple(delta.shape[:2]) != self._shape:
+        # Experts and what is beside them are given all positions one after another.
+        is_flat = delta.dim() == 2 and len(delta) == self._shape[0] * self._shape[1]
+        if not is_flat and tuple(delta.shape[:2]) != self._shape:
             trouble = f"returned a tensor of shape {tuple(delta.shape)} in a pass over {self._shape} (lines, positions)"
             reason = "so its gradient cannot be cut at problem boundaries"
             raise RuntimeError(f"{point.name} {trouble}, {reason}. {REMEDY}.")
@@ -239,6 +283,7 @@ class Taps:
             layout=self._layout.widened(vectors_per_position),
             scale_R=self._scale_R,
             gradient=self._totals(point),
+            further=further,
         )
         self._add(point, call)
 
@@ -338,6 +383,12 @@ def _positions_first(
     elif module not in _runs_over_heads and layer_input.stride(1) >= layer_input.stride(2):
         return layer_input, delta
     return layer_input.transpose(1, 2), delta.transpose(1, 2)
+
+
+def _further(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what else a layer was called with."""
+    others = (*args[1:], *kwargs.values()) if args else tuple(kwargs.values())[1:]
+    return tuple(each.detach() if isinstance(each, Tensor) else each for each in others)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer rules of mixtures of experts as transformers builds them: a router, and experts' matrices in two parameters.
+
+Experts are given hidden states, and of each position the experts that it goes to and their weights. What an expert
+makes of its positions is computed once more in the backward pass; each of its matrices is then a linear layer over
+these positions. A router's logits are one linear product, whatever it makes of them; their gradient is autograd's.
+
+Source: transformers' `integrations.moe.use_experts_implementation`, whose attributes say how experts are built.
+
+Shape legend: N positions, K experts of each, E experts, M positions of one expert, H hidden features, G gate and up
+features, I what comes of them, R rows.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from verl_gradalign.probe.layer_rules import (
+    COVERED,
+    NAMED_RULES,
+    OUTPUTS,
+    SEVERAL_OUTPUTS,
+    LayerCall,
+    LayerScores,
+    add,
+    vector_scores,
+)
+from verl_gradalign.probe.layout import Layout
+from verl_gradalign.probe.matrix_scores import matrix_scores
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a layer holds gated experts without biases, each matrix (outputs, inputs)."""
+    built: Any = module
+    names = ("gate_up_proj", "down_proj", "_apply_gate", "has_gate", "has_bias", "is_transposed")
+    if not all(hasattr(module, name) for name in names):
+        return False
+    return bool(built.has_gate and not built.has_bias and not built.is_transposed)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return whether a layer is a router with parameters of its own, and no layers in it."""
+    is_named = type(module).__name__.endswith("Router")
+    return is_named and isinstance(getattr(module, "weight", None), Tensor) and not list(module.children())
+
+
+def experts(call: LayerCall) -> LayerScores:
+    """Experts: two linear layers for each, over the positions that it got."""
+    module, nothing = cast(Any, call.module), call.scale_R.new_zeros
+    total = LayerScores(nothing(len(call.scale_R)), nothing(call.layout.num_problems))
+    for expert, position_M, factor_M1, layout in _by_expert(call):
+        input_MH, delta_MH = call.input[position_M], call.delta[position_M] * factor_M1
+        gate_up_GH, down_HI = (weight[expert].to(delta_MH.dtype) for weight in (module.gate_up_proj, module.down_proj))
+        with torch.enable_grad():
+            value_MG = nn.functional.linear(input_MH.to(delta_MH.dtype), gate_up_GH).detach().requires_grad_()
+            inner_MI = module._apply_gate(value_MG)
+        (delta_MG,) = torch.autograd.grad(inner_MI, value_MG, delta_MH @ down_HI)
+        for name, delta, layer_input in (
+            ("down_proj", delta_MH, inner_MI.detach()),
+            ("gate_up_proj", delta_MG, input_MH),
+        ):
+            if name in call.direction:
+                whole = None if call.gradient is None else call.gradient[name][expert]
+                direction = call.direction[name][expert]
+                parts = matrix_scores(delta, layer_input, direction, layout, call.scale_R, whole)
+                total = add(total, LayerScores(*parts))
+    return total
+
+
+def _by_expert(call: LayerCall) -> Iterator[tuple[int, Tensor, Tensor, Layout]]:
+    """Yield each expert with its positions, their weights, and the layout of these positions."""
+    expert_NK, weight_NK = call.further
+    num_experts, num_rows, device = len(cast(Any, call.module).down_proj), call.layout.num_rows, call.delta.device
+    expert_S, order_S = expert_NK.flatten().sort(stable=True)
+    position_S = order_S // expert_NK.shape[1]
+    row_S = call.layout.row_of_position(device)[position_S]
+    # Of one more, to which transformers sends what no expert here is to get.
+    counts = torch.bincount(expert_S * num_rows + row_S, minlength=(num_experts + 1) * num_rows)
+    factor_S1 = weight_NK.flatten()[order_S].to(call.delta.dtype).unsqueeze(-1)
+    start = 0
+    # The one wait for the device: how the positions lie depends on them.
+    for expert, lengths in enumerate(counts.view(num_experts + 1, num_rows).tolist()[:num_experts]):
+        some = slice(start, start + sum(lengths))
+        start = some.stop
+        # Of slices all ranks ask for the same.
+        if lengths and (some.stop > some.start or call.layout.group is not None):
+            yield expert, position_S[some], factor_S1[some], call.layout.of_responses(lengths)
+
+
+def output_of_experts(module: Any, hidden_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return what the rule takes a layer of experts to put out, (positions, hidden), every expert asked of all."""
+    output_NH = torch.zeros_like(hidden_NH)
+    for expert in range(len(module.down_proj)):
+        gate_up_GH, down_HI = (weight[expert].to(hidden_NH.dtype) for weight in (module.gate_up_proj, module.down_proj))
+        inner_NI = module._apply_gate(nn.functional.linear(hidden_NH, gate_up_GH))
+        factor_N1 = (weight_NK * (expert_NK == expert)).sum(dim=1, keepdim=True).to(hidden_NH.dtype)
+        output_NH += nn.functional.linear(inner_NI, down_HI) * factor_N1
+    return output_NH
+
+
+def router(call: LayerCall) -> LayerScores:
+    """Routers: a linear layer, whose output's gradient autograd finds from that of what the router puts out."""
+    module, (place, *further) = cast(Any, call.module), call.further
+    with torch.enable_grad(), _Leaf(module.weight.shape) as products:
+        output = module.forward(call.input, *further)
+        output = output if place is None else output[place]
+    if len(products.leaves) != 1:
+        trouble = f"makes {len(products.leaves)} linear products of its weight, so that its logits are not known"
+        raise RuntimeError(f"{type(module).__name__} {trouble}. Remedy: set gradalign.estimator=backward.")
+    (logits_NE,) = products.leaves
+    (delta_NE,) = torch.autograd.grad(output, logits_NE, call.delta.view_as(output))
+    parts = []
+    if "weight" in call.direction:
+        weight, total = call.direction["weight"], call.total("weight")
+        parts.append(LayerScores(*matrix_scores(delta_NE, call.input, weight, call.layout, call.scale_R, total)))
+    if "bias" in call.direction:
+        parts.append(vector_scores(delta_NE, call.direction["bias"], call, total_F=call.total("bias")))
+    return add(*parts)
+
+
+class _Leaf(TorchFunctionMode):
+    """Puts a leaf in the place of what linear products with a weight of this shape give."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = shape
+        self.leaves: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        # Of the weight itself, or of a copy in another dtype.
+        if function is not nn.functional.linear or args[1].shape != self._shape:
+            return result
+        self.leaves.append(result.detach().requires_grad_())
+        return self.leaves[-1]
+
+
+COVERED.update({experts: ("gate_up_proj", "down_proj"), router: ("weight", "bias")})
+NAMED_RULES.extend([(is_experts, experts), (is_router, router)])
+OUTPUTS[experts] = output_of_experts
+SEVERAL_OUTPUTS.add(router)
