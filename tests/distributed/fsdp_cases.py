@@ -56,6 +56,7 @@ from tests.distributed.ulysses import measure_ulysses
 from tests.distributed.update_rows import update_setups
 from tests.distributed.updates import measure_update, measure_update_neutrality
 from tests.numerics.kernels import bound_norm, norms_of, wrapped
+from tests.numerics.models import mixture_of_experts
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import scoring_mode
@@ -274,7 +275,8 @@ def measure_public_function(root: Path, model: str) -> dict[str, Any]:
 
     measured = {}
     for wrapping in ("plain", "fsdp", "fsdp-orig", "fsdp2"):
-        module = load_float64(root / model, has_checkpointing=True)
+        is_moe = model == "experts"
+        module = mixture_of_experts(True) if is_moe else load_float64(root / model, has_checkpointing=True)
         layers = module.model.layers
         if wrapping in ("fsdp", "fsdp-orig"):
             module = FullyShardedDataParallel(
@@ -321,6 +323,7 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
             cases[f"ulysses-{strategy}"] = partial(measure_ulysses, root, strategy, model, list(ESTIMATORS))
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
+    cases["public-experts"] = partial(measure_public_function, root, "experts")
     cases["public-qwen3"] = partial(measure_public_function, root, "qwen3")
     for name, setup in neutral_setups(world_size).items():
         cases[f"neutral-{name}"] = partial(measure_neutrality, root, setup)

@@ -24,6 +24,7 @@ from tests.distributed.setups import (
     oracle_scores,
     reference_model,
 )
+from tests.numerics.models import mixture_of_experts
 from tests.numerics.oracle import problem_gradients_float64
 from tests.numerics.problems import TEMPERATURE, with_coefficients
 from verl_gradalign.probe.audit import spearman
@@ -259,11 +260,13 @@ def public_oracle(root: Path) -> dict[str, dict[str, Any]]:
         [with_coefficients(p[0].prompt, [r.response for r in p], ADVANTAGES[: len(p)], "token-mean") for p in problems]
         for problems in (TRUSTED, CANDIDATES)
     ]
-    return {name: oracle_scores(reference_model(root, name, False), *weighted) for name in ("qwen2", "qwen3")}
+    models = {name: reference_model(root, name, False) for name in ("qwen2", "qwen3")}
+    models["experts"] = mixture_of_experts()
+    return {name: oracle_scores(model, *weighted) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("wrapping", ["plain", "fsdp", "fsdp-orig", "fsdp2"])
-@pytest.mark.parametrize("model", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model", ["qwen2", "qwen3", "experts"])
 def test_score_problems_without_verl_equals_the_oracle_under_any_sharding(
     results: dict[str, Any], public_oracle: dict[str, Any], model: str, wrapping: str
 ) -> None:

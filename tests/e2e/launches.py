@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen3MoeConfig
+from transformers import GptOssConfig
 
 from tests.distributed.setups import ULYSSES
 from tests.e2e import comparisons, offline
@@ -249,13 +249,13 @@ def alone(workplace: Workplace) -> Path:
 
 @launch
 def bad_configuration(workplace: Workplace) -> Run:
-    """Return a launch that names a trusted set that is not there, and a model of experts, by its config alone."""
+    """Return a launch that names a trusted set that is not there, and a model without rules, by its config alone."""
     missing = gradalign("cosine", {"trusted": workplace.root / "no_such_file.parquet"})
     folder = workplace.root / "experts"
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    kind = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 8}
-    experts = Qwen3MoeConfig(**sizes, **heads, **kind)
+    kind = {"architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = GptOssConfig(**sizes, **heads, **kind)
     shutil.copytree(workplace.model, folder)
     experts.save_pretrained(folder)
     model = f"actor_rollout_ref.model.path={folder}"

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from verl_gradalign.integration.model_trial import MAX_PARAMETERS, shrunk
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores
 from verl_gradalign.probe.responses import Response
 from verl_gradalign.probe.score_problems import score_problems
+from verl_gradalign.probe.tap_points import TapPoint
+from verl_gradalign.probe.taps import Taps
 
 RTOL = 1e-10
 """Largest error of products and norms, as a share of the gradients' norms."""
+MAX_BYTES = 8 * 2**30
 EXACT, REFUSED, WRONG, UNTRIED = "exact", "refused", "wrong", "untried"
 HEAD = """# Which models
 
@@ -66,9 +72,15 @@ class InFloat64(TorchFunctionMode):
 
 @contextmanager
 def float64_by_default() -> Iterator[None]:
+    by_rule = Taps._by_rule
+
+    def in_float64(taps: Taps, point: TapPoint, call: LayerCall) -> LayerScores:
+        with InFloat64():  # a backward pass runs without the modes around it
+            return by_rule(taps, point, call)
+
     torch.set_default_dtype(torch.float64)
     try:
-        with InFloat64():
+        with InFloat64(), mock.patch.object(Taps, "_by_rule", in_float64):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
@@ -175,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     import transformers
 
+    # Some architectures ask for more than there is when they are shrunk.
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     logging.disable(logging.WARNING)
     os.environ["HF_HUB_OFFLINE"] = "1"
     families = args.only.split(",") if args.only else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

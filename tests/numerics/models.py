@@ -55,11 +55,13 @@ def llama(**options: object) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**WIDTHS, **GROUPED, **options))
 
 
-def mixture_of_experts() -> nn.Module:
-    """Experts fused into bare parameters, as transformers keeps them."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+def mixture_of_experts(has_checkpointing: bool = False, implementation: str = "eager") -> nn.Module:
+    """Return a model of experts, which transformers keeps in bare parameters, finished as by `make_model`."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
     # The grouped product of the default has no float64.
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**WIDTHS, **GROUPED, **experts, experts_implementation="eager"))
+    experts["experts_implementation"] = implementation
+    return finished(Qwen3MoeForCausalLM(Qwen3MoeConfig(**WIDTHS, **GROUPED, **experts)), has_checkpointing)
 
 
 def neox() -> nn.Module:

@@ -15,7 +15,7 @@ from tests.numerics.families import EXACT, REFUSED, WRONG, page, try_all, try_fa
 PAGE = Path(__file__).parents[2] / "recipes/how_to/models.md"
 
 
-@pytest.mark.parametrize("family", ["bloom", "cohere2", "gemma3_text", "llama", "mpt", "phi"])
+@pytest.mark.parametrize("family", ["bloom", "cohere2", "gemma3_text", "llama", "mixtral", "mpt", "phi", "qwen3_moe"])
 def test_a_family_is_exact(family: str) -> None:
     outcome = try_family(family)
     assert outcome.kind == EXACT, outcome
@@ -24,7 +24,7 @@ def test_a_family_is_exact(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "layer"),
-    [("gpt_neo", "transformer.wpe"), ("mamba", "mixer.A_log"), ("qwen3_moe", "experts.gate_up_proj")],
+    [("gpt_neo", "transformer.wpe"), ("mamba", "mixer.A_log"), ("gpt_oss", "experts.gate_up_proj")],
 )
 def test_a_family_is_refused_by_the_layers_name(family: str, layer: str) -> None:
     outcome = try_family(family)

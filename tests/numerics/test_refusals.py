@@ -263,12 +263,22 @@ def test_a_registered_rule_makes_another_layer_exact(rule_for: Callable) -> None
     assert max(found.values()) <= RTOL_FLOAT64, found
 
 
-@pytest.mark.parametrize("estimator", ["ghost", "low_rank"])
-def test_fused_experts_are_refused_by_name(estimator: str) -> None:
-    refused(finished(mixture_of_experts()), estimator, ValueError, "mlp.experts.gate_up_proj", "estimator=backward")
+def built_otherwise() -> nn.Module:
+    """Return a model of experts that says its matrices are (inputs, outputs)."""
+    model = mixture_of_experts()
+    model.model.layers[0].mlp.experts.is_transposed = True
+    return model
+
+
+def test_experts_that_are_built_otherwise_are_refused_by_name() -> None:
+    refused(built_otherwise(), "ghost", ValueError, "layers.0.mlp.experts.gate_up_proj", "estimator=backward")
+
+
+def test_experts_have_no_low_rank_rule() -> None:
+    refused(mixture_of_experts(), "low_rank", ValueError, "mlp.experts (Qwen3MoeExperts) has a matrix", "=ghost")
 
 
 def test_backward_scores_what_has_no_rule() -> None:
-    model = finished(mixture_of_experts())
+    model = built_otherwise()
     found = errors(score("backward", model, TRUSTED, CANDIDATES), expect(model, TRUSTED, CANDIDATES))
     assert max(found.values()) <= RTOL_FLOAT64, found

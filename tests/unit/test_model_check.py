@@ -76,7 +76,7 @@ def test_dense_models_are_accepted_whatever_their_size(tmp_path, model_type, arc
     ("model_type", "architecture", "layer"),
     [
         # Without a rule: seen in the layers.
-        ("qwen3_moe", "Qwen3MoeForCausalLM", "mlp.experts.gate_up_proj"),
+        ("gpt_oss", "GptOssForCausalLM", "mlp.experts.gate_up_proj"),
         ("qwen3_vl", "Qwen3VLForConditionalGeneration", "visual.patch_embed.proj"),
         # With rules for all layers: seen in a pass only.
         ("gpt_bigcode", "GPTBigCodeForCausalLM", "transformer.wpe"),
@@ -88,8 +88,15 @@ def test_layers_that_cannot_be_scored_are_refused_by_name(tmp_path, model_type, 
 
 
 def test_an_estimator_that_needs_no_rules_takes_what_ghost_refuses(tmp_path):
-    folder = folder_of(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM", **NO_DROPOUT)
+    folder = folder_of(tmp_path, "gpt_oss", "GptOssForCausalLM", **NO_DROPOUT)
     assert refused(folder, own(estimator="backward")) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"), [("qwen3_moe", "Qwen3MoeForCausalLM"), ("mixtral", "MixtralForCausalLM")]
+)
+def test_mixtures_of_experts_are_accepted(tmp_path, model_type, architecture):
+    assert refused(folder_of(tmp_path, model_type, architecture, **NO_DROPOUT)) == []
 
 
 def test_dropout_is_refused_also_where_no_layer_shows_it(tmp_path):

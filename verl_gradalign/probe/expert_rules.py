@@ -35,16 +35,15 @@ from verl_gradalign.probe.matrix_scores import matrix_scores
 def is_experts(module: nn.Module) -> bool:
     """Return whether a layer holds gated experts without biases, each matrix (outputs, inputs)."""
     built: Any = module
-    names = ("gate_up_proj", "down_proj", "_apply_gate", "has_gate", "has_bias", "is_transposed")
-    if not all(hasattr(module, name) for name in names):
+    # What transformers notes of it; a sharded module may have none of its parameters.
+    if not all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
         return False
     return bool(built.has_gate and not built.has_bias and not built.is_transposed)
 
 
 def is_router(module: nn.Module) -> bool:
-    """Return whether a layer is a router with parameters of its own, and no layers in it."""
-    is_named = type(module).__name__.endswith("Router")
-    return is_named and isinstance(getattr(module, "weight", None), Tensor) and not list(module.children())
+    """Return whether a layer is a router, and has no layers in it."""
+    return type(module).__name__.endswith("Router") and not list(module.children())
 
 
 def experts(call: LayerCall) -> LayerScores:
