@@ -32,6 +32,7 @@ from verl_gradalign.probe.audit import spearman
 pytestmark = pytest.mark.dist
 
 RTOL_FLOAT64 = 1e-10  # measured 1e-13; 1e-12 for responses' derivatives
+RTOL_ROUTER = 1e-7  # routers compute in float32; in float64 tests/numerics/test_experts.py
 RTOL_FUSED = 1e-5  # of the gradient's norm; measured 3e-7
 RTOL_SVD = 1e-8  # measured 1e-13: a decomposition and its product
 MAX_STEP_ERROR = 1e-2  # of |g| |v|, at a step of 1e-3 |theta|
@@ -272,5 +273,5 @@ def test_score_problems_without_verl_equals_the_oracle_under_any_sharding(
 ) -> None:
     scores = case_of(results, f"public-{model}")[wrapping]
     errors = largest_errors(scores, public_oracle[model])
-    assert max(errors.values()) <= RTOL_FLOAT64, errors
+    assert max(errors.values()) <= (RTOL_ROUTER if model == "experts" else RTOL_FLOAT64), errors
     assert scores["ranks_agree"]

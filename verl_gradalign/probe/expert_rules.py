@@ -12,6 +12,7 @@ features, I what comes of them, R rows.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from verl_gradalign.probe.layer_rules import (
     LayerCall,
     LayerScores,
     add,
-    vector_scores,
+    linear,
 )
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.matrix_scores import matrix_scores
@@ -46,26 +47,44 @@ def is_router(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Router") and not list(module.children())
 
 
-def experts(call: LayerCall) -> LayerScores:
-    """Experts: two linear layers for each, over the positions that it got."""
-    module, nothing = cast(Any, call.module), call.scale_R.new_zeros
-    total = LayerScores(nothing(len(call.scale_R)), nothing(call.layout.num_problems))
+@dataclass(frozen=True)
+class ExpertPart:
+    """What one expert has of a layer's call."""
+
+    expert: int
+    position_M: Tensor
+    layout: Layout
+    """Of these positions."""
+    products: tuple[tuple[str, Tensor, Tensor], ...]
+    """Of each of its matrices the parameter's name, the gradient by the product, and what is multiplied."""
+
+
+def expert_parts(call: LayerCall) -> Iterator[ExpertPart]:
+    """Yield the part of each expert that has positions."""
+    module = cast(Any, call.module)
     for expert, position_M, factor_M1, layout in _by_expert(call):
         input_MH, delta_MH = call.input[position_M], call.delta[position_M] * factor_M1
-        gate_up_GH, down_HI = (weight[expert].to(delta_MH.dtype) for weight in (module.gate_up_proj, module.down_proj))
+        matrices = (weight[expert].to(delta_MH.dtype) for weight in (module.gate_up_proj, module.down_proj))
+        gate_up_GH, down_HI = matrices
         with torch.enable_grad():
             value_MG = nn.functional.linear(input_MH.to(delta_MH.dtype), gate_up_GH).detach().requires_grad_()
             inner_MI = module._apply_gate(value_MG)
         (delta_MG,) = torch.autograd.grad(inner_MI, value_MG, delta_MH @ down_HI)
-        for name, delta, layer_input in (
-            ("down_proj", delta_MH, inner_MI.detach()),
-            ("gate_up_proj", delta_MG, input_MH),
-        ):
-            if name in call.direction:
-                whole = None if call.gradient is None else call.gradient[name][expert]
-                direction = call.direction[name][expert]
-                parts = matrix_scores(delta, layer_input, direction, layout, call.scale_R, whole)
-                total = add(total, LayerScores(*parts))
+        products = ("down_proj", delta_MH, inner_MI.detach()), ("gate_up_proj", delta_MG, input_MH)
+        trained = tuple(product for product in products if product[0] in call.direction)
+        yield ExpertPart(expert, position_M, layout, trained)
+
+
+def experts(call: LayerCall) -> LayerScores:
+    """Experts: two linear layers for each, over the positions that it got."""
+    nothing = call.scale_R.new_zeros
+    total = LayerScores(nothing(len(call.scale_R)), nothing(call.layout.num_problems))
+    for part in expert_parts(call):
+        for name, delta, layer_input in part.products:
+            whole = None if call.gradient is None else call.gradient[name][part.expert]
+            direction = call.direction[name][part.expert]
+            parts = matrix_scores(delta, layer_input, direction, part.layout, call.scale_R, whole)
+            total = add(total, LayerScores(*parts))
     return total
 
 
@@ -102,6 +121,14 @@ def output_of_experts(module: Any, hidden_NH: Tensor, expert_NK: Tensor, weight_
 
 def router(call: LayerCall) -> LayerScores:
     """Routers: a linear layer, whose output's gradient autograd finds from that of what the router puts out."""
+    return linear(replace(call, delta=logits_delta(call)))
+
+
+def logits_delta(call: LayerCall) -> Tensor:
+    """Return the gradient by a router's logits, (positions, experts).
+
+    Raises: RuntimeError if its logits are not one linear product.
+    """
     module, (place, *further) = cast(Any, call.module), call.further
     with torch.enable_grad(), _Leaf(module.weight.shape) as products:
         output = module.forward(call.input, *further)
@@ -109,15 +136,8 @@ def router(call: LayerCall) -> LayerScores:
     if len(products.leaves) != 1:
         trouble = f"makes {len(products.leaves)} linear products of its weight, so that its logits are not known"
         raise RuntimeError(f"{type(module).__name__} {trouble}. Remedy: set gradalign.estimator=backward.")
-    (logits_NE,) = products.leaves
-    (delta_NE,) = torch.autograd.grad(output, logits_NE, call.delta.view_as(output))
-    parts = []
-    if "weight" in call.direction:
-        weight, total = call.direction["weight"], call.total("weight")
-        parts.append(LayerScores(*matrix_scores(delta_NE, call.input, weight, call.layout, call.scale_R, total)))
-    if "bias" in call.direction:
-        parts.append(vector_scores(delta_NE, call.direction["bias"], call, total_F=call.total("bias")))
-    return add(*parts)
+    (delta_NE,) = torch.autograd.grad(output, products.leaves, call.delta.view_as(output))
+    return delta_NE
 
 
 class _Leaf(TorchFunctionMode):

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe import layer_rules
+from verl_gradalign.probe import expert_rules, layer_rules
 from verl_gradalign.probe.estimators import low_rank
 from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta
 from verl_gradalign.probe.layout import row_sums
@@ -86,6 +86,22 @@ def layer_norm(call: LayerCall) -> LayerScores:
     return scores(dots(change_ND, call.delta, call.dtype), call)
 
 
+def experts(call: LayerCall) -> LayerScores:
+    """Experts: of each matrix (delta V) . input at the positions that the expert got."""
+    product_N = call.scale_R.new_zeros(len(call.delta))
+    for part in expert_rules.expert_parts(call):
+        for name, delta_MO, input_MI in part.products:
+            direction_OI = call.direction[name][part.expert].to(delta_MO.dtype)
+            product_M = dots(delta_MO @ direction_OI, input_MI.to(delta_MO.dtype), call.dtype)
+            product_N.index_add_(0, part.position_M, product_M)
+    return scores(product_N, call)
+
+
+def router(call: LayerCall) -> LayerScores:
+    """Routers: as linear layers, by the gradient of their logits."""
+    return linear(replace(call, delta=expert_rules.logits_delta(call)))
+
+
 def dots(first_NF: Tensor, second_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the inner products of rows of two matrices, added up in `dtype`, (positions,)."""
     if first_NF.dtype == dtype == second_NF.dtype:
@@ -104,6 +120,8 @@ PRODUCTS: dict[LayerRule, Callable[[LayerCall], LayerScores]] = {
     layer_rules.embedding: embedding,
     layer_rules.rms_norm: rms_norm,
     layer_rules.layer_norm: layer_norm,
+    expert_rules.experts: experts,
+    expert_rules.router: router,
     low_rank.linear: factored_linear,
 }
 """The rules of other modules that give norms too, or that add them up row by row, and those for products alone."""
