@@ -46,6 +46,13 @@ def test_checkpointed_layers_are_recomputed_alike() -> None:
     assert max(found.values()) <= RTOL_ROUTER, found
 
 
+def test_a_direction_cut_at_full_rank_gives_the_same_products() -> None:
+    model = mixture_of_experts()
+    scores = score("low_rank", model, TRUSTED, KINDS, config=ProbeConfig(rank=1000))
+    found = errors(scores, expect(model, TRUSTED, KINDS))
+    assert max(found["dot"], found["derivative"]) <= RTOL_ROUTER, found
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_other_ways_to_compute_experts_are_the_same_layer(implementation: str) -> None:
     """They have no float64."""

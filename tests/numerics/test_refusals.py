@@ -274,10 +274,6 @@ def test_experts_that_are_built_otherwise_are_refused_by_name() -> None:
     refused(built_otherwise(), "ghost", ValueError, "layers.0.mlp.experts.gate_up_proj", "estimator=backward")
 
 
-def test_experts_have_no_low_rank_rule() -> None:
-    refused(mixture_of_experts(), "low_rank", ValueError, "mlp.experts (Qwen3MoeExperts) has a matrix", "=ghost")
-
-
 def test_backward_scores_what_has_no_rule() -> None:
     model = built_otherwise()
     found = errors(score("backward", model, TRUSTED, CANDIDATES), expect(model, TRUSTED, CANDIDATES))

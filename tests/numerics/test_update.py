@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.counting import peak_bytes
-from tests.numerics.models import MODELS, make_model
+from tests.numerics.models import MODELS, make_model, mixture_of_experts
 from tests.numerics.problems import VOCABULARY
 from tests.numerics.test_layer_rules import LAYERS
 from verl_gradalign.probe.direction import Direction
@@ -89,9 +89,19 @@ def hooks_of(model: nn.Module) -> list[list[int]]:
 def test_contributions_are_exact_and_gradients_bit_for_bit_those_without_taps(
     name: str, has_checkpointing: bool
 ) -> None:
-    rows, model = ids_of_rows(), make_model(name, has_checkpointing)
-    direction = random_direction(model)
-    wanted_R = expected_contributions(make_model(name), rows, direction)
+    check_update(make_model(name, has_checkpointing), make_model(name))
+
+
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_an_update_of_experts_is_measured(has_checkpointing: bool) -> None:
+    """Routers compute in float32."""
+    check_update(mixture_of_experts(has_checkpointing), mixture_of_experts(), rtol=1e-7)
+
+
+def check_update(model: nn.Module, twin: nn.Module, rtol: float = RTOL_FLOAT64) -> None:
+    """Measure an update's backward pass, and compare with autograd on a model of the same weights."""
+    rows, direction = ids_of_rows(), random_direction(model)
+    wanted_R = expected_contributions(twin, rows, direction)
     row_losses(model, rows).sum().backward()
     plain = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -103,7 +113,7 @@ def test_contributions_are_exact_and_gradients_bit_for_bit_those_without_taps(
         loss.backward()
         meter.end()
     for found_R in meter.contribution_KR:
-        assert (found_R - 0.5 * wanted_R).abs().max() <= RTOL_FLOAT64 * wanted_R.abs().max()
+        assert (found_R - 0.5 * wanted_R).abs().max() <= rtol * wanted_R.abs().max()
     for before, parameter in zip(plain, model.parameters(), strict=True):
         assert (before is None and parameter.grad is None) or torch.equal(before, parameter.grad)
     assert hooks_of(model) == hooks

@@ -11,6 +11,7 @@ matrices among them, and each needs a few products with a narrow matrix.
 Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank and what is added to it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,8 @@ def cut(matrix_OI: Tensor, rank: int, power_iterations: int = POWER_ITERATIONS) 
     R is the matrix' transpose times an orthonormal L, so |R|^2 is the square that is kept.
     Source: Halko, Martinsson, Tropp (arXiv 0909.4061), algorithm 4.4.
     """
+    if matrix_OI.dim() > 2:  # of experts, one after another
+        return torch.stack([cut(matrix, rank, power_iterations) for matrix in matrix_OI])
     rank = min(rank, *matrix_OI.shape)
     width = min(rank + OVERSAMPLING, *matrix_OI.shape)
     generator = torch.Generator(matrix_OI.device).manual_seed(0)
@@ -113,7 +116,7 @@ class _Cutting:
     def take(self, use: Placement, part: Tensor) -> None:
         """Take the next parameter's direction; matrices are cut when every rank has one."""
         self._energy_2 = self._energy_2.to(part.device)
-        if part.dim() != 2:
+        if part.dim() < 2:
             self._parts[use.identity] = _as(part, self._dtype)
             if self._place == 0:
                 self._energy_2 += part.double().square().sum()
@@ -131,7 +134,7 @@ class _Cutting:
         matrix, self._waiting = self._waiting, self._waiting[:0]
         if matrix.numel():
             factors = cut(matrix, self._rank)
-            kept = factors[matrix.shape[0] :].double().square().sum()
+            kept = factors[..., matrix.shape[-2] :, :].double().square().sum()
             self._energy_2 += torch.stack([kept, matrix.double().square().sum()])
             self._mine.append(_as(factors, self._dtype))
 
@@ -139,8 +142,8 @@ class _Cutting:
         """Return all parameters' parts, after every rank has given the others what it has cut. Collective."""
         self._cut()
         for place, uses in enumerate(self._dealt):
-            shapes = [(sum(use.shape), min(self._rank, *use.shape)) for use in uses]
-            sizes = [rows * columns for rows, columns in shapes]
+            shapes = [(*use.shape[:-2], sum(use.shape[-2:]), min(self._rank, *use.shape[-2:])) for use in uses]
+            sizes = [math.prod(shape) for shape in shapes]
             flat = torch.cat([part.flatten() for part in self._mine]) if place == self._place and uses else None
             if self._group is not None and uses:
                 flat = self._empty.new_empty(sum(sizes)) if flat is None else flat

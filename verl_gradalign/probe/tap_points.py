@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 import verl_gradalign.probe.expert_rules  # noqa: F401  (registers its rules)
 from verl_gradalign.probe.fsdp import Placement, trainable_placements
 from verl_gradalign.probe.gradient import trainable_parameters
-from verl_gradalign.probe.layer_rules import BY_OUTPUTS, COVERED, LayerRule, rule_of
+from verl_gradalign.probe.layer_rules import BY_OUTPUTS, COVERED, OUTPUTS, SEVERAL_OUTPUTS, LayerRule, rule_of
 
 OWN_HOOKS = ("torch.distributed.", "transformers.", "peft.", "verl.")
 """Whose forward hooks on a layer leave its output's value as it is: FSDP2's, and those that open the graph."""
@@ -34,6 +34,11 @@ class TapPoint:
     placements: tuple[Placement, ...]
     by_outputs: bool = False
     """Whether the rule may be called once for each block of the layer's outputs; taps add up what it returns."""
+
+    is_given_all: bool = False
+    """Whether the rule needs all that the layer was called with, and not its first argument alone."""
+    runs_layer: bool = False
+    """Whether the rule runs the layer itself, which may put out several tensors."""
 
     @property
     def gives_gradient(self) -> bool:
@@ -65,7 +70,8 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
             uncovered += [f"{placement.name} ({kind})" for placement in missed]
         else:
             name = placements[0].name.rpartition(".")[0] or kind
-            points.append(TapPoint(name, module, rule, tuple(placements), rule in BY_OUTPUTS))
+            flags = rule in BY_OUTPUTS, rule in OUTPUTS, rule in SEVERAL_OUTPUTS
+            points.append(TapPoint(name, module, rule, tuple(placements), *flags))
     if uncovered:
         first = ", ".join(uncovered[:5]) + (" and more" if len(uncovered) > 5 else "")
         remedy = f"{REMEDY}, or register a rule (probe.layer_rules.register_layer_rule)."

@@ -31,14 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
-from verl_gradalign.probe.layer_rules import (
-    OUTPUTS,
-    SEVERAL_OUTPUTS,
-    LayerCall,
-    LayerScores,
-    add,
-    output_error,
-)
+from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.tap_nodes import Keep, Tap, TapAll, keeper_of
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
@@ -194,8 +187,8 @@ class Taps:
             self._tied.ids_N = layer_input.flatten()
         # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
         anchor = torch.empty(0, device=output.device, requires_grad=True)
-        further = _further(args, kwargs) if point.rule in OUTPUTS else ()
-        if point.rule in SEVERAL_OUTPUTS:
+        further = _further(args, kwargs) if point.is_given_all else ()
+        if point.runs_layer:
             further = (None, *_further(args, kwargs))
         keeper, receive = keeper_of(layer_input), partial(self._receive, point, further)
         own = layer_input if keeper is None else None
@@ -239,12 +232,12 @@ class Taps:
         if module in self._verified:
             return
         self._verified.add(module)
-        if point.rule in SEVERAL_OUTPUTS:
+        if point.runs_layer:
             return
         if not isinstance(output, Tensor):
             trouble = f"puts out a {type(output).__name__}, not a tensor, so its gradient cannot be seen"
             raise RuntimeError(f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}.")
-        further = _further(args, kwargs) if point.rule in OUTPUTS else ()
+        further = _further(args, kwargs) if point.is_given_all else ()
         error = output_error(module, output, _input(args, kwargs), *further)
         if error is not None:
             tolerance = max(LEAST_TOLERANCE, 4 * torch.finfo(output.dtype).eps)

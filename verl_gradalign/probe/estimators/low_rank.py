@@ -7,7 +7,8 @@ matrix, and no gradient is formed, so there are no norms. |dot - dot_r| <= |g| |
 
     scores = LowRankEstimator(ProbeConfig(rank=16)).score(engine, candidates, direction)
 
-Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank, N positions, R rows.
+Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank, N positions, R rows, M
+positions of one expert. Experts' matrices have one axis more in front.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from verl_gradalign.probe import expert_rules
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
-from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, embedding_delta, weight_and_bias
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta, weight_and_bias
 from verl_gradalign.probe.layout import row_sums
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.probe.taps import Gather
@@ -58,29 +60,30 @@ def low_rank_gather(whole: Gather, points: Sequence[TapPoint], rank: int) -> tup
         part = whole(placement)
         energy = part.double().square().sum().item()
         total += energy
-        parts[placement.identity], energy = truncated(part, rank) if part.dim() == 2 else (part, energy)
+        parts[placement.identity], energy = truncated(part, rank) if part.dim() > 1 else (part, energy)
         kept += energy
     return lambda placement: parts[placement.identity], kept / total if total else 1.0
 
 
 def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
     """Return L and R with matrix ~ L R^T, stacked to (out + in, rank), and the squared norm kept."""
-    rank = min(rank, *matrix_OI.shape)
-    width = min(rank + OVERSAMPLING, *matrix_OI.shape)
+    rank = min(rank, *matrix_OI.shape[-2:])
+    width = min(rank + OVERSAMPLING, *matrix_OI.shape[-2:])
     with torch.random.fork_rng(devices=[matrix_OI.device] if matrix_OI.device.type == "cuda" else []):
         # One seed for all ranks: they decompose the same matrix and must not have to exchange the result.
         torch.manual_seed(0)
         left_OK, value_K, right_IK = torch.svd_lowrank(matrix_OI, q=width, niter=POWER_ITERATIONS)
-    left_OK, value_K, right_IK = left_OK[:, :rank], value_K[:rank], right_IK[:, :rank]
-    return torch.cat([left_OK * value_K, right_IK]), value_K.double().square().sum().item()
+    left_OK, value_1K, right_IK = left_OK[..., :rank], value_K[..., None, :rank], right_IK[..., :rank]
+    return torch.cat([left_OK * value_1K, right_IK], dim=-2), value_1K.double().square().sum().item()
 
 
 def low_rank_points(root: nn.Module) -> list[TapPoint]:
     """Return the taps of `ghost` with the rules of matrices replaced. Raises ValueError as `tap_points`."""
     rules = {nn.Linear: linear, nn.Embedding: embedding}
+    named: dict[LayerRule, LayerRule] = {expert_rules.experts: experts, expert_rules.router: router}
     points = []
     for point in tap_points(root):
-        rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), None)
+        rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), named.get(point.rule))
         if rule is None and point.has_matrix:
             trouble = f"{point.name} ({type(point.module).__name__}) has a matrix but no low-rank rule"
             raise ValueError(f"{trouble}. Remedy: set gradalign.estimator=ghost (exact) or finite_difference.")
@@ -108,6 +111,23 @@ def embedding(call: LayerCall) -> LayerScores:
     left_OK, right_IK = torch.split(call.direction["weight"].to(call.dtype), [num_tokens, call.delta.shape[-1]])
     product_NK = (embedding_delta(call).to(call.dtype) @ right_IK) * left_OK[call.input]
     return _products_only(product_NK.sum(-1), call)
+
+
+def experts(call: LayerCall) -> LayerScores:
+    """Return the products of each expert's matrices, and zeros for norms."""
+    product_N = call.scale_R.new_zeros(len(call.delta))
+    for part in expert_rules.expert_parts(call):
+        for name, delta_MO, input_MI in part.products:
+            stacked = call.direction[name][part.expert].to(delta_MO.dtype)
+            left_OK, right_IK = torch.split(stacked, [delta_MO.shape[-1], input_MI.shape[-1]])
+            product_MK = (delta_MO @ left_OK) * (input_MI.to(delta_MO.dtype) @ right_IK)
+            product_N.index_add_(0, part.position_M, product_MK.sum(-1, dtype=call.dtype))
+    return _products_only(product_N, call)
+
+
+def router(call: LayerCall) -> LayerScores:
+    """Return the products of a router's weight, as a linear layer's."""
+    return linear(replace(call, delta=expert_rules.logits_delta(call)))
 
 
 def _products_only(product_N: Tensor, call: LayerCall) -> LayerScores:
