@@ -3,7 +3,7 @@
 
 Experts are given hidden states, and of each position the experts that it goes to and their weights. What an expert
 makes of its positions is computed once more in the backward pass; each of its matrices is then a linear layer over
-these positions. A router's logits are one linear product, whatever it makes of them; their gradient is autograd's.
+these positions. A router's logits are one linear product, whatever it makes of them, and tapped as a linear layer is.
 
 Source: transformers' `integrations.moe.use_experts_implementation`, whose attributes say how experts are built.
 
@@ -12,18 +12,16 @@ features, I what comes of them, R rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from verl_gradalign.probe.layer_rules import (
     COVERED,
     NAMED_RULES,
     OUTPUTS,
-    SEVERAL_OUTPUTS,
     LayerCall,
     LayerScores,
     add,
@@ -119,45 +117,6 @@ def output_of_experts(module: Any, hidden_NH: Tensor, expert_NK: Tensor, weight_
     return output_NH
 
 
-def router(call: LayerCall) -> LayerScores:
-    """Routers: a linear layer, whose output's gradient autograd finds from that of what the router puts out."""
-    return linear(replace(call, delta=logits_delta(call)))
-
-
-def logits_delta(call: LayerCall) -> Tensor:
-    """Return the gradient by a router's logits, (positions, experts).
-
-    Raises: RuntimeError if its logits are not one linear product.
-    """
-    module, (place, *further) = cast(Any, call.module), call.further
-    with torch.enable_grad(), _Leaf(module.weight.shape) as products:
-        output = module.forward(call.input, *further)
-        output = output if place is None else output[place]
-    if len(products.leaves) != 1:
-        trouble = f"makes {len(products.leaves)} linear products of its weight, so that its logits are not known"
-        raise RuntimeError(f"{type(module).__name__} {trouble}. Remedy: set gradalign.estimator=backward.")
-    (delta_NE,) = torch.autograd.grad(output, products.leaves, call.delta.view_as(output))
-    return delta_NE
-
-
-class _Leaf(TorchFunctionMode):
-    """Puts a leaf in the place of what linear products with a weight of this shape give."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self._shape = shape
-        self.leaves: list[Tensor] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        # Of the weight itself, or of a copy in another dtype.
-        if function is not nn.functional.linear or args[1].shape != self._shape:
-            return result
-        self.leaves.append(result.detach().requires_grad_())
-        return self.leaves[-1]
-
-
-COVERED.update({experts: ("gate_up_proj", "down_proj"), router: ("weight", "bias")})
-NAMED_RULES.extend([(is_experts, experts), (is_router, router)])
+COVERED[experts] = ("gate_up_proj", "down_proj")
+NAMED_RULES.extend([(is_experts, experts), (is_router, linear)])
 OUTPUTS[experts] = output_of_experts
-SEVERAL_OUTPUTS.add(router)

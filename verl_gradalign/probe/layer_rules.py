@@ -45,8 +45,7 @@ class LayerCall:
     """With one problem only: what its (scaled, summed) gradient of each parameter is to be added to, by attribute name
     (rules in `COVERED` only)."""
     further: tuple[Any, ...] = ()
-    """What else the layer was given, by position; of a layer that may have several outputs the place of the one that
-    `delta` is the gradient of comes first (None: it has one)."""
+    """What else the layer was given, by position (experts only)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,8 +77,6 @@ NAMED_RULES: list[tuple[Callable[[nn.Module], bool], LayerRule]] = []
 """Rules of layers that are known by how they are built, and not by their class."""
 OUTPUTS: dict[LayerRule, Callable[..., Tensor]] = {}
 """What layers of such rules put out, given the layer and all that it is called with, which their calls have too."""
-SEVERAL_OUTPUTS: set[LayerRule] = set()
-"""Rules of layers that may put out several tensors, of which one is used. They run the layer themselves."""
 SHOWN_POSITIONS = 64
 """At which `output_error` compares."""
 

@@ -97,11 +97,6 @@ def experts(call: LayerCall) -> LayerScores:
     return scores(product_N, call)
 
 
-def router(call: LayerCall) -> LayerScores:
-    """Routers: as linear layers, by the gradient of their logits."""
-    return linear(replace(call, delta=expert_rules.logits_delta(call)))
-
-
 def dots(first_NF: Tensor, second_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the inner products of rows of two matrices, added up in `dtype`, (positions,)."""
     if first_NF.dtype == dtype == second_NF.dtype:
@@ -121,7 +116,6 @@ PRODUCTS: dict[LayerRule, Callable[[LayerCall], LayerScores]] = {
     layer_rules.rms_norm: rms_norm,
     layer_rules.layer_norm: layer_norm,
     expert_rules.experts: experts,
-    expert_rules.router: router,
     low_rank.linear: factored_linear,
 }
 """The rules of other modules that give norms too, or that add them up row by row, and those for products alone."""

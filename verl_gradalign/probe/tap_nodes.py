@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 class Keep(torch.autograd.Function):
@@ -70,23 +71,15 @@ class Tap(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
-class TapAll(torch.autograd.Function):
-    """As `Tap`, on a layer's several outputs. Its backward hands (input, gradients, None where there is none) on."""
+class TapProduct(TorchFunctionMode):
+    """Puts a tap behind the linear products with a weight of this shape, while it is entered."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        layer_input: Tensor,
-        anchor: Tensor,
-        receive: Callable[[Tensor, tuple[Tensor | None, ...]], None],
-        *outputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(layer_input)
-        ctx.set_materialize_grads(False)
-        ctx.receive = receive
-        return tuple(output.detach() for output in outputs)
+    def __init__(self, shape: torch.Size, tap: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._shape, self._tap = shape, tap
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.receive(ctx.saved_tensors[0], grads)
-        return None, None, None, *grads
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        # Of the weight itself, or of a copy in another dtype.
+        is_one = function is torch.nn.functional.linear and len(args) > 1 and args[1].shape == self._shape
+        return self._tap(args[0], result) if is_one else result

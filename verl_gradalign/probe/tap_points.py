@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-import verl_gradalign.probe.expert_rules  # noqa: F401  (registers its rules)
+from verl_gradalign.probe.expert_rules import is_router
 from verl_gradalign.probe.fsdp import Placement, trainable_placements
 from verl_gradalign.probe.gradient import trainable_parameters
-from verl_gradalign.probe.layer_rules import BY_OUTPUTS, COVERED, OUTPUTS, SEVERAL_OUTPUTS, LayerRule, rule_of
+from verl_gradalign.probe.layer_rules import BY_OUTPUTS, COVERED, OUTPUTS, LayerRule, rule_of
 
 OWN_HOOKS = ("torch.distributed.", "transformers.", "peft.", "verl.")
 """Whose forward hooks on a layer leave its output's value as it is: FSDP2's, and those that open the graph."""
@@ -37,8 +37,8 @@ class TapPoint:
 
     is_given_all: bool = False
     """Whether the rule needs all that the layer was called with, and not its first argument alone."""
-    runs_layer: bool = False
-    """Whether the rule runs the layer itself, which may put out several tensors."""
+    is_inside: bool = False
+    """Whether the linear product in the layer is tapped, and not what the layer puts out: a router's logits."""
 
     @property
     def gives_gradient(self) -> bool:
@@ -70,7 +70,7 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
             uncovered += [f"{placement.name} ({kind})" for placement in missed]
         else:
             name = placements[0].name.rpartition(".")[0] or kind
-            flags = rule in BY_OUTPUTS, rule in OUTPUTS, rule in SEVERAL_OUTPUTS
+            flags = rule in BY_OUTPUTS, rule in OUTPUTS, is_router(module)
             points.append(TapPoint(name, module, rule, tuple(placements), *flags))
     if uncovered:
         first = ", ".join(uncovered[:5]) + (" and more" if len(uncovered) > 5 else "")

@@ -33,7 +33,7 @@ from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
 from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.tap_nodes import Keep, Tap, TapAll, keeper_of
+from verl_gradalign.probe.tap_nodes import Keep, Tap, TapProduct, keeper_of
 from verl_gradalign.probe.tap_points import REMEDY, TapPoint
 from verl_gradalign.probe.tied import TiedWeight
 
@@ -67,6 +67,7 @@ def tapped(
     handles += [
         point.module.register_forward_hook(partial(taps.verify, point), prepend=True, with_kwargs=True)
         for point in hooked
+        if not point.is_inside
     ]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -109,11 +110,15 @@ class Taps:
         self._scores: LayerScores | None = None
         self._seen: set[nn.Module] = set()
         self._verified: set[nn.Module] = set()
+        self._opened: list[TapProduct] = []
         self._errors: list[tuple[TapPoint, float, Tensor]] = []
         """Of layers' first outputs, each with what is allowed."""
 
     def register(self, point: TapPoint) -> list[RemovableHandle]:
         """Have the layer's output tapped, and a linear layer's input kept in front of it."""
+        if point.is_inside:
+            opened = point.module.register_forward_pre_hook(partial(self.open, point))
+            return [opened, point.module.register_forward_hook(self.close, always_call=True)]
         # First of all hooks: one that changes the output changes what follows the layer, not the layer. But behind
         # FSDP2's, which would take the opened graph of a frozen unit for one that needs its weights once more.
         is_first = not isinstance(point.module, FSDPModule)
@@ -174,52 +179,36 @@ class Taps:
         kept = Keep.apply(layer_input)  # type: ignore[no-untyped-call]
         return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): kept})
 
+    def open(self, point: TapPoint, module: nn.Module, _: Any) -> None:
+        """Have the linear product in the layer tapped from now on: a forward pre-hook."""
+        shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+        self._opened.append(TapProduct(shape, partial(self._tap_product, point)))
+        self._opened[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def close(self, *_: Any) -> None:
+        """End it: a forward hook that is called after exceptions too."""
+        self._opened.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _tap_product(self, point: TapPoint, layer_input: Tensor, output: Tensor) -> Tensor:
+        tapped: Tensor = self.tap(point, point.module, (layer_input,), {}, output)
+        return tapped
+
     def tap(self, point: TapPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the layer's output with a tap behind it: a forward hook."""
         # A layer checkpointed by the reentrant way runs without gradients here, and once more in its backward.
         if self.is_idle or not torch.is_grad_enabled():
             return output
         layer_input = _input(args, kwargs)
-        if isinstance(output, tuple):
-            return self._tap_all(point, layer_input, output, _further(args, kwargs))
-        self.passed = tuple(output.shape[:2])
+        if output.dim() > 2:  # what experts and routers are given has lost its lines
+            self.passed = tuple(output.shape[:2])
         if self._tied is not None and point is self._tied.embedding:
             self._tied.ids_N = layer_input.flatten()
         # The anchor opens the graph: without it nothing behind frozen weights requires a gradient.
         anchor = torch.empty(0, device=output.device, requires_grad=True)
         further = _further(args, kwargs) if point.is_given_all else ()
-        if point.runs_layer:
-            further = (None, *_further(args, kwargs))
         keeper, receive = keeper_of(layer_input), partial(self._receive, point, further)
         own = layer_input if keeper is None else None
         return Tap.apply(output, own, anchor, keeper, receive)  # type: ignore[no-untyped-call]
-
-    def _tap_all(
-        self, point: TapPoint, layer_input: Tensor, outputs: tuple[Any, ...], further: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        """Return a layer's outputs with a tap behind those that may have a gradient."""
-        places = [i for i, each in enumerate(outputs) if isinstance(each, Tensor) and each.is_floating_point()]
-        anchor = torch.empty(0, device=layer_input.device, requires_grad=True)
-        receive = partial(self._receive_one_of, point, places, further)
-        tapped = TapAll.apply(layer_input, anchor, receive, *(outputs[i] for i in places))  # type: ignore[no-untyped-call]
-        behind = dict(zip(places, tapped, strict=True))
-        return tuple(behind.get(i, each) for i, each in enumerate(outputs))
-
-    def _receive_one_of(
-        self,
-        point: TapPoint,
-        places: Sequence[int],
-        further: tuple[Any, ...],
-        layer_input: Tensor,
-        grads: Sequence[Tensor | None],
-    ) -> None:
-        """Add the part of a layer of whose outputs one is used."""
-        found = [(place, grad) for place, grad in zip(places, grads, strict=True) if grad is not None]
-        if len(found) != 1:
-            trouble = f"has gradients at {len(found)} of its outputs, and its rule is for one"
-            raise RuntimeError(f"{point.name} ({type(point.module).__name__}) {trouble}. {REMEDY}.")
-        ((place, delta),) = found
-        self._receive(point, (place, *further), layer_input, delta)
 
     def verify(
         self, point: TapPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -232,8 +221,6 @@ class Taps:
         if module in self._verified:
             return
         self._verified.add(module)
-        if point.runs_layer:
-            return
         if not isinstance(output, Tensor):
             trouble = f"puts out a {type(output).__name__}, not a tensor, so its gradient cannot be seen"
             raise RuntimeError(f"{point.name} ({type(module).__name__}) {trouble}. {REMEDY}.")

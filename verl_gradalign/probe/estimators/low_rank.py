@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe import expert_rules
+from verl_gradalign.probe import expert_rules, layer_rules
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
@@ -80,7 +80,7 @@ def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
 def low_rank_points(root: nn.Module) -> list[TapPoint]:
     """Return the taps of `ghost` with the rules of matrices replaced. Raises ValueError as `tap_points`."""
     rules = {nn.Linear: linear, nn.Embedding: embedding}
-    named: dict[LayerRule, LayerRule] = {expert_rules.experts: experts, expert_rules.router: router}
+    named: dict[LayerRule, LayerRule] = {expert_rules.experts: experts, layer_rules.linear: linear}
     points = []
     for point in tap_points(root):
         rule = next((rules[base] for base in type(point.module).__mro__ if base in rules), named.get(point.rule))
@@ -123,11 +123,6 @@ def experts(call: LayerCall) -> LayerScores:
             product_MK = (delta_MO @ left_OK) * (input_MI.to(delta_MO.dtype) @ right_IK)
             product_N.index_add_(0, part.position_M, product_MK.sum(-1, dtype=call.dtype))
     return _products_only(product_N, call)
-
-
-def router(call: LayerCall) -> LayerScores:
-    """Return the products of a router's weight, as a linear layer's."""
-    return linear(replace(call, delta=expert_rules.logits_delta(call)))
 
 
 def _products_only(product_N: Tensor, call: LayerCall) -> LayerScores:
