@@ -151,7 +151,7 @@ def separate(workplace: Workplace) -> Run:
 def separate_forecast(workplace: Workplace) -> tuple[Run, Run]:
     """Return a run that chooses by forecast beside a rollout of its own, and what went on from its checkpoint."""
     overrides = [
-        *gradalign("forecast", workplace.files, estimator="ghost"),
+        *gradalign("forecast", workplace.files, estimator="ghost", direction__train_on_trusted="false"),
         "gradalign.direction.refresh_interval=4",
         *SEPARATE,
         "trainer.v1.trainer_mode=gradalign_separate_async",
@@ -168,7 +168,7 @@ def asynchronous_forecast(workplace: Workplace) -> Run:
     """Return a run that chooses by forecast while earlier choices are still being answered."""
     return workplace.run(
         "async_forecast",
-        *gradalign("forecast", workplace.files),
+        *gradalign("forecast", workplace.files, direction__train_on_trusted="false"),
         "gradalign.direction.refresh_interval=4",
         "trainer.v1.trainer_mode=gradalign_colocate_async",
         "trainer.v1.colocate_async.num_warmup_batches=1",

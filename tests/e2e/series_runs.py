@@ -28,6 +28,7 @@ SCHEDULES = {
         "data.train_max_samples=18",
     ],
     "forecast": [
+        "gradalign.direction.train_on_trusted=false",
         "gradalign.direction.refresh_interval=4",
         "gradalign.direction.replay=2",
         "gradalign.forecast.features=[source,prompt,text]",

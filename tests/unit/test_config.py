@@ -87,6 +87,8 @@ def test_the_word_forecast_is_the_cheap_schedule():
         "update",
         "low_rank",
     )
+    assert config.direction.train_on_trusted and config.direction.refresh_interval == 20
+    assert config.direction.keeps_responses and config.oversample == 4
 
 
 def test_an_empty_mapping_with_a_trusted_set_gives_the_defaults():

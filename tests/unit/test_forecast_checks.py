@@ -19,6 +19,7 @@ from verl_gradalign.selection.scores import SCORES
 GOOD = (
     "+gradalign=forecast",
     "gradalign.validation.files=trusted.parquet",
+    "gradalign.direction.train_on_trusted=false",
     "algorithm.adv_estimator=grpo",
     "actor_rollout_ref.rollout.n=8",
     "actor_rollout_ref.actor.use_dynamic_bsz=true",

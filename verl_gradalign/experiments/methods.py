@@ -41,7 +41,7 @@ class Method:
 
 
 def _forecast(*overrides: str) -> Method:
-    return Method("forecast", ("gradalign.probe.rank=16", *overrides))
+    return Method("forecast", ("gradalign.probe.rank=16", "gradalign.direction.train_on_trusted=false", *overrides))
 
 
 METHODS: dict[str, Method] = {
