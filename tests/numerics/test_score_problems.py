@@ -138,9 +138,16 @@ def test_a_model_that_the_estimator_cannot_score_is_refused_before_any_pass(monk
         score_problems(finished(gpt2()), TRUSTED, CANDIDATES)
 
 
-def test_a_problem_larger_than_a_micro_batch_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="more than the 30 of a micro-batch"):
-        score_problems(model, TRUSTED, CANDIDATES, max_tokens=30)
+def test_problems_larger_than_a_micro_batch_run_in_several(model: nn.Module) -> None:
+    whole, cut = (score_problems(model, TRUSTED, CANDIDATES, max_tokens=n) for n in (16384, 30))
+    for name in ("dot_P", "norm_P", "response_derivative_PR"):
+        expected, found = getattr(whole, name), getattr(cut, name)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_a_response_larger_than_a_micro_batch_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="takes 7 positions, more than the 5 of a micro-batch"):
+        score_problems(model, TRUSTED, CANDIDATES, max_tokens=5)
 
 
 def test_a_problem_without_responses_scores_zero(model: nn.Module) -> None:
