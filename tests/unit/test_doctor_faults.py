@@ -135,7 +135,7 @@ CONFIGURATION = {
     "unknown engine": (["actor_rollout_ref.rollout.name=vlm"], ["actor_rollout_ref.rollout.name=vlm"], ["actor_rollout_ref.rollout.name=hf"]),
     "engine missing": (["actor_rollout_ref.rollout.name=sglang"], ["rollout.name=sglang"], ["actor_rollout_ref.rollout.name=hf"]),
     "temperature": (["actor_rollout_ref.rollout.temperature=0"], ["temperature"], ["actor_rollout_ref.rollout.temperature=1"]),
-    "three ranks": (["trainer.n_gpus_per_node=3"], ["ppo_mini_batch_size=4", "3 ranks"], None),
+    "three ranks": (["trainer.n_gpus_per_node=3"], ["ppo_mini_batch_size=4", "3 data-parallel ranks"], None),
     "an empty batch": (["data.train_batch_size=0"], ["data.train_batch_size=0"], []),
     "no response": (["data.max_response_length=0"], ["data.max_response_length=0"], []),
     "no steps": (["trainer.total_training_steps=0"], ["trainer.total_training_steps=0"], None),
