@@ -94,7 +94,7 @@ def test_ranks_that_have_slices_of_rows_find_the_scores_of_whole_ones(
         errors = largest_errors(case[name], {**expected, "derivative": None} if name == "backward" else expected)
         assert max(errors.values()) <= RTOL_FLOAT64, (name, errors)
         assert case[name]["ranks_agree"]
-    assert "(Linear) gives norms of rows that it sees whole" in case["own rule"]
+    assert "(Linear) gives norms of whole problems only" in case["own rule"]
     step = case["finite_difference"]
     assert ((values(step) - values(expected)).abs() <= MAX_STEP_ERROR * values(expected, "norm")).all()
     if model == "qwen3":
