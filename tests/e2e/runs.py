@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from verl_gradalign.experiments.metrics_file import read_metrics
 from verl_gradalign.log.selection_log import read_selection_log
 
 TIMEOUT_S = 500
+# verl looks for a free port and binds it seconds later, before anything is trained: the launch beside it may be faster.
+PORT_TAKEN = "EADDRINUSE"
 # Two launches on two cores: starting is mostly imports, on one thread of several processes.
 NUM_PLACES = 2
 # verl's default, which launches of their own have: runs of the series are compared with theirs.
@@ -90,9 +93,10 @@ class Workplace:
         folder = self.root / name
         folder.mkdir()
         command, environment = self.command(folder, *overrides, num_ranks=num_ranks, batched=batched)
-        done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        run = partial(subprocess.run, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = run(command, check=False)
+        if PORT_TAKEN in done.stdout + done.stderr:
+            done = run(command, check=False)
         output = done.stdout + done.stderr
         (folder / "run.log").write_text(output, encoding="utf-8")
         assert may_fail or done.returncode == 0, output[-6000:]

@@ -172,6 +172,8 @@ def series_runs(workplace: Workplace) -> dict[str, list[str]]:
             trusted_sets(workplace),
             "gradalign.direction.aggregation=per_problem_unit",
             "algorithm.adv_estimator=rloo",
+            "algorithm.rollout_correction.bypass_mode=false",
+            "algorithm.rollout_correction.rollout_is=sequence",
             TWO_STEPS,
         ],
         "reinforce": [

@@ -44,10 +44,11 @@ def test_grpo_without_std_and_steps_that_fall_back(series: dict[str, Run]) -> No
 
 
 def test_rloo_with_two_trusted_sets_of_which_one_fails(series: dict[str, Run]) -> None:
-    """The second set's rewards cannot be computed: another reward function would be needed."""
+    """The second set's rewards cannot be computed. A rollout correction finds rollout and actor to be of one mind."""
     run = series["rloo"]
     check(run)
     for metrics in run.steps:
+        assert metrics["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)
         assert metrics["gradalign/validation/failed"] == 8 and metrics["gradalign/validation/groups"] == 24
         assert metrics["gradalign/direction/good/norm"] > 0
         assert metrics["gradalign/direction/good/cosine"] == pytest.approx(1.0)

@@ -80,6 +80,15 @@ def test_what_is_of_each_group_alone_may_be_computed_apart(estimator):
     assert torch.allclose(apart_RT, together_RT, atol=1e-6) == (estimator not in OVER_ALL_ROWS)
 
 
+@pytest.mark.parametrize("estimator", sorted(BY_REWARDS | BY_MORE))
+def test_most_give_a_response_that_is_alone_its_reward_and_the_others_are_known(estimator):
+    found = asked(CONFIG, verl_config(estimator))
+    assert found.is_of_one == (estimator not in BY_MORE | {"grpo_passk", "rloo_vectorized"})
+    if found.is_of_one and found.is_of_each_group:
+        advantage_RT = compute_advantages(COLUMNS, [f"{uid}_0_0" for uid in "abcdef"], CONFIG, verl_config(estimator))
+        torch.testing.assert_close(advantage_RT, REWARD_R[:, None] * MASK_RT, rtol=1e-5, atol=1e-5)
+
+
 def test_gpg_is_the_centred_reward_times_one_number():
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("gpg"))
     centred_R = REWARD_R - torch.tensor([5 / 12, 2.5 / 3, 2.5 / 3, 5 / 12, 2.5 / 3, 5 / 12])

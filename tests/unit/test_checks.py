@@ -3,6 +3,7 @@
 
 import copy
 import json
+import logging
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,8 @@ GOOD = (
     "data.train_batch_size=16",
     "data.train_files=pool.parquet",
 )
+
+LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,10 @@ def test_a_good_configuration_passes(verl_config):
             False,
             {"reward.reward_model.enable": True, "trainer.v1.trainer_mode": "gradalign_colocate_async"},
         ),
-        ("actor_rollout_ref.rollout.n", 1, {}),
-        ("actor_rollout_ref.rollout.n", 1, {"gradalign.validation.n": 8}),
+        ("actor_rollout_ref.rollout.n", 1, {"gradalign.score": "learnalign"}),
+        ("actor_rollout_ref.rollout.n", 1, {"algorithm.adv_estimator": "grpo_passk", "gradalign.validation.n": 8}),
         ("actor_rollout_ref.rollout.n", 1, {"gradalign.advantage": "centred", "algorithm.adv_estimator": "gae"}),
-        ("gradalign.validation.n", 1, {}),
+        ("gradalign.validation.n", 1, {"gradalign.advantage": "centred"}),
         ("algorithm.filter_groups.enable", True, {"gradalign.schedule": "once", "gradalign.curriculum.keep": 0.5}),
         (
             "actor_rollout_ref.model.use_fused_kernels",
@@ -88,9 +91,9 @@ def test_a_good_configuration_passes(verl_config):
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "clip_cov", {}),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "sapo", {"gradalign.loss_agg_mode": "token-mean"}),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", {"gradalign.loss_agg_mode": "seq-mean-token-mean"}),
-        ("algorithm.rollout_correction.rollout_is", "token", {}),
-        ("algorithm.rollout_correction.rollout_rs", "seq_max_k2", {}),
-        ("algorithm.rollout_correction.rollout_is", "token", {"algorithm.rollout_correction.bypass_mode": True}),
+        ("algorithm.rollout_correction.rollout_is", "token", {"gradalign.score": "correlation"}),
+        ("algorithm.rollout_correction.rollout_rs", "token_k1", {"gradalign.score": "correlation"}),
+        (f"{LOSS}.rollout_correction.rollout_rs", "seq_max_k2", {f"{LOSS}.loss_mode": "bypass_mode"}),
         ("distillation.distillation_loss.use_task_rewards", False, {"distillation.enabled": True}),
         ("trainer.use_v1", False, {}),
         ("trainer.use_v1", False, {"gradalign.score": "random"}),
@@ -131,6 +134,15 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
         {"actor_rollout_ref.actor.policy_loss.loss_mode": "sapo"},
         {"actor_rollout_ref.actor.policy_loss.loss_mode": "clip_cov", "gradalign.loss_agg_mode": "token-mean"},
         {"algorithm.rollout_correction.rollout_is": "token", "gradalign.score": "accuracy_greedy"},
+        {"algorithm.rollout_correction.rollout_is": "token", "algorithm.rollout_correction.rollout_rs": "seq_max_k2"},
+        {"algorithm.rollout_correction.rollout_is": "token"},
+        {
+            "algorithm.rollout_correction.rollout_is": "sequence",
+            "algorithm.rollout_correction.rollout_rs": "seq_max_k2",
+            "gradalign.score": "correlation",
+        },
+        {"algorithm.adv_estimator": "rloo", "actor_rollout_ref.rollout.n": 1},
+        {"actor_rollout_ref.rollout.n": 1, "gradalign.validation.n": 8},
         {"algorithm.rollout_correction.bypass_mode": True},
         {"distillation.enabled": True, "distillation.distillation_loss.use_task_rewards": True},
         {
@@ -155,6 +167,21 @@ def test_what_cannot_be_exact_is_refused(verl_config, key, value, others):
 def test_the_remedies_pass(verl_config, changes):
     change(verl_config, changes)
     check(verl_config)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("algorithm.rollout_correction.bypass_mode", True), ("actor_rollout_ref.rollout.calculate_log_probs", False)],
+)
+def test_a_rollout_correction_that_training_does_not_make_is_said_to_have_no_effect(verl_config, key, value, caplog):
+    change(verl_config, {"algorithm.rollout_correction.rollout_is": "token", key: value})
+    with caplog.at_level(logging.WARNING):
+        check(verl_config)
+    assert "rollout_is=token has no effect" in caplog.text
+    caplog.clear()
+    change(verl_config, {key: not value})
+    check(verl_config)
+    assert "has no effect" not in caplog.text
 
 
 ENGINES = {"megatron": "megatron", "veomni": "veomni", "torchtitan": "torchtitan"}
@@ -189,7 +216,8 @@ def test_all_that_is_wrong_is_said_at_once_and_counted(verl_config):
             "trainer.v1.trainer_mode": "colocate_async",
             "distillation.enabled": True,
             "distillation.distillation_loss.use_task_rewards": False,
-            "algorithm.rollout_correction.rollout_is": "token",
+            f"{LOSS}.rollout_correction.rollout_is": "token",
+            f"{LOSS}.loss_mode": "bypass_mode",
         },
     )
     with pytest.raises(ValueError) as refusal:

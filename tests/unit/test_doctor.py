@@ -226,14 +226,14 @@ def test_a_reward_function_of_ones_own_that_is_not_written_yet_is_called_by_its_
 def test_all_that_is_wrong_is_found_at_once(command):
     found = errors(
         command(
-            "algorithm.rollout_correction.rollout_rs=seq_max_k2",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=clip_cov",
             f"{REFILLS}=true",
             "gradalign.oversample=60",
             "trainer.default_local_dir=/proc/run",
         )
     )
     text = " | ".join(f["message"] for f in found)
-    for key in ("rollout_rs", "sync_refill", "gradalign.oversample", "default_local_dir"):
+    for key in ("loss_mode", "sync_refill", "gradalign.oversample", "default_local_dir"):
         assert key in text
     assert len(found) == 4
 

@@ -15,10 +15,14 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_policy_loss_vanilla
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.workers.config import FSDPActorConfig
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import rollouts as groups
-from verl_gradalign.integration.rollouts import cancels, read_groups
+from verl_gradalign.integration.rollouts import cancels, needs_completion, read_groups, stored_rows
 from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
@@ -27,7 +31,7 @@ BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5, "response_len": 2}] * 4, par
 
 
 def nested(rows):
-    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
 
 
 @pytest.fixture
@@ -68,7 +72,10 @@ def verl_config(adv_estimator):
     return OmegaConf.create(
         {
             "algorithm": {"adv_estimator": adv_estimator, "gamma": 1.0, "lam": 1.0},
-            "actor_rollout_ref": {"rollout": {"n": 2}, "actor": {"loss_agg_mode": "token-mean"}},
+            "actor_rollout_ref": {
+                "rollout": {"n": 2, "calculate_log_probs": True},
+                "actor": {"loss_agg_mode": "token-mean"},
+            },
             "data": {"max_response_length": 8},
         }
     )
@@ -293,3 +300,96 @@ def test_rows_are_read_in_parts_where_advantages_are_of_each_group_alone(stored,
         stored.stored.clear()
         assert read_groups(PROBLEMS, BATCH, set(), config, verl_config(estimator)) == whole
         assert len(stored.stored) == num_parts
+
+
+CORRECTIONS = {
+    "token": {"rollout_is": "token", "rollout_is_threshold": 1.5},
+    "sequence": {"rollout_is": "sequence", "rollout_is_threshold": 2.0},
+    "both bounds": {"rollout_is": "token", "rollout_is_threshold": "0.8_1.25"},
+    "over all rows": {"rollout_is": "token", "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": True},
+    "masked tokens": {"rollout_rs": "token_k1", "rollout_rs_threshold": "0.7_1.4"},
+    "masked rows": {"rollout_rs": "seq_sum_k1", "rollout_rs_threshold": "0.6_1.6"},
+    "masked and weighted": {"rollout_is": "token", "rollout_rs": "seq_max_k2", "rollout_rs_threshold": 0.1},
+}
+
+
+def losses_derivative(columns, correction, loss_agg_mode, config):
+    """Return verl's own derivative of its loss by each token's log-prob, after its own correction and advantages."""
+    names = ("old_log_probs", "rollout_log_probs", "response_mask", "rm_scores")
+    rows = {name: torch.nested.to_padded_tensor(nested(list(columns[name].values())), 0) for name in names}
+    data = DataProto(batch=TensorDict(rows, batch_size=4))
+    data, _ = compute_rollout_correction_and_add_to_batch(data, OmegaConf.create(correction))
+    mask_RT, old_RT = data.batch["response_mask"], data.batch["old_log_probs"]
+    advantage_RT, _ = compute_grpo_outcome_advantage(data.batch["rm_scores"], mask_RT, np.array(["a", "a", "b", "b"]))
+    leaf_RT = old_RT.clone().requires_grad_()
+    weight_RT = data.batch.get("rollout_is_weights")
+    loss, _ = compute_policy_loss_vanilla(
+        old_RT, leaf_RT, advantage_RT, mask_RT, loss_agg_mode, config, rollout_is_weights=weight_RT
+    )
+    return torch.autograd.grad(loss, leaf_RT)[0]
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_coefficients_are_corrected_as_verls_loss_is(stored, name, loss_agg_mode):
+    """Up to a factor that all rows of a group share."""
+    torch.manual_seed(3)
+    stored.columns["rm_scores"]["b_1_0"] = torch.tensor([0.0, 0.25])
+    for column, spread in (("old_log_probs", 0.0), ("rollout_log_probs", 0.5)):
+        lengths = {key: len(mask) for key, mask in stored.columns["response_mask"].items()}
+        stored.columns[column] = {key: -1.0 + spread * torch.randn(n) for key, n in lengths.items()}
+    verl = verl_config("grpo")
+    verl.algorithm.rollout_correction = CORRECTIONS[name]
+    verl.actor_rollout_ref.actor.loss_agg_mode = loss_agg_mode
+    config = GradAlignConfig.from_mapping(SCORES["measured"])
+    found = read_groups(PROBLEMS, BATCH, set(), config, verl)
+    rows = dict(zip(KEYS, stored.stored[0]["fields"][groups.COEFFICIENTS].unbind(), strict=True))
+    actor = FSDPActorConfig(strategy="fsdp2", rollout_n=2, ppo_micro_batch_size_per_gpu=1, use_dynamic_bsz=True)
+    expected_RT = losses_derivative(stored.columns, CORRECTIONS[name], loss_agg_mode, actor)
+    for place, group in enumerate(found):
+        mine = torch.cat([rows[key] for key in KEYS[2 * place : 2 * place + 2]])
+        wanted = torch.cat([expected_RT[row][: len(rows[KEYS[row]])] for row in (2 * place, 2 * place + 1)])
+        assert group.is_live == bool(wanted.any()) == bool(mine.any())
+        torch.testing.assert_close(mine / mine.norm().clamp(min=1e-9), wanted / wanted.norm().clamp(min=1e-9))
+        # One coefficient of a response is known as such, so that its derivative is known by it.
+        for key, coefficient in zip(group.keys, group.coefficients, strict=True):
+            of_row = rows[key]
+            assert math.isnan(coefficient) or bool((of_row == coefficient).all())
+
+
+def test_weights_over_all_rows_are_computed_of_all_rows(stored, monkeypatch):
+    monkeypatch.setattr(groups, "ROWS_AT_ONCE", 1)
+    for column in ("old_log_probs", "rollout_log_probs"):
+        masks = stored.columns["response_mask"].items()
+        stored.columns[column] = {key: -mask.float() for key, mask in masks}
+    config, verl = GradAlignConfig.from_mapping(SCORES["measured"]), verl_config("grpo")
+    for name, num_parts in (("token", 2), ("over all rows", 1)):
+        verl.algorithm.rollout_correction = CORRECTIONS[name]
+        stored.stored.clear()
+        read_groups(PROBLEMS, BATCH, set(), config, verl)
+        assert len(stored.stored) == num_parts
+
+
+def test_the_actors_log_probs_are_asked_for_where_a_pass_of_ours_needs_them(stored):
+    """An update that measures its rows corrects them itself: the direction's are needed alone."""
+    config, verl = GradAlignConfig.from_mapping(SCORES["measured"]), verl_config("grpo")
+    verl.reward = {"reward_model": {"enable": False}}
+    assert not needs_completion(config, verl, is_scored=True)
+    verl.algorithm.rollout_correction = CORRECTIONS["token"]
+    assert needs_completion(config, verl, is_scored=True) and not needs_completion(config, verl, is_scored=False)
+    assert not needs_completion(GradAlignConfig.from_mapping({"score": "random"}), verl, is_scored=True)
+    taken = [PROBLEMS[0], replace(PROBLEMS[1], trusted_set="default")]
+    assert stored_rows(BATCH, taken, config).keys == KEYS
+    in_update = {"schedule": "forecast", "measure": "update", "score": "dot"}
+    config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}, **in_update})
+    assert stored_rows(BATCH, taken, config).keys == KEYS[2:]
+    # So candidates are read without them.
+    stored.columns["rollout_log_probs"] = {key: -mask.float() for key, mask in stored.columns["response_mask"].items()}
+    (group,) = read_groups(PROBLEMS[:1], BATCH, set(), config, verl)
+    assert group.is_live and not stored.stored
+    for key, value in (("bypass_mode", True), ("rollout_is", None)):
+        verl.algorithm.rollout_correction = {**CORRECTIONS["token"], key: value}
+        assert not needs_completion(config, verl, is_scored=True)
+    verl.algorithm.rollout_correction = CORRECTIONS["token"]
+    verl.actor_rollout_ref.rollout.calculate_log_probs = False
+    assert not needs_completion(config, verl, is_scored=True)

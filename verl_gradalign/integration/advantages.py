@@ -45,9 +45,11 @@ class Asked:
     rows."""
     is_of_each_response: bool = True
     """Whether all tokens of a response have the same."""
+    is_of_one: bool = False
+    """Whether a response that is alone in its group has an advantage too: in most functions its reward itself."""
 
 
-OF_CRITIC = Asked(is_of_each_group=False, is_of_each_response=False)
+OF_CRITIC = Asked(is_of_each_group=False, is_of_each_response=False, is_of_one=True)
 CENTRED = Asked()
 
 
@@ -75,7 +77,7 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
     reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
     keys = [f"{uid}_{k}_0" for uid in "ab" for k in range(3)]
 
-    def of_rows(rows: slice) -> Tensor:
+    def of_rows(rows: slice, keys: Sequence[str] = keys) -> Tensor:
         columns = {"response_mask": mask_RT[rows], "rm_scores": reward_RT[rows]}
         return verl_advantages(columns, keys[rows], verl_config)
 
@@ -87,7 +89,12 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
     if not advantage_RT.isfinite().all():
         return Asked(lacks="verl's function gives numbers that are not finite")
     is_one_R = (advantage_RT == advantage_RT[:, :1]).all(dim=1)
-    return Asked(None, torch.allclose(apart_RT, advantage_RT), bool(is_one_R.all()))
+    try:
+        lone_RT = of_rows(slice(None), [f"{uid}_0_0" for uid in "abcdef"])
+        is_of_one = bool(lone_RT.isfinite().all() and lone_RT.any())
+    except Exception:
+        is_of_one = False
+    return Asked(None, torch.allclose(apart_RT, advantage_RT), bool(is_one_R.all()), is_of_one)
 
 
 def uses_critic(config: GradAlignConfig, verl_config: DictConfig) -> bool:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
-from verl_gradalign.integration.advantages import GAE, asked, check_advantages, scored_advantage, uses_critic
+from verl_gradalign.integration.advantages import asked, check_advantages, uses_critic
 from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
@@ -26,6 +26,7 @@ from verl_gradalign.integration.requests import (
     takes_sketch,
     token_budget,
 )
+from verl_gradalign.integration.rollout_correction import correction_of, differs_in_response
 from verl_gradalign.integration.storage import check_storage
 from verl_gradalign.integration.trainer_modes import OLD_TRAINER, OWN_MODES, SEPARATE, foreign_mode
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 ENGINES = ("fsdp", "fsdp2")
 GRADIENT_FREE = ("accuracy_greedy", "accuracy_band", "random")
 """Scores that ask nothing of the actor."""
+OF_LEARNABILITY = ("learnalign", "cosine_learnability")
 
 
 def read_config(verl_config: DictConfig) -> GradAlignConfig:
@@ -212,6 +214,12 @@ def _check_advantages_of_tokens(config: GradAlignConfig, verl_config: DictConfig
         why = f"tokens of one response have different advantages, and score {config.score} needs one for each"
         remedy = "set gradalign.advantage=centred to score with reward minus group mean"
         refuse("algorithm.adv_estimator", verl_config.algorithm.adv_estimator, why, remedy)
+    if differs_in_response(verl_config) and score_of(config.score).needs_response_derivatives:
+        correction = verl_config.algorithm.rollout_correction
+        name = "rollout_is" if correction.get("rollout_is") == "token" else "rollout_rs"
+        why = f"tokens of one response have different weights, and score {config.score} needs one for each"
+        remedy = "correct by sequence, as rollout_is=sequence does, or use gradalign.score=cosine or dot"
+        refuse(f"algorithm.rollout_correction.{name}", correction[name], why, remedy)
 
 
 def _check_resampling(config: GradAlignConfig, verl_config: DictConfig) -> None:
@@ -222,17 +230,20 @@ def _check_resampling(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 def _check_group_size(config: GradAlignConfig, verl_config: DictConfig) -> None:
     rollout_n = verl_config.actor_rollout_ref.rollout.n
-    is_groupwise = verl_config.algorithm.adv_estimator not in (GAE, "reinforce_plus_plus")
-    is_groupwise = is_groupwise or scored_advantage(config, verl_config) == "centred"
     n_trusted = min((s.n or rollout_n for s in config.validation.trusted_sets()), default=rollout_n)
+    why = None
+    if config.score in OF_LEARNABILITY:
+        why = f"score {config.score} multiplies by p(1-p), which is 0 of a single response"
+    elif not asked(config, verl_config).is_of_one:
+        why = "a group of one has no group-relative advantage"
     for key, n in (("actor_rollout_ref.rollout.n", rollout_n), ("gradalign.validation.n", n_trusted)):
-        if is_groupwise and n < 2:
-            refuse(key, n, "a group of one has no group-relative advantage", f"set {key}=8 or more")
+        if n < 2 and why is not None:
+            refuse(key, n, why, f"set {key}=8 or more")
 
 
 def _check_loss(config: GradAlignConfig, verl_config: DictConfig) -> None:
     actor = verl_config.actor_rollout_ref.actor
-    mode, modes, wanted = loss_mode_of(actor), matching_modes(actor), config.loss_agg_mode
+    mode, modes, wanted = loss_mode_of(actor), matching_modes(verl_config), config.loss_agg_mode
     if wanted in modes or (wanted is None and modes):  # unnamed, scores take the loss's own (`loss_weights`)
         return
     key = "actor_rollout_ref.actor.policy_loss.loss_mode"
@@ -246,13 +257,22 @@ def _check_loss(config: GradAlignConfig, verl_config: DictConfig) -> None:
 
 
 def _check_rollout_correction(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    """`bypass_mode` alone stands: it takes the rollout's log-probs for the old ones, and the ratio for 1 as we do."""
-    correction = verl_config.algorithm.get("rollout_correction") or {}
+    """In `bypass_mode` verl takes the rollout's log-probs for the old ones, and the ratio for 1 as we do."""
+    algorithms = verl_config.algorithm.get("rollout_correction") or {}
+    losses = OmegaConf.select(verl_config, "actor_rollout_ref.actor.policy_loss.rollout_correction") or {}
+    is_read_by_loss = loss_mode_of(verl_config.actor_rollout_ref.actor) == "bypass_mode"
     for name in ("rollout_is", "rollout_rs"):
-        if correction.get(name):
-            why = "training weighs or masks tokens by how far rollout and actor differ, and scores do not"
-            remedy = f"use a score without gradients, such as gradalign.score={GRADIENT_FREE[0]}, or set it to null"
-            refuse(f"algorithm.rollout_correction.{name}", correction[name], why, remedy)
+        if is_read_by_loss and losses.get(name):
+            why = "the loss itself weighs or masks tokens while the policy moves, and scores do not"
+            remedy = "set it to null, or use gradalign.score=random to train without selection"
+            refuse(f"actor_rollout_ref.actor.policy_loss.rollout_correction.{name}", losses[name], why, remedy)
+        if algorithms.get(name) and correction_of(verl_config) is None:
+            logger.warning(
+                "algorithm.rollout_correction.%s=%s has no effect in verl's v1 trainer, and none on scores: it wants "
+                "algorithm.rollout_correction.bypass_mode=False and actor_rollout_ref.rollout.calculate_log_probs=True",
+                name,
+                algorithms[name],
+            )
 
 
 def _check_distillation(_: GradAlignConfig, verl_config: DictConfig) -> None:

@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.config import omega_conf_to_dataclass
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration.rollout_correction import correction_of
 from verl_gradalign.probe.objective import LOSS_AGG_MODES, token_coefficients
 
 PLAIN = "vanilla"
@@ -30,20 +31,22 @@ def loss_mode_of(actor: DictConfig) -> str:
     return str((actor.get("policy_loss") or {}).get("loss_mode") or PLAIN)
 
 
-def loss_weights(config: GradAlignConfig, actor: DictConfig) -> str:
+def loss_weights(config: GradAlignConfig, verl_config: DictConfig) -> str:
     """Return the loss_agg_mode by which scores weigh tokens: the configured one, else the policy loss's own."""
     if config.loss_agg_mode is not None:
         return config.loss_agg_mode
-    modes, named = matching_modes(actor), str(actor.loss_agg_mode)
+    modes, named = matching_modes(verl_config), str(verl_config.actor_rollout_ref.actor.loss_agg_mode)
     return named if named in modes or not modes else modes[0]
 
 
-def matching_modes(actor: DictConfig) -> list[str]:
+def matching_modes(verl_config: DictConfig) -> list[str]:
     """Return the values of loss_agg_mode whose token coefficients the policy loss has, up to a constant factor.
 
+    Where a rollout correction weighs tokens, each coefficient is multiplied by its token's weight, or there is none.
     None for a loss that draws at random, or that asks for more than verl's vanilla loss is given.
     Source: the losses of verl.trainer.ppo.core_algos, called as verl.workers.utils.losses.ppo_loss does.
     """
+    actor = verl_config.actor_rollout_ref.actor
     if loss_mode_of(actor) == PLAIN:
         return [str(actor.loss_agg_mode)]
     generator = torch.Generator().manual_seed(0)
@@ -51,24 +54,35 @@ def matching_modes(actor: DictConfig) -> list[str]:
     # Large, so that a loss which treats outliers apart meets some.
     advantage_RT = 3 * torch.randn(len(LENGTHS), 1, generator=generator, dtype=torch.float64) * mask_RT
     log_prob_RT = -6 * torch.rand(mask_RT.shape, generator=generator, dtype=torch.float64) * mask_RT
+    correction = correction_of(verl_config)
+    is_weighted = correction is not None and bool(correction.get("rollout_is"))
+    weight_RT = 0.5 + torch.rand(mask_RT.shape, generator=generator, dtype=torch.float64) if is_weighted else None
     config: Any = omega_conf_to_dataclass(actor)
     config.global_batch_info.update(loss_scale_factor=config.loss_scale_factor)
     loss_fn = get_policy_loss_fn(loss_mode_of(actor))
     try:
         # A loss that draws at random must not draw from what the run draws from.
         with torch.random.fork_rng(devices=[]):
-            first_RT, second_RT = (_derivative(loss_fn, config, log_prob_RT, advantage_RT, mask_RT) for _ in range(2))
+            first_RT, second_RT = (
+                _derivative(loss_fn, config, log_prob_RT, advantage_RT, mask_RT, weight_RT) for _ in range(2)
+            )
     except Exception:  # a loss of a user's own may want anything
         return []
     if not torch.equal(first_RT, second_RT):
         return []
     scale = float(max(LENGTHS))
-    wanted = {mode: token_coefficients(advantage_RT, mask_RT, mode, scale) for mode in LOSS_AGG_MODES}
+    weighted_RT = advantage_RT if weight_RT is None else advantage_RT * weight_RT
+    wanted = {mode: token_coefficients(weighted_RT, mask_RT, mode, scale) for mode in LOSS_AGG_MODES}
     return [mode for mode, coefficient_RT in wanted.items() if _are_parallel(first_RT, coefficient_RT)]
 
 
 def _derivative(
-    loss_fn: Callable[..., tuple[Tensor, Any]], config: Any, log_prob_RT: Tensor, advantage_RT: Tensor, mask_RT: Tensor
+    loss_fn: Callable[..., tuple[Tensor, Any]],
+    config: Any,
+    log_prob_RT: Tensor,
+    advantage_RT: Tensor,
+    mask_RT: Tensor,
+    weight_RT: Tensor | None,
 ) -> Tensor:
     """Return the policy loss's derivative by each token's log-probability, at the policy that sampled."""
     leaf_RT = log_prob_RT.clone().requires_grad_()
@@ -79,7 +93,7 @@ def _derivative(
         response_mask=mask_RT.bool(),
         loss_agg_mode=config.loss_agg_mode,
         config=config,
-        rollout_is_weights=None,
+        rollout_is_weights=weight_RT,
     )
     return torch.autograd.grad(loss, leaf_RT)[0]
 

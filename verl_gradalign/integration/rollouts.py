@@ -18,6 +18,7 @@ from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.advantages import asked, compute_advantages, needs_values
 from verl_gradalign.integration.engine import COEFFICIENTS
 from verl_gradalign.integration.policy_loss import loss_weights
+from verl_gradalign.integration.rollout_correction import correct, correction_of, is_over_all_rows
 from verl_gradalign.probe.objective import response_weights
 from verl_gradalign.selection.groups import (
     NON_FINITE,
@@ -59,14 +60,22 @@ def read_groups(
     tags = dict(zip(batch.keys, batch.tags, strict=True))
     groups = [_unread(p, by_uid.get(p.uid, []), tags, p.uid not in by_uid or p.uid in failed) for p in problems]
     is_measured = is_scored and score_of(config.score).needs_gradients
-    # An update that measures weighs its rows itself; trusted ones are read by a pass of ours all the same.
-    is_stored = is_measured and (not config.measures_in_update or problems[0].trusted_set is not None)
-    at_once = ROWS_AT_ONCE if not is_measured or asked(config, verl_config).is_of_each_group else len(batch.keys)
+    is_stored = is_measured and is_read_by_a_pass(problems[0], config)
+    is_of_each_group = asked(config, verl_config).is_of_each_group and not is_over_all_rows(verl_config)
+    at_once = ROWS_AT_ONCE if not is_measured or is_of_each_group else len(batch.keys)
     read: dict[str, Group] = {}
     for some in _parts([group for group in groups if not group.is_failed], at_once):
         of_some = _read_together(some, batch.partition_id, config, verl_config, is_measured, is_stored)
         read |= {group.problem.uid: group for group in of_some}
     return [read.get(group.problem.uid, group) for group in groups]
+
+
+def is_read_by_a_pass(problem: Problem, config: GradAlignConfig) -> bool:
+    """Return whether a pass of ours reads the problem's rows, by coefficients that are stored beside them.
+
+    An update that measures weighs its rows itself; the direction is made of trusted ones by a pass all the same.
+    """
+    return not config.measures_in_update or problem.trusted_set is not None
 
 
 def _parts(groups: Sequence[Group], max_rows: int) -> Iterator[list[Group]]:
@@ -93,7 +102,9 @@ def _read_together(
 ) -> list[Group]:
     """Return some groups as they are read; see `read_groups`."""
     usable = {group.problem.uid: list(group.keys) for group in groups}
+    correction = correction_of(verl_config) if is_stored else None
     fields = ["rm_scores", "response_mask", "input_ids", *_read_by_the_loss(config, verl_config, is_measured)]
+    fields += ["old_log_probs"] if correction else []
     usable, data, failures = _finite_rows(partition_id, usable, fields)
     groups = [_failing(group, failures.get(group.problem.uid)) for group in groups]
     if data is None:
@@ -106,10 +117,15 @@ def _read_together(
     live: set[str] | None = None
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
+        mask_RT, weight_RT = padded["response_mask"].bool(), None
+        if correction:
+            padded["response_mask"], weight_RT = correct(padded, correction)
         advantage_RT = compute_advantages(padded, keys, config, verl_config)
+        if weight_RT is not None:
+            advantage_RT = advantage_RT * weight_RT
         coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, ids_of, config, verl_config)
         groups = [_failing(group, NON_FINITE if group.problem.uid in odd else None) for group in groups]
-        uniform = dict(zip(keys, _uniform(advantage_RT, coefficient_RT, padded["response_mask"].bool()), strict=True))
+        uniform = dict(zip(keys, _uniform(advantage_RT, coefficient_RT, mask_RT), strict=True))
         if is_stored:
             column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
             tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=TensorDict(column, len(keys)))
@@ -221,10 +237,21 @@ def read_step(
 
 
 def needs_completion(config: GradAlignConfig, verl_config: DictConfig, is_scored: bool) -> bool:
-    """Return whether rows lack what is read of them: a colocated reward model's rewards, or a critic's values."""
+    """Return whether rows lack what is read of them: a colocated reward model's rewards, values, log-probs."""
     reward_model = verl_config.reward.reward_model
     is_colocated = reward_model.enable and not reward_model.enable_resource_pool
-    return is_colocated or (is_scored and needs_values(config, verl_config))
+    return is_colocated or (is_scored and (needs_values(config, verl_config) or needs_log_probs(config, verl_config)))
+
+
+def needs_log_probs(config: GradAlignConfig, verl_config: DictConfig) -> bool:
+    """Return whether the coefficients of rows need the actor's log-probs, which training corrects the rollout's by."""
+    return score_of(config.score).needs_gradients and correction_of(verl_config) is not None
+
+
+def stored_rows(batch: KVBatchMeta, problems: Sequence[Problem], config: GradAlignConfig) -> KVBatchMeta:
+    """Return the rows of those of the problems that a pass of ours reads."""
+    uids = {problem.uid for problem in problems if is_read_by_a_pass(problem, config)}
+    return batch.select_keys([key for uid, keys in keys_by_uid(batch.keys).items() if uid in uids for key in keys])
 
 
 def keep_rows(batch: KVBatchMeta, groups: Sequence[Group], num_sessions: int) -> KVBatchMeta:
@@ -282,7 +309,7 @@ def _coefficients(
     coefficients of zero, and so have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
-    mode = loss_weights(config, actor)
+    mode = loss_weights(config, verl_config)
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
     mask_RT = padded["response_mask"].bool()
     gain_RT = -advantage_RT.masked_fill(~mask_RT, 0.0)
@@ -323,6 +350,8 @@ def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, 
     Rows are split over ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
     """
     keys = set(batch.keys)
+    if not batch.keys:
+        return
     # Of all ranks: a critic's may have slices of rows where the actor's have whole ones, or the other way round.
     num_ranks = len(workers._query_dispatch_info("actor"))
     whole = replace(batch, keys=list(batch.keys), tags=list(batch.tags))

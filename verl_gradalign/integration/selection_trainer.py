@@ -29,7 +29,15 @@ from verl_gradalign.integration.model_check import check_model
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, joined, problems_of
 from verl_gradalign.integration.requests import row_use
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
-from verl_gradalign.integration.rollouts import keep_rows, needs_completion, on_all_ranks, read_responses, read_step
+from verl_gradalign.integration.rollouts import (
+    keep_rows,
+    needs_completion,
+    needs_log_probs,
+    on_all_ranks,
+    read_responses,
+    read_step,
+    stored_rows,
+)
 from verl_gradalign.integration.sampler import GradAlignAsyncSampler, GradAlignSampler, use_own_sampler
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.integration.worker import GradAlignWorker, use_own_workers
@@ -233,7 +241,7 @@ class SelectionTrainer(MeasuringTrainer):
         config, is_scored = self.gradalign, self._draw.is_scored
         if batch.keys and needs_completion(config, self.config, is_scored):
             self.free_rollout()
-            self._complete(batch)
+            self._complete(batch, taken)
         return read_step(taken, batch, failed, config, self.config, is_scored)
 
     def _select(
@@ -277,13 +285,16 @@ class SelectionTrainer(MeasuringTrainer):
         trained = set(self._curriculum.keep(step, best_first))
         return [group for group in kept if group.problem.problem_id in trained]
 
-    def _complete(self, batch: KVBatchMeta) -> None:
-        """Add rewards of a colocated reward model, and a critic's values, to the rows of all candidates."""
+    def _complete(self, batch: KVBatchMeta, taken: Sequence[Problem]) -> None:
+        """Add what is read of rows and not there yet: rewards of a colocated model, values, the actor's log-probs."""
         if self.reward_loop_manager.reward_loop_worker_handles is None:
             super()._compute_reward_colocate(batch)
             self._rewarded = set(batch.keys)
         if self.use_critic:
             on_all_ranks(batch, super()._compute_values, self.actor_rollout_wg, self.tokenizer.eos_token_id)
+        if self._draw.is_scored and needs_log_probs(self.gradalign, self.config):
+            rows = stored_rows(batch, taken, self.gradalign)
+            on_all_ranks(rows, super()._compute_old_log_prob, self.actor_rollout_wg, self.tokenizer.eos_token_id)
 
     def _compute_reward_colocate(self, batch: KVBatchMeta, metrics: dict[str, Any] | None = None) -> KVBatchMeta:
         """Rewards that were computed before the selection are not computed again."""
