@@ -18,6 +18,8 @@ from tests.distributed.setups import build_models, oracle_scores, reference_mode
 
 TIMEOUT_S = 540  # measured 120 s on two shared cores
 WORLD_SIZES = (1, 2)
+LARGE_GROUPS = (4, 8)
+"""Processes of groups that run a few cases only, in the nightly tests."""
 REPOSITORY = Path(__file__).parents[2]
 
 RunGroup = Callable[[int], dict[str, Any]]
@@ -39,10 +41,7 @@ def run_group(root: Path) -> Iterator[RunGroup]:
     @cache
     def results_of(world_size: int) -> dict[str, Any]:
         """Return {case: what it measured} of the group of `world_size` processes."""
-        codes = [process.wait(timeout=TIMEOUT_S) for process in groups[world_size]]
-        logs = "\n".join((root / f"log-{world_size}-{rank}").read_text()[-3000:] for rank in range(world_size))
-        assert not any(codes), logs
-        return json.loads((root / f"results-{world_size}.json").read_text())
+        return _results_of(root, groups[world_size])
 
     yield results_of
     for process in (process for group in groups.values() for process in group):
@@ -50,7 +49,21 @@ def run_group(root: Path) -> Iterator[RunGroup]:
         process.wait()
 
 
-def _start_group(root: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+@pytest.fixture(scope="session")
+def run_large(root: Path) -> RunGroup:
+    """Return what runs the cases of large problems, and no others, with a group of so many processes."""
+    return cache(lambda world_size: _results_of(root, _start_group(root, world_size, "large-")))
+
+
+def _results_of(root: Path, group: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+    """Wait for a group of processes, and return {case: what it measured}."""
+    codes, world_size = [process.wait(timeout=TIMEOUT_S) for process in group], len(group)
+    logs = "\n".join((root / f"log-{world_size}-{rank}").read_text()[-3000:] for rank in range(world_size))
+    assert not any(codes), logs
+    return json.loads((root / f"results-{world_size}.json").read_text())
+
+
+def _start_group(root: Path, world_size: int, *cases: str) -> list[subprocess.Popen[bytes]]:
     environment = {
         **os.environ,
         "VERL_PLATFORM": "cpu",
@@ -60,7 +73,7 @@ def _start_group(root: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
     }
     processes = []
     for rank in range(world_size):
-        command = [sys.executable, "-m", "tests.distributed.fsdp_cases", str(rank), str(world_size), str(root)]
+        command = [sys.executable, "-m", "tests.distributed.fsdp_cases", str(rank), str(world_size), str(root), *cases]
         with (root / f"log-{world_size}-{rank}").open("w") as stream:
             processes.append(
                 subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=subprocess.STDOUT)

@@ -51,6 +51,7 @@ from tests.distributed.setups import (
     Setup,
     exact_setups,
     neutral_setups,
+    numbers_of_large,
 )
 from tests.distributed.ulysses import measure_ulysses
 from tests.distributed.update_rows import update_setups
@@ -126,7 +127,8 @@ def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
 def measure_large(root: Path, strategy: str) -> dict[str, Any]:
     """Return scores of problems of ten micro-batches each, and what they took on this rank."""
     engine, measured = build_engine(root, Setup(strategy, "qwen2")), {}
-    for number in (2, len(TEN_EACH)):
+    numbers = numbers_of_large(dist.get_world_size())
+    for number in numbers:
         with scoring(engine, TEN_EACH[:number], "ghost", TWO_RESPONSES) as call:
             direction = call.direction()
             call.score(direction)  # finds out, once, how the model's logits are made
@@ -135,7 +137,7 @@ def measure_large(root: Path, strategy: str) -> dict[str, Any]:
                     scores = call.score(direction)
             measured[f"{number}"] = report(scores)
             measured[f"passes {number}"], measured[f"collectives {number}"] = forward.call_count, counter.counts.total()
-    measured["backward"] = score(engine, "backward", TWO_RESPONSES, candidates=TEN_EACH)
+    measured["backward"] = score(engine, "backward", TWO_RESPONSES, candidates=TEN_EACH[: numbers[-1]])
     return measured
 
 

@@ -57,9 +57,17 @@ TRUSTED_CONFIGS = {
     "units": DirectionConfig(aggregation="per_problem_unit"),
     "metric": DirectionConfig(metric="candidates"),
 }
-TEN_EACH = [draw_problem([15 + (i + k) % 2 for k in range(20)], 80 + i) for i in range(4)]
+TEN_EACH = [draw_problem([15 + (i + k) % 2 for k in range(20)], 80 + i) for i in range(16)]
 """Problems of ten micro-batches of two responses each."""
 TWO_RESPONSES = 2 * max(row.num_tokens for problem in TEN_EACH for row in problem)
+
+
+def numbers_of_large(world_size: int) -> tuple[int, int]:
+    """Return how many of TEN_EACH a group of processes scores at a time, twice: as many as share out evenly."""
+    first = max(2, world_size)
+    return first, 2 * first
+
+
 MANY = [draw_problem([1 + (5 * i + 3 * k) % 9 for k in range(1 + i % 4)], 40 + i) for i in range(28)]
 """Enough problems for a rank correlation."""
 

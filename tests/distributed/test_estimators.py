@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.comparison import case_of, largest_errors
-from tests.distributed.conftest import Oracle, RunGroup
+from tests.distributed.conftest import LARGE_GROUPS, Oracle, RunGroup
 from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
@@ -21,6 +21,7 @@ from tests.distributed.setups import (
     STRATEGIES,
     TRAINED,
     TRUSTED,
+    numbers_of_large,
     oracle_scores,
     reference_model,
 )
@@ -172,15 +173,27 @@ def test_oversized_problems_are_scored_exactly_and_the_canary_finds_nothing(
 def test_problems_of_many_micro_batches_are_shared_by_the_ranks_whole(
     results: dict[str, Any], world_size: int, strategy: str
 ) -> None:
-    case = case_of(results, f"large-{strategy}")
-    for number in (2, 4):
+    check_large(case_of(results, f"large-{strategy}"), world_size)
+
+
+@pytest.mark.nightly  # a group of eight takes minutes to start on a small machine
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("world_size", LARGE_GROUPS, ids=str)
+def test_more_ranks_share_them_too(run_large: RunGroup, world_size: int, strategy: str) -> None:
+    check_large(case_of(run_large(world_size), f"large-{strategy}"), world_size)
+
+
+def check_large(case: dict[str, Any], world_size: int) -> None:
+    """Scores are those of `backward`, by no more passes and collectives than there must be."""
+    numbers = numbers_of_large(world_size)
+    for number in numbers:
         assert case[f"passes {number}"] == 10 * number / world_size
         scores = case[f"{number}"]
         for key in ("dot", "norm"):
             error_P = (values(scores, key) - values(case["backward"], key)[:number]).abs()
             assert (error_P <= RTOL_FLOAT64 * values(case["backward"], "norm")[:number]).all(), error_P
         assert scores["ranks_agree"] and not values(scores, "derivative").isnan().any()
-    per_pass = [case[f"collectives {number}"] / case[f"passes {number}"] for number in (2, 4)]
+    per_pass = [case[f"collectives {number}"] / case[f"passes {number}"] for number in numbers]
     assert per_pass[1] <= per_pass[0]
 
 
