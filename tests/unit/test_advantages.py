@@ -89,6 +89,18 @@ def test_most_give_a_response_that_is_alone_its_reward_and_the_others_are_known(
         torch.testing.assert_close(advantage_RT, REWARD_R[:, None] * MASK_RT, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", sorted(BY_REWARDS | BY_MORE))
+def test_what_is_of_a_responses_reward_alone_is_known(estimator):
+    """OPO weighs by lengths; others average over the tokens of all rows."""
+    config = verl_config(estimator)
+    is_of_sums = estimator not in {"opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+    assert asked(CONFIG, config).is_of_sums == (is_of_sums and estimator not in BY_MORE)
+    columns = {"rm_scores": REWARD_R[:, None], "response_mask": torch.ones(6, 1, dtype=torch.int64)}
+    one_R1 = compute_advantages(columns, KEYS, CONFIG, config)
+    whole_RT = compute_advantages(COLUMNS, KEYS, CONFIG, config) * MASK_RT
+    assert torch.equal(one_R1 * MASK_RT, whole_RT) == is_of_sums
+
+
 def test_gpg_is_the_centred_reward_times_one_number():
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("gpg"))
     centred_R = REWARD_R - torch.tensor([5 / 12, 2.5 / 3, 2.5 / 3, 5 / 12, 2.5 / 3, 5 / 12])

@@ -21,6 +21,7 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.workers.config import FSDPActorConfig
 
 from verl_gradalign.config import GradAlignConfig
+from verl_gradalign.integration import advantages
 from verl_gradalign.integration import rollouts as groups
 from verl_gradalign.integration.rollouts import cancels, needs_completion, read_groups, stored_rows
 from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
@@ -129,7 +130,7 @@ def test_a_row_whose_tokens_differ_has_no_advantage_of_its_own(stored, monkeypat
     values = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 1.0], [0.5, 0.0, 0.0], [0.3, 0.3, 0.0]])
     monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
-    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("reinforce_plus_plus"))
     assert math.isnan(a.advantages[0]) and a.advantages[1] == 1.0
     assert math.isnan(a.coefficients[0]) and a.coefficients[1] == pytest.approx(-0.2)
     assert sorted(b.advantages) == pytest.approx([0.3, 0.5])
@@ -251,7 +252,7 @@ def test_an_advantage_that_is_not_finite_fails_its_group(stored, monkeypatch):
     values = torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, -1.0], [math.nan, 0.0, 0.0], [0.3, 0.3, 0.0]])
     monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping(SCORES["measured"])
-    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("reinforce_plus_plus"))
     assert b.is_failed and b.failure == "non_finite" and not b.is_live and a.is_live
     rows = list(stored.stored[0]["fields"][groups.COEFFICIENTS].unbind())
     assert not rows[2].any() and not rows[3].any() and rows[0].any()
@@ -288,6 +289,20 @@ def test_equal_responses_with_unequal_rewards_have_no_gradient():
     assert cancels(["one", "one", "one", "one"], coefficients)
     assert not cancels(["one", "one", "one", "two"], coefficients)
     assert cancels(["one", "two", "one", "two"], torch.tensor([[0.5], [0.5], [-0.5], [-0.5]]))
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "grpo_passk"])
+def test_one_token_stands_for_all_where_advantages_are_of_rewards_alone(stored, monkeypatch, estimator):
+    """To the bit: also where the loss masks tokens, or all of them."""
+    stored.columns["response_mask"] |= {"a_1_0": torch.tensor([0, 1, 0]), "b_0_0": torch.tensor([0])}
+    stored.columns["rm_scores"]["b_0_0"] = torch.tensor([0.5])
+    config, verl = GradAlignConfig.from_mapping(SCORES["measured"]), verl_config(estimator)
+    assert advantages.asked(config, verl).is_of_sums
+    short = read_groups(PROBLEMS, BATCH, set(), config, verl)
+    monkeypatch.setattr(groups, "asked", lambda *_: replace(advantages.asked(config, verl), is_of_sums=False))
+    assert read_groups(PROBLEMS, BATCH, set(), config, verl) == short and short[0].is_live
+    first, second = (call["fields"][groups.COEFFICIENTS] for call in stored.stored)
+    assert torch.equal(first.offsets(), second.offsets()) and torch.equal(first.values(), second.values())
 
 
 def test_rows_are_read_in_parts_where_advantages_are_of_each_group_alone(stored, monkeypatch):

@@ -45,12 +45,14 @@ class Asked:
     rows."""
     is_of_each_response: bool = True
     """Whether all tokens of a response have the same."""
+    is_of_sums: bool = False
+    """Whether it sees the sum of a response's rewards alone, so that one token may stand for all."""
     is_of_one: bool = False
     """Whether a response that is alone in its group has an advantage too: in most functions its reward itself."""
 
 
 OF_CRITIC = Asked(is_of_each_group=False, is_of_each_response=False, is_of_one=True)
-CENTRED = Asked()
+CENTRED = Asked(is_of_sums=True)
 
 
 def asked(config: GradAlignConfig, verl_config: DictConfig) -> Asked:
@@ -72,29 +74,38 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
         return Asked(lacks="verl knows no such estimator")
     parts = {"algorithm": OmegaConf.create(algorithm), "actor_rollout_ref": {"rollout": {"n": rollout_n}}}
     verl_config = OmegaConf.create(parts)
-    mask_RT = torch.ones(6, 2, dtype=torch.int64)
-    # The two groups' rewards have other means and spreads.
-    reward_RT = mask_RT * torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
+    # Two groups of three, whose rewards have other means and spreads, and whose responses have other lengths.
+    mask_RT = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]])
+    reward_RT = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
+    # The same, not all at a response's end.
+    spread_RT = torch.tensor([[0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [2.0, 1.0], [0.25, 0.75], [0.0, 0.0]])
     keys = [f"{uid}_{k}_0" for uid in "ab" for k in range(3)]
+    alone = [f"{uid}_0_0" for uid in "abcdef"]
 
-    def of_rows(rows: slice, keys: Sequence[str] = keys) -> Tensor:
-        columns = {"response_mask": mask_RT[rows], "rm_scores": reward_RT[rows]}
-        return verl_advantages(columns, keys[rows], verl_config)
+    def of_rows(mask_RT: Tensor, reward_RT: Tensor, keys: Sequence[str]) -> Tensor:
+        columns = {"response_mask": mask_RT, "rm_scores": reward_RT}
+        return verl_advantages(columns, keys, verl_config) * mask_RT
 
     try:
-        advantage_RT = of_rows(slice(None))
-        apart_RT = torch.cat([of_rows(slice(0, 3)), of_rows(slice(3, None))])
+        advantage_RT = of_rows(mask_RT, reward_RT, keys)
+        apart_RT = torch.cat([of_rows(mask_RT[rows], reward_RT[rows], keys[rows]) for rows in (slice(3), slice(3, 6))])
+        sum_RT = of_rows(mask_RT[:, :1], reward_RT.sum(dim=1, keepdim=True), keys) * mask_RT
+        is_of_sums = torch.equal(sum_RT, advantage_RT) and torch.equal(sum_RT, of_rows(mask_RT, spread_RT, keys))
     except Exception as error:  # an estimator of a user's own may want anything
         return Asked(lacks=f"verl's function says {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if not advantage_RT.isfinite().all():
         return Asked(lacks="verl's function gives numbers that are not finite")
-    is_one_R = (advantage_RT == advantage_RT[:, :1]).all(dim=1)
     try:
-        lone_RT = of_rows(slice(None), [f"{uid}_0_0" for uid in "abcdef"])
+        lone_RT = of_rows(mask_RT, reward_RT, alone)
         is_of_one = bool(lone_RT.isfinite().all() and lone_RT.any())
     except Exception:
         is_of_one = False
-    return Asked(None, torch.allclose(apart_RT, advantage_RT), bool(is_one_R.all()), is_of_one)
+    return Asked(
+        is_of_each_group=torch.allclose(apart_RT, advantage_RT),
+        is_of_each_response=torch.equal(advantage_RT[:, :1] * mask_RT, advantage_RT),
+        is_of_sums=is_of_sums,
+        is_of_one=is_of_one,
+    )
 
 
 def uses_critic(config: GradAlignConfig, verl_config: DictConfig) -> bool:

@@ -2,7 +2,7 @@
 """Groups of finished rollouts read from TransferQueue: keys in order, rewards, advantages, coefficients."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -110,24 +110,19 @@ def _read_together(
     if data is None:
         return groups
     keys = [key for members in usable.values() for key in members]
-    padded = data.exclude("input_ids").to_padded_tensor()
-    reward_of = dict(zip(keys, padded["rm_scores"].sum(dim=1).tolist(), strict=True))
+    reward_R = row_sums(data["rm_scores"])
+    reward_of = dict(zip(keys, reward_R.tolist(), strict=True))
     ids_of = dict(zip(keys, _row_bytes(data["input_ids"]), strict=True))
     uniform: dict[str, tuple[float, float]] = {}
     live: set[str] | None = None
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
-        mask_RT, weight_RT = padded["response_mask"].bool(), None
-        if correction:
-            padded["response_mask"], weight_RT = correct(padded, correction)
-        advantage_RT = compute_advantages(padded, keys, config, verl_config)
-        if weight_RT is not None:
-            advantage_RT = advantage_RT * weight_RT
-        coefficient_RT, live, odd = _coefficients(padded, advantage_RT, usable, ids_of, config, verl_config)
+        table = _weighed(data, reward_R, keys, correction, config, verl_config)
+        coefficient_RT, live, odd = _coefficients(table, usable, ids_of, config, verl_config)
         groups = [_failing(group, NON_FINITE if group.problem.uid in odd else None) for group in groups]
-        uniform = dict(zip(keys, _uniform(advantage_RT, coefficient_RT, mask_RT), strict=True))
+        uniform = dict(zip(keys, _uniform(table.advantage_RT, coefficient_RT, table.mask_RT), strict=True))
         if is_stored:
-            column = {COEFFICIENTS: response_to_nested(coefficient_RT, data["response_mask"])}
+            column = {COEFFICIENTS: _of_tokens(coefficient_RT, data["response_mask"])}
             tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=TensorDict(column, len(keys)))
     content = {key: ids_of[key] + repr(reward_of[key]).encode() for key in keys}
 
@@ -146,6 +141,60 @@ def _read_together(
         )
 
     return [group if group.is_failed else read(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Rows with their advantages. One token stands for all of a row where they have one: (rows, 1)."""
+
+    advantage_RT: torch.Tensor
+    """As the loss multiplies log-probs by them: zero where training masks a token."""
+    mask_RT: torch.Tensor
+    """Tokens of the response."""
+    num_tokens_R: torch.Tensor
+    """That training takes."""
+
+
+def _weighed(
+    data: TensorDict,
+    reward_R: torch.Tensor,
+    keys: Sequence[str],
+    correction: DictConfig | None,
+    config: GradAlignConfig,
+    verl_config: DictConfig,
+) -> _Weighed:
+    """Return the rows' advantages, corrected as training corrects them."""
+    if correction is None and asked(config, verl_config).is_of_sums:
+        # Tables of all tokens take most of the time that there is to take.
+        num_tokens_R = row_sums(data["response_mask"])
+        mask_R1 = num_tokens_R.unsqueeze(1) > 0
+        columns = {"rm_scores": reward_R.unsqueeze(1), "response_mask": mask_R1.long()}
+        advantage_R1 = compute_advantages(columns, keys, config, verl_config)
+        return _Weighed(advantage_R1.masked_fill(~mask_R1, 0.0), mask_R1, num_tokens_R)
+    padded = data.exclude("input_ids").to_padded_tensor()
+    mask_RT, weight_RT = padded["response_mask"].bool(), None
+    if correction is not None:
+        padded["response_mask"], weight_RT = correct(padded, correction)
+    kept_RT = padded["response_mask"].bool()
+    advantage_RT = compute_advantages(padded, keys, config, verl_config).masked_fill(~kept_RT, 0.0)
+    advantage_RT = advantage_RT if weight_RT is None else advantage_RT * weight_RT
+    return _Weighed(advantage_RT, mask_RT, kept_RT.sum(dim=1).float())
+
+
+def row_sums(column: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each row of a column, nested or not, (rows,)."""
+    if not column.is_nested:
+        return column.float().sum(dim=1)
+    return torch.segment_reduce(column.values().float(), "sum", offsets=column.offsets())
+
+
+def _of_tokens(coefficient_RT: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return coefficients, of tokens or one for all of a row, as a column like the nested `mask`."""
+    if coefficient_RT.shape[1] > 1:
+        return response_to_nested(coefficient_RT, mask)
+    lengths_R = mask.offsets().diff()
+    values_N = coefficient_RT.squeeze(1).repeat_interleave(lengths_R) * mask.values()
+    return torch.nested.nested_tensor_from_jagged(values_N, mask.offsets())
 
 
 def _read_by_the_loss(config: GradAlignConfig, verl_config: DictConfig, is_measured: bool) -> list[str]:
@@ -296,14 +345,13 @@ def _row_bytes(column: Any) -> list[bytes]:
 
 
 def _coefficients(
-    padded: TensorDict,
-    advantage_RT: torch.Tensor,
+    table: _Weighed,
     usable: dict[str, list[str]],
     ids_of: Mapping[str, bytes],
     config: GradAlignConfig,
     verl_config: DictConfig,
 ) -> tuple[torch.Tensor, set[str], set[str]]:
-    """Return the token coefficients of all rows (rows, tokens), the uids of the live groups, and those of failed ones.
+    """Return the coefficients of all rows (rows, tokens or 1), the uids of the live groups, and those of failed ones.
 
     `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have
     coefficients of zero, and so have those of groups that fail because an advantage is not finite.
@@ -311,10 +359,9 @@ def _coefficients(
     actor = verl_config.actor_rollout_ref.actor
     mode = loss_weights(config, verl_config)
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
-    mask_RT = padded["response_mask"].bool()
-    gain_RT = -advantage_RT.masked_fill(~mask_RT, 0.0)
+    gain_RT, num_tokens_R = -table.advantage_RT, table.num_tokens_R
     # Of all rows at once: thousands of groups have each a table of thousands of tokens.
-    largest_R, num_tokens_R = gain_RT.abs().amax(dim=1), mask_RT.sum(dim=1).to(gain_RT.dtype)
+    largest_R = gain_RT.abs().amax(dim=1)
     weight_R, live, odd, start = torch.zeros_like(num_tokens_R), set[str](), set[str](), 0
     for uid, members in usable.items():
         rows, start = slice(start, start + len(members)), start + len(members)
