@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import verl
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from tests.unit.configurations import change, check, composed_of
 from tests.unit.test_checks import GOOD, assert_refused
@@ -27,7 +27,8 @@ def composed():
     change(configs["fsdp_turbo"], {f"{ACTOR}.strategy": "fsdp_turbo"})
     block = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "engine" / "automodel.yaml")
     change(configs["automodel"], {f"{ACTOR}.strategy": "automodel", f"{ACTOR}.automodel": block})
-    del configs["automodel"].actor_rollout_ref.actor["fsdp_config"]
+    with open_dict(configs["automodel"].actor_rollout_ref.actor) as actor:
+        del actor["fsdp_config"]
     return configs
 
 
