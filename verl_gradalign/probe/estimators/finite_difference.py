@@ -90,8 +90,7 @@ def perturbation(module: nn.Module, direction: Direction) -> Iterator[Callable[[
                 torch.add(original, shard.to(original), alpha=step, out=local)
 
     try:
-        with torch.no_grad():
-            yield move
+        yield move
     finally:
         reshard(module)
         for local, original in zip(locals_, originals, strict=True):
