@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import module_of
 from verl_gradalign.probe import direction_file
 from verl_gradalign.probe.direction import Direction, DirectionGather
-from verl_gradalign.probe.fsdp import trainable_placements
+from verl_gradalign.probe.fsdp import sharding_group, trainable_placements
 
 
 class OtherEngine(BaseEngine):
@@ -179,13 +180,31 @@ def measure_other(root: Path, name: str) -> dict[str, Any]:
     with scoring(engine, CANDIDATES[:1], "finite_difference", WIDE) as call:
         measured["alone"] = report(call.score(direction, ProbeConfig(relative_step=2e-5)))
     measured["changed"] = sorted({key for keys in gather(differences(before, observe(engine))) for key in keys})
-    try:
+    return measured | refusals_of(engine, direction)
+
+
+def refusals_of(engine: OtherEngine, direction: Direction) -> dict[str, str]:
+    """Return what is said where an engine lacks something, or cuts its model otherwise; "" where nothing is."""
+    parts = nn.ParameterDict({"cut": next(module_of(engine).parameters()), "whole": nn.Parameter(torch.ones(3))})
+    stages = SimpleNamespace(module=[nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    def score_ghost() -> None:
         with scoring(engine, CANDIDATES, "ghost", WIDE) as call:
             call.score(direction)
-        measured["ghost"] = ""
-    except ValueError as error:
-        measured["ghost"] = str(error)
-    return measured
+
+    found = {}
+    for name, action in {
+        "ghost": score_ghost,
+        "mixed": lambda: sharding_group(parts),
+        "stages": lambda: module_of(stages),
+        "empty": lambda: module_of(SimpleNamespace()),
+    }.items():
+        try:
+            action()
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def oracle_direction(root: Path, model: str) -> dict[str, Tensor]:

@@ -67,5 +67,16 @@ def test_scoring_leaves_parameters_gradients_and_optimizer_state_as_they_were(
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_no_engine_promises_is_asked_for_by_name(results: dict[str, Any], name: str) -> None:
-    message = case_of(results, f"other-{name}")["ghost"]
-    assert "OtherEngine has no _autocast_dtype" in message and "gradalign.estimator=backward" in message
+    case = case_of(results, f"other-{name}")
+    assert "OtherEngine has no _autocast_dtype" in case["ghost"] and "gradalign.estimator=backward" in case["ghost"]
+    assert "has no module" in case["empty"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_is_cut_otherwise_is_refused_by_a_parameters_name(
+    results: dict[str, Any], world_size: int, name: str
+) -> None:
+    case = case_of(results, f"other-{name}")
+    is_cut = world_size > 1 and not OTHERS[name].is_replicated
+    assert ("whole is not cut over the same one group of ranks" in case["mixed"]) == is_cut, case["mixed"]
+    assert "holds the model in 2 modules" in case["stages"] and "Remedy: " in case["stages"]
