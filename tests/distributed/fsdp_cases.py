@@ -33,12 +33,14 @@ from tests.distributed.images import MODELS as VISION_MODELS
 from tests.distributed.images import measure_images
 from tests.distributed.neutrality import measure_neutrality
 from tests.distributed.observations import CollectiveCounter
+from tests.distributed.other_engine import measure_other
 from tests.distributed.replay import measure_replay
 from tests.distributed.scoring import gather, read, report, score, scoring, tight_budget
 from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
     MANY,
+    OTHERS,
     POOL_WEIGHTS,
     PROMPTS,
     SKETCH_RANK,
@@ -323,6 +325,8 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     if world_size > 1:
         for strategy, model in (("fsdp2", "qwen2"), ("fsdp", "qwen3")):
             cases[f"ulysses-{strategy}"] = partial(measure_ulysses, root, strategy, model, list(ESTIMATORS))
+    for name in OTHERS:
+        cases[f"other-{name}"] = partial(measure_other, root, name)
     cases["refusals"] = partial(measure_refusals, root)
     cases["public-qwen2"] = partial(measure_public_function, root, "qwen2")
     cases["public-experts"] = partial(measure_public_function, root, "experts")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from verl.workers.engine.base import BaseEngine
 
-from verl_gradalign.cpu.engines import CpuFSDPEngineWithLMHead
+from verl_gradalign.integration.engine import module_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -27,9 +28,9 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def observe(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
+def observe(engine: BaseEngine) -> dict[str, Any]:
     """Return everything that scoring must leave alone, tensors as copies of this rank's shards."""
-    module, seen = engine.module, observe_model(engine)
+    module, seen = module_of(engine), observe_model(engine)
     for name, parameter in module.named_parameters():
         seen[f"gradient {name}"] = None if parameter.grad is None else local(parameter.grad).clone()
         seen[f"gradient object {name}"] = None if parameter.grad is None else id(parameter.grad)
@@ -44,14 +45,14 @@ def observe(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
     return seen
 
 
-def observe_model(engine: CpuFSDPEngineWithLMHead) -> dict[str, Any]:
+def observe_model(engine: BaseEngine) -> dict[str, Any]:
     """Return copies of what a training step changes: parameters, buffers, optimizer state."""
     seen: dict[str, Any] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in module_of(engine).named_parameters():
         seen[f"parameter {name}"] = local(parameter).clone()
         for key, value in engine.optimizer.state[parameter].items():
             seen[f"optimizer {key} {name}"] = local(value).clone() if isinstance(value, Tensor) else value
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in module_of(engine).named_buffers():
         seen[f"buffer {name}"] = local(buffer).clone()
     return seen
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from tensordict import TensorDict
+from verl.workers.engine.base import BaseEngine
 
 from tests.distributed.engines import make_row_table
 from tests.distributed.setups import CANDIDATES, TRUSTED, WIDE
@@ -48,7 +49,7 @@ class ScoringCall:
 
 @contextmanager
 def scoring(
-    engine: CpuFSDPEngineWithLMHead,
+    engine: BaseEngine,
     candidates: Sequence[Problem],
     estimator: str,
     max_tokens: int,

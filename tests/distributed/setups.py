@@ -98,6 +98,26 @@ class Setup:
     dtype: str = "fp64"
 
 
+@dataclass(frozen=True)
+class Other:
+    """One way to make an engine of verl's BaseEngine alone (`other_engine.py`)."""
+
+    model: str
+    is_in_list: bool
+    """Whether the module is in a list, as torchtitan's engine has it, or alone, as automodel's."""
+    is_packed: bool
+    has_fixed_batches: bool
+    is_replicated: bool = False
+    """Whether every rank has all parameters (hybrid sharding over groups of one)."""
+
+
+OTHERS = {
+    "torchtitan": Other("qwen3", is_in_list=True, is_packed=True, has_fixed_batches=False),
+    "automodel": Other("qwen2", is_in_list=False, is_packed=False, has_fixed_batches=True),
+    "replicated": Other("qwen2", is_in_list=False, is_packed=True, has_fixed_batches=False, is_replicated=True),
+}
+
+
 def exact_setups(world_size: int) -> dict[str, Setup]:
     """Return the engines whose scores must be the oracle's: under each strategy, every pair of settings occurs."""
     setups = {}

@@ -37,8 +37,11 @@ def memory_of(setting: Setting) -> dict[str, float]:
     whole = float(setting.unreduced_bytes * shape.num_parameters) if setting.num_gpus > 1 else 0.0
     # Directions, `backward` and checks by it are verl's own pass, with its micro-batches and logits; scores form none.
     measuring = gathered + activations + logits + whole
-    is_verls = setting.estimator == "backward"
-    reading = measuring if is_verls else gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits=False))
+    reading = gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits=False))
+    if setting.estimator == "backward":
+        reading = measuring
+    elif setting.estimator == "finite_difference":  # verl's too, and no gradient
+        reading = gathered + activations + logits
     selects, base = setting.estimator is not None, 3 * shard
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0

@@ -110,7 +110,8 @@ def examine_cost(
         setting, assumed = replace(setting, response_tokens=response_tokens), ""
     cost = estimate(setting)
     # Parameters may be sharded over fewer GPUs than there are.
-    shards = int(OmegaConf.select(verl_config, "actor_rollout_ref.actor.fsdp_config.fsdp_size") or -1)
+    actor = verl_config.actor_rollout_ref.actor
+    shards = int(OmegaConf.select(actor, "fsdp_config.fsdp_size") or OmegaConf.select(actor, "veomni.fsdp_size") or -1)
     if 0 < shards < setting.num_gpus:
         cost = replace(cost, memory=memory_of(replace(setting, num_gpus=shards)))
     text = (

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_gradalign.config import GradAlignConfig, TrustedSetConfig
 from verl_gradalign.errors import refuse, require, require_all
 from verl_gradalign.integration.advantages import asked, check_advantages, uses_critic
+from verl_gradalign.integration.engine_checks import ENGINE_CHECKS
 from verl_gradalign.integration.forecast_checks import CONFIG_CHECKS, VERL_CHECKS, check_num_trusted, check_pool
 from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
@@ -35,9 +36,6 @@ from verl_gradalign.selection.scores import score_of
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("fsdp", "fsdp2")
-GRADIENT_FREE = ("accuracy_greedy", "accuracy_band", "random")
-"""Scores that ask nothing of the actor."""
 OF_LEARNABILITY = ("learnalign", "cosine_learnability")
 
 
@@ -149,12 +147,10 @@ def verl_checks(config: GradAlignConfig) -> tuple[Callable[[GradAlignConfig, Dic
         _check_loss,
         _check_rollout_correction,
         _check_distillation,
-        _check_engine,
-        _check_replicas,
+        *ENGINE_CHECKS,
         _check_fused_kernels,
         _check_sequence_parallel,
         _check_optimizer,
-        _check_model_dtype,
         _check_budget,
     )
 
@@ -282,31 +278,6 @@ def _check_distillation(_: GradAlignConfig, verl_config: DictConfig) -> None:
         refuse(key, False, why, "set it to True, or gradalign.score=random to train without selection")
 
 
-def _check_engine(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    actor = verl_config.actor_rollout_ref.actor
-    # Each engine has an actor block of its own; the strategy alone does not make FSDP's of it.
-    engine = actor.strategy if "fsdp_config" in actor or actor.strategy not in ENGINES else verl_config.model_engine
-    if engine in ENGINES:
-        return
-    why = f"gradients are read from {' and '.join(ENGINES)} only"
-    if actor.strategy in ENGINES:
-        why = f"is that of another engine than the actor block's ({engine}), and {why}"
-    remedy = (
-        f"use a score that works on every engine (gradalign.score={' or '.join(GRADIENT_FREE)}), or train on FSDP: "
-        f"model_engine=dp with actor_rollout_ref.actor.strategy=fsdp2, without the overrides of {engine}'s own keys"
-    )
-    refuse("actor_rollout_ref.actor.strategy", actor.strategy, why, remedy)
-
-
-def _check_replicas(_: GradAlignConfig, verl_config: DictConfig) -> None:
-    actor = verl_config.actor_rollout_ref.actor
-    num_ranks = verl_config.trainer.n_gpus_per_node * verl_config.trainer.nnodes
-    if actor.strategy == "fsdp" and OmegaConf.select(actor, "fsdp_config.fsdp_size") == 1 and num_ranks > 1:
-        why = f"torch's FSDP1 never reduces gradients over the {num_ranks} replicas then, so ranks train apart"
-        remedy = "set actor_rollout_ref.actor.strategy=fsdp2, or fsdp_size=-1"
-        refuse("actor_rollout_ref.actor.fsdp_config.fsdp_size", 1, why, remedy)
-
-
 def _check_fused_kernels(config: GradAlignConfig, verl_config: DictConfig) -> None:
     model = verl_config.actor_rollout_ref.model
     if config.measures_in_update and model.get("use_fused_kernels") and not model.get("lora_rank"):
@@ -334,14 +305,6 @@ def _check_optimizer(config: GradAlignConfig, verl_config: DictConfig) -> None:
     if config.direction.metric == "adam" and "adam" not in optimizer.lower():
         why = f"actor.optim.optimizer={optimizer} keeps no second moments"
         refuse("gradalign.direction.metric", "adam", why, "set it to none, or train with AdamW")
-
-
-def _check_model_dtype(config: GradAlignConfig, verl_config: DictConfig) -> None:
-    model_dtype = OmegaConf.select(verl_config.actor_rollout_ref.actor, "fsdp_config.model_dtype") or "fp32"
-    if config.estimator == "finite_difference" and model_dtype not in ("fp32", "float32"):
-        why = "a small step is lost to rounding in parameters stored in half precision"
-        remedy = "set it to fp32, or set gradalign.estimator=ghost"
-        refuse("actor_rollout_ref.actor.fsdp_config.model_dtype", model_dtype, why, remedy)
 
 
 def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:

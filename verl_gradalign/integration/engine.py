@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine as the probe's `GradientEngine`.
+"""verl's engines as the probe's `GradientEngine`: of FSDP all of it, of others gradients and log-probs of rows.
 
 verl's own inputs, model, micro-batching, gradient synchronisation and parameter handling run; this module only
 chooses the rows, and replaces the loss by a sum of token coefficients times log-probs.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import NonTensorStack, TensorDict
@@ -26,10 +26,11 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_gradalign.errors import refuse
 from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
-from verl_gradalign.probe.fsdp import reshard
-from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
+from verl_gradalign.probe.fsdp import reshard, sharding_group
+from verl_gradalign.probe.gradient import in_eval_mode, leave_no_trace, require_no_dropout
 from verl_gradalign.probe.head import plain_head, response_log_probs
 from verl_gradalign.probe.layout import Layout, packed_layout, padded_layout
+from verl_gradalign.probe.passes import weighed_sums
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.probe.replay import ReplayTally
 from verl_gradalign.types import ProblemRows
@@ -75,11 +76,37 @@ def taken_apart(rows: TensorDict) -> dict[str, list[Any]]:
     return columns
 
 
+def asked(engine: BaseEngine, name: str) -> Any:
+    """Return an attribute that verl's BaseEngine does not promise.
+
+    Raises: ValueError, with the engine and the name, if this engine has none.
+    """
+    if not hasattr(engine, name):
+        trouble = f"verl's {type(engine).__name__} has no {name}, which scores are taken with here"
+        remedy = "set gradalign.estimator=backward, or train on FSDP (actor_rollout_ref.actor.strategy=fsdp2)"
+        raise ValueError(f"{trouble}. Remedy: {remedy}")
+    return getattr(engine, name)
+
+
+def module_of(engine: BaseEngine) -> torch.nn.Module:
+    """Return the engine's module; torchtitan's engine has a list of one.
+
+    Raises: ValueError if the model is in several modules, as stages of a pipeline are.
+    """
+    module = asked(engine, "module")
+    parts = list(module) if isinstance(module, list | tuple | torch.nn.ModuleList) else [module]
+    if len(parts) != 1:
+        trouble = f"verl's {type(engine).__name__} holds the model in {len(parts)} modules, as stages of a pipeline"
+        raise ValueError(f"{trouble}, and gradients are read from one. Remedy: set its pipeline parallel size to 1")
+    return cast(torch.nn.Module, parts[0])
+
+
 class VerlEngine:
     """One rank's table of rows on verl's engine.
 
     Args:
-        engine: verl's FSDP engine (`actor.engine` of a worker).
+        engine: verl's engine (`actor.engine` of a worker). `backward` and `row_sums` ask for what BaseEngine promises,
+            the module and the configuration; `forward` and `prepare` for what the FSDP engine has beside that.
         rows: the rank's rows with all that verl's update is given of them, and COEFFICIENTS, which have the responses'
             lengths. The last one is the spare row, run with zero coefficients where a rank has fewer rows than
             others, because every rank must run the same number of micro-batches.
@@ -108,7 +135,7 @@ class VerlEngine:
 
     @property
     def module(self) -> torch.nn.Module:
-        return self._engine.module
+        return module_of(self._engine)
 
     @property
     def device(self) -> torch.device:
@@ -116,23 +143,25 @@ class VerlEngine:
         index = get_device_id()
         return torch.device(get_device_name(), index) if isinstance(index, int) else torch.device(index)
 
-    @property
+    @cached_property
     def shard_group(self) -> ProcessGroup | None:
-        return self._engine.device_mesh["fsdp"].get_group()
+        reshard(self.module)  # parameters that a pass has put together do not say how they are cut
+        return sharding_group(self.module)
 
     @property
     def data_group(self) -> ProcessGroup | None:
         # Slices of rows add up as rows do.
-        is_sliced = self._engine.use_ulysses_sp
+        is_sliced = self.sequence_group is not None
         return torch.distributed.group.WORLD if is_sliced else self._engine.get_data_parallel_group()
 
     @property
     def sequence_group(self) -> ProcessGroup | None:
-        return self._engine.ulysses_parallel_group if self._engine.use_ulysses_sp else None
+        is_sliced = getattr(self._engine, "use_ulysses_sp", False)
+        return asked(self._engine, "ulysses_parallel_group") if is_sliced else None
 
     @property
     def gradient_scale(self) -> float:
-        scaler = self._engine.scaler
+        scaler = getattr(self._engine, "scaler", None)  # for float16; engines that have none scale nothing
         return 1.0 if scaler is None else 1.0 / scaler.get_scale()
 
     @property
@@ -178,9 +207,10 @@ class VerlEngine:
 
     def prepare(self, rows: Sequence[int]) -> PreparedPass:
         """Return a pass over the rows with verl's own inputs; see `GradientEngine.prepare`."""
+        autocast = self._autocast()
         names = [name for name in MODEL_INPUTS if name in self._rows]
         data = self._settings(self._select(names, list(rows)).to(get_device_id()), use_fused_kernels=False)
-        inputs, _ = self._engine.prepare_model_inputs(micro_batch=data)
+        inputs, _ = asked(self._engine, "prepare_model_inputs")(micro_batch=data)
         ids: Tensor = inputs["input_ids"]
         window = None
         if self.sequence_group is not None:
@@ -191,7 +221,7 @@ class VerlEngine:
             ids = torch.nn.functional.pad(line_N, (0, num_ranks * width - len(line_N))).unsqueeze(0)
 
         def run() -> Tensor:
-            with self._autocast(), calling_head(self.module):
+            with autocast, calling_head(self.module):
                 logits: Tensor = self.module(**inputs, use_cache=False).logits
             return logits
 
@@ -200,19 +230,38 @@ class VerlEngine:
             return PreparedPass(ids, tuple(accumulate(lengths, initial=0)), run, window)
         return PreparedPass(ids, tuple(index * ids.shape[1] for index in range(len(rows))), run)
 
+    def row_sums(self, rows: Sequence[int]) -> Tensor:
+        """Return the rows' sums of coefficient times log-prob, and of log-probs; see `GradientEngine.row_sums`.
+
+        By the pass in which verl computes log-probs before an update, whatever the engine.
+        """
+        data = self._batch(list(rows), [1.0] * len(rows))
+        with torch.no_grad(), in_eval_mode(self.module), self._engine.eval_mode(disable_auto_offload=True):
+            output = self._engine.forward_backward_batch(data, None, forward_only=True)
+        sums_2R = torch.zeros(2, len(rows), dtype=torch.float64)
+        # Ranks that share rows have each of their log-probs; sums are added up over all ranks.
+        if self.sequence_group is None or torch.distributed.get_rank(self.sequence_group) == 0:
+            log_prob_RT = no_padding_2_padding(output["model_output"]["log_probs"].cpu(), data.cpu())
+            for index, row in enumerate(rows):
+                sums_2R[:, index] = weighed_sums(log_prob_RT[index], *self.coefficients(row))
+        return sums_2R
+
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss to `.grad`. Collective; see `GradientEngine.backward`."""
         rows = [row for problem in problems for row in problem.rows]
-        scales = [problem.scale for problem in problems for _ in problem.rows]
+        data = self._batch(rows, [problem.scale for problem in problems for _ in problem.rows])
+        self._engine.forward_backward_batch(data, partial(coefficient_loss, tally=self._tally))
+
+    def _batch(self, rows: list[int], scales: list[float]) -> TensorDict:
+        """Return what verl's own pass over the rows is given, coefficients scaled, spare rows last. Collective."""
         # All ranks must run equally many rows, and at least one.
         num_rows = largest(max(1, len(rows)), self.data_group, get_device_id())
         num_rows, micro_batch_size = self._micro_batching(num_rows)
-        data = self._settings(
+        return self._settings(
             self._select(list(self._rows), rows, scales + [0.0] * (num_rows - len(rows))),
             ("use_dynamic_bsz", "max_token_len_per_gpu"),
             micro_batch_size_per_gpu=micro_batch_size,
         )
-        self._engine.forward_backward_batch(data, partial(coefficient_loss, tally=self._tally))
 
     def replay_shares(self) -> dict[str, float]:
         """Return what was found of replayed rows, over all passes so far, by metric name. Collective."""
@@ -227,7 +276,7 @@ class VerlEngine:
 
     def _autocast(self) -> Any:
         """Return the autocast context that verl's own forward pass runs in; float32 is its sign for none."""
-        dtype = self._engine._autocast_dtype
+        dtype = asked(self._engine, "_autocast_dtype")
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
 
     def _micro_batching(self, num_rows: int) -> tuple[int, int | None]:
@@ -288,8 +337,9 @@ def scoring_mode(engine: BaseEngine) -> Iterator[None]:
 
     Raises: ValueError if dropout is active: scores would depend on chance.
     """
-    require_no_dropout(engine.module)
-    with _on_device(engine), leave_no_trace(engine.module), engine.train_mode(disable_auto_offload=True):
+    module = module_of(engine)
+    require_no_dropout(module)
+    with _on_device(engine), leave_no_trace(module), engine.train_mode(disable_auto_offload=True):
         yield
 
 
@@ -299,11 +349,12 @@ def reading_mode(engine: BaseEngine) -> Iterator[None]:
 
     Dropout is off in it.
     """
-    with _on_device(engine), leave_no_trace(engine.module):
+    module = module_of(engine)
+    with _on_device(engine), leave_no_trace(module):
         with torch.no_grad(), engine.eval_mode(disable_auto_offload=True):
             yield
         # A backward pass would have done it.
-        reshard(engine.module)
+        reshard(module)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FSDP worker with more remote calls: check that a model can be scored, make the direction, score problems."""
+"""verl's worker with more remote calls: check that a model can be scored, make the direction, score problems."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration import update_measure
-from verl_gradalign.integration.engine import VerlEngine, scoring_mode
+from verl_gradalign.integration.engine import VerlEngine, module_of, scoring_mode
 from verl_gradalign.integration.model_check import check_row_use
 from verl_gradalign.integration.prompt_states import read_prompts
 from verl_gradalign.integration.requests import RowUse
@@ -45,7 +45,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradalign_check(self, estimator: str, probe: ProbeConfig, use: RowUse, in_update: bool = False) -> None:
         """Raise ValueError, before anything is rolled out, if this actor cannot be scored by the estimator."""
-        module = self.actor.engine.module
+        module = module_of(self.actor.engine)
         if in_update:
             update_measure.check(module, estimator, probe)
             return
@@ -127,7 +127,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
         direction_file.remove_directions(*place)
         if is_kept and self._direction is not None:
             with scoring_mode(self.actor.engine):
-                module, path = self.actor.engine.module, direction_file.rank_file(*place)
+                module, path = module_of(self.actor.engine), direction_file.rank_file(*place)
                 direction_file.save_direction(module, self._direction, path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -137,7 +137,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
         if not direction_file.has_direction(*place):
             return False
         with scoring_mode(self.actor.engine):
-            direction = direction_file.load_direction(self.actor.engine.module, direction_file.rank_file(*place))
+            direction = direction_file.load_direction(module_of(self.actor.engine), direction_file.rank_file(*place))
         self._direction = on_cpu(direction) if offload else direction
         return True
 

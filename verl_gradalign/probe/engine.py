@@ -138,6 +138,15 @@ class GradientEngine(Protocol):
     def prepare(self, rows: Sequence[int]) -> PreparedPass:
         """Return a pass over the rows, for the caller to run once, as often as every other rank."""
 
+    def row_sums(self, rows: Sequence[int]) -> Tensor:
+        """Return each row's sum of coefficient times log-prob, and of its response's log-probs. Collective.
+
+        Without gradients, in eval mode. Every rank of the job must call it equally often, with whatever rows it has,
+        also none. The same rows run in the same micro-batches each time: in half precision log-probs depend on them.
+
+        Shapes: (2, rows), float64, on the CPU; zero where another rank of `sequence_group` has the same rows' sums.
+        """
+
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add to every trainable parameter's `.grad` the gradient of sum_t c_t log pi(y_t). Collective.
 

@@ -306,3 +306,38 @@ def data_parallel_group(module: nn.Module) -> ProcessGroup | None:
             raise ValueError(f"PlainEngine shards over one group of ranks; the device mesh has {mesh.ndim} axes")
         return mesh.get_group()
     return None
+
+
+def sharding_group(module: nn.Module) -> ProcessGroup | None:
+    """Return the ranks over which the trainable parameters are cut, None if each rank has all of them.
+
+    Where parameters are replicated too (hybrid sharding), those of one replica. Call it while sharded.
+
+    Raises: ValueError, with a parameter's name, if not all are cut over one group of ranks: sums over its shards would
+        count some numbers twice, or leave some out.
+    """
+    flat = {id(handle.flat_param): handle for handle in flat_handles(module) if handle.uses_sharded_strategy}
+    if flat:
+        return next(iter(flat.values())).process_group
+    groups: dict[tuple[int, ...], ProcessGroup | None] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        axes = _cut_axes(parameter)
+        group = parameter.device_mesh.get_group(axes[0]) if isinstance(parameter, DTensor) and axes else None
+        groups[() if group is None else tuple(torch.distributed.get_process_group_ranks(group))] = group
+        if len(axes) > 1 or len(groups) > 1:
+            how = ", ".join(map(str, parameter.placements)) if isinstance(parameter, DTensor) else "whole on each rank"
+            trouble = f"{name} is not cut over the same one group of ranks as the other parameters ({how})"
+            raise ValueError(
+                f"{trouble}. Remedy: train without tensor, expert and pipeline parallelism (their sizes 1)"
+            )
+    return next(iter(groups.values()), None)
+
+
+def _cut_axes(parameter: nn.Parameter) -> list[int]:
+    """Return the axes of its mesh, of several ranks, over which a parameter is not replicated."""
+    if not isinstance(parameter, DTensor):
+        return []
+    sizes = parameter.device_mesh.shape
+    return [axis for axis, p in enumerate(parameter.placements) if sizes[axis] > 1 and not p.is_replicate()]

@@ -107,14 +107,7 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
 
     Raises: ValueError if one row is larger than the engine's budget, or if a problem's rows are spread over ranks.
     """
-    for problem in problems:  # of all ranks, for one alone that stopped would leave the others waiting
-        uid, longest = f"{problem.uid}, one response alone,", problem.longest_row
-        engine.budget.require_room([ProblemRows(uid, (), 1, longest, longest)], REMEDY)
-    mine = [index for index, problem in enumerate(problems) if problem.rows]
-    for problem in (problems[index] for index in mine):
-        if len(problem.rows) != problem.num_rows:
-            held = f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank"
-            raise ValueError(f"{held}; this estimator needs whole problems (passes.assign)")
+    mine = _own_problems(engine, problems)
     fitting = [index for index in mine if engine.budget.holds([problems[index]])]
     packed = pack([problems[index] for index in fitting], engine.budget)
     batches = [_micro_batch(problems, [fitting[member] for member in members]) for members in packed]
@@ -124,6 +117,27 @@ def micro_batches(engine: GradientEngine, problems: Sequence[ProblemRows]) -> li
     # Every pass gathers parameters: a rank that ran fewer would leave the others waiting.
     num_batches = largest(len(batches), engine.data_group, engine.device)
     return batches + [padding] * (num_batches - len(batches))
+
+
+def rows_together(engine: GradientEngine, problems: Sequence[ProblemRows]) -> MicroBatch:
+    """Return all rows of this rank's problems, as one batch that the engine cuts itself (`GradientEngine.row_sums`).
+
+    Raises: as `micro_batches`.
+    """
+    return _micro_batch(problems, _own_problems(engine, problems))
+
+
+def _own_problems(engine: GradientEngine, problems: Sequence[ProblemRows]) -> list[int]:
+    """Return the positions of the problems whose rows this rank has."""
+    for problem in problems:  # of all ranks, for one alone that stopped would leave the others waiting
+        uid, longest = f"{problem.uid}, one response alone,", problem.longest_row
+        engine.budget.require_room([ProblemRows(uid, (), 1, longest, longest)], REMEDY)
+    mine = [index for index, problem in enumerate(problems) if problem.rows]
+    for problem in (problems[index] for index in mine):
+        if len(problem.rows) != problem.num_rows:
+            held = f"problem {problem.uid} has {len(problem.rows)} of its {problem.num_rows} rows on this rank"
+            raise ValueError(f"{held}; this estimator needs whole problems (passes.assign)")
+    return mine
 
 
 def _micro_batch(problems: Sequence[ProblemRows], chosen: Sequence[int]) -> MicroBatch:
@@ -199,6 +213,16 @@ def pass_weights(
     return weight_RT, torch.tensor(scales, dtype=dtype), gives_R
 
 
+def weighed_sums(log_prob_T: Tensor, coefficient_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Return a response's sum of coefficient times log-prob, and of log-probs: (2,), float64, on the CPU.
+
+    Log-probs may be longer than the response, by padding.
+    """
+    # In float64 before the sum: of two nearly equal sums subtracted, rounding would be all that is left.
+    log_prob_T = log_prob_T[: len(mask_T)].double().cpu()
+    return torch.stack([(coefficient_T * log_prob_T).sum(), (mask_T * log_prob_T).sum()])
+
+
 NO_TOKENS = (torch.zeros(0), torch.zeros(0))
 
 
@@ -223,6 +247,8 @@ class ProblemSums:
 
     def add_rows(self, batch: MicroBatch, dot_R: Tensor, derivative_R: Tensor) -> None:
         """Note each row's part of its problem's dot product, and its derivative."""
+        if not batch.parts:  # this rank has no rows
+            return
         # Not strict: a padding batch has a row, but no problem.
         by_problem = torch.split(derivative_R.double().cpu(), list(batch.rows_per_problem))
         for index, mine_R in zip(batch.problems, by_problem, strict=False):

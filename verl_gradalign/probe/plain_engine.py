@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
 from verl_gradalign.probe.fsdp import compute_device, data_parallel_group
+from verl_gradalign.probe.gradient import in_eval_mode
 from verl_gradalign.probe.head import plain_head, response_log_probs
 from verl_gradalign.probe.layout import Layout, padded_layout
-from verl_gradalign.probe.passes import pack, power_of_two
+from verl_gradalign.probe.passes import pack, power_of_two, weighed_sums
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows, TokenRow
 
@@ -103,25 +104,42 @@ class PlainEngine:
 
         return PreparedPass(ids_RS, tuple(index * ids_RS.shape[1] for index in range(len(chosen))), run)
 
+    def row_sums(self, rows: Sequence[int]) -> Tensor:
+        """Return the rows' sums of coefficient times log-prob, and of log-probs; see `GradientEngine.row_sums`."""
+        sums_2R = torch.zeros(2, len(rows), dtype=torch.float64)
+        with torch.no_grad(), in_eval_mode(self.module):
+            for members in self._batches(rows):
+                log_prob_RT, _ = self._pass([rows[i] for i in members])
+                for i, log_prob_T in zip(members, log_prob_RT, strict=False):
+                    sums_2R[:, i] = weighed_sums(log_prob_T, *self.coefficients(rows[i]))
+        return sums_2R
+
     def backward(self, problems: Sequence[ProblemRows]) -> None:
         """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.
 
         See `GradientEngine.backward`.
         """
         rows = [(row, problem.scale) for problem in problems for row in problem.rows]
-        # Row by row: the sum over rows does not ask where a problem ends, so large problems fit too.
-        lengths = [(row, self.row_length(row)) for row, _ in rows]
-        one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
-        batches = [[rows[i] for i in members] for members in pack(one_row_each, self.budget)]
-        num_batches = largest(len(batches), self.data_group, self.device)
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
-        for batch in batches + [[]] * (num_batches - len(batches)):
-            # A rank without rows left runs the spare one, whose coefficients stay zero: every pass is collective.
-            log_prob_RT, _ = self.forward([row for row, _ in batch] or [self.spare_row], (max(1, len(batch)),))
+        for members in self._batches([row for row, _ in rows]):
+            log_prob_RT, _ = self._pass([rows[i][0] for i in members])
             coefficient_RT = torch.zeros_like(log_prob_RT)
-            for index, (row, scale) in enumerate(batch):
+            for index, (row, scale) in enumerate(rows[i] for i in members):
                 coefficient_T = self._rows[row].coefficient
                 coefficient_RT[index, : len(coefficient_T)] = coefficient_T * scale
             loss = (coefficient_RT / self.gradient_scale * log_prob_RT).sum() * num_ranks
             loss.backward()  # type: ignore[no-untyped-call]
+
+    def _pass(self, rows: Sequence[int]) -> tuple[Tensor, Layout]:
+        # A rank without rows left runs the spare one, whose coefficients stay zero: every pass is collective.
+        return self.forward(list(rows) or [self.spare_row], (max(1, len(rows)),))
+
+    def _batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """Return places in `rows` by micro-batch, equally many micro-batches on every rank. Collective."""
+        # Row by row: sums over rows do not ask where a problem ends, so large problems fit too.
+        lengths = [(row, self.row_length(row)) for row in rows]
+        one_row_each = [ProblemRows(f"row {row}", (row,), 1, length, length) for row, length in lengths]
+        batches = pack(one_row_each, self.budget)
+        num_batches = largest(len(batches), self.data_group, self.device)
+        return batches + [[]] * (num_batches - len(batches))

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directional derivatives by two forward passes, at theta + eps v and theta - eps v: any engine, no gradients, no norm.
 
+The passes are the engine's own, with its micro-batches and log-probs; here parameters are moved and sums subtracted.
+
 d_t = (log pi_{theta + eps v}(y_t) - log pi_{theta - eps v}(y_t)) / (2 eps), with an error of order eps^2 and a noise
 of the log-probs' rounding over eps.
 
     scores = FiniteDifferenceEstimator(ProbeConfig(relative_step=1e-3)).score(engine, candidates, direction)
 
-Shape legend: R rows, T response tokens.
+Shape legend: R rows.
 """
 
 import math
@@ -15,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from verl_gradalign.probe.direction import Direction, require_same_shards
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import local_part, reshard
-from verl_gradalign.probe.gradient import in_eval_mode, trainable_parameters
-from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches
+from verl_gradalign.probe.gradient import trainable_parameters
+from verl_gradalign.probe.passes import ProblemSums, rows_together
 from verl_gradalign.probe.ranks import summed
 from verl_gradalign.types import ProblemRows, ProblemScores
 
@@ -44,30 +46,16 @@ class FiniteDifferenceEstimator(ScoreEstimator):
             if a problem exceeds the budget.
         """
         step = self._config.relative_step * _parameter_norm(engine)
-        # Planned once, for both passes: log-probs in half precision depend on the shape of their batch.
-        batches = micro_batches(engine, problems)
-        with torch.no_grad(), in_eval_mode(engine.module), perturbation(engine.module, direction) as move:
-            # All batches at one step, then all at the other: each move reshards the model and rewrites its parameters.
+        batch = rows_together(engine, problems)
+        with perturbation(engine.module, direction) as move:
+            # All rows at one step, then all at the other: each move reshards the model and rewrites its parameters.
             move(step)
-            above = [_row_sums(engine, batch) for batch in batches]
+            above_2R = engine.row_sums(batch.rows)
             move(-step)
-            below = [_row_sums(engine, batch) for batch in batches]
+            below_2R = engine.row_sums(batch.rows)
         sums = ProblemSums(problems)
-        for batch, above_2R, below_2R in zip(batches, above, below, strict=True):
-            dot_R, derivative_R = (above_2R - below_2R) / (2 * step)
-            sums.add_rows(batch, dot_R, derivative_R)
+        sums.add_rows(batch, *(above_2R - below_2R) / (2 * step))
         return replace(sums.reduce(engine, direction.norm), norm_P=None, diagnostics={"step": step})
-
-
-def _row_sums(engine: GradientEngine, batch: MicroBatch) -> Tensor:
-    """Return each row's sum of coefficient times log-prob, and of log-probs: (2, rows), float64, on the CPU."""
-    # In float64 before the sum: of two nearly equal sums subtracted, rounding would be all that is left.
-    log_prob_RT = engine.forward(batch.rows, batch.rows_per_problem)[0].double().cpu()
-    coefficient_RT, mask_RT = torch.zeros_like(log_prob_RT), torch.zeros_like(log_prob_RT)
-    for index, row in enumerate(batch.rows):
-        coefficient_T, mask_T = engine.coefficients(row)
-        coefficient_RT[index, : len(mask_T)], mask_RT[index, : len(mask_T)] = coefficient_T, mask_T
-    return torch.stack([(coefficient_RT * log_prob_RT).sum(dim=1), (mask_RT * log_prob_RT).sum(dim=1)])
 
 
 def _parameter_norm(engine: GradientEngine) -> float:
@@ -114,6 +102,7 @@ def require_full_precision(module: nn.Module) -> None:
     """Raise ValueError, naming the parameter, if a trainable one is stored in half precision."""
     for name, parameter in trainable_parameters(module):
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            remedy = "Remedy: store parameters in float32 (actor.fsdp_config.model_dtype=fp32)"
+            remedy = "Remedy: store parameters in float32 (actor.fsdp_config.model_dtype=fp32, of VeOmni "
+            remedy += "actor.veomni.mixed_precision=true)"
             trouble = f"{name} is stored in {parameter.dtype}, where a small step is lost to rounding"
-            raise ValueError(f"{trouble}. {remedy}, or set gradalign.estimator=ghost")
+            raise ValueError(f"{trouble}. {remedy}, or set gradalign.estimator=ghost or backward")
