@@ -108,7 +108,7 @@ def test_the_configuration_that_the_faults_are_put_into_has_none(place):
 # What is wrong, given as overrides or a function that makes them; parts of the message; what mends it, where the
 # remedy is not an override that can be read from its text.
 CONFIGURATION = {
-    "one response": (["actor_rollout_ref.rollout.n=1"], ["actor_rollout_ref.rollout.n=1"], None),
+    "one response": (["actor_rollout_ref.rollout.n=1", "gradalign.advantage=centred"], ["actor_rollout_ref.rollout.n=1"], None),
     "refilled groups": (["trainer.v1.sampler.sync_refill_failed_groups=true"], ["sync_refill_failed_groups=True"], []),
     "cached rollouts": (["skip.rollout_tq.enable=true"], ["skip.rollout_tq.enable=True"], []),
     "unknown score": (["gradalign.score=cosin"], ["gradalign.score", "cosin"], []),
