@@ -53,6 +53,7 @@ test: unit
 	$(BIN)/python -m pytest -m "not nightly" $(SLOW)
 
 test-all: unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(QUICK)
 	$(BIN)/python -m pytest $(SLOW)
 	$(MAKE) test-vllm
 
@@ -60,11 +61,11 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -rs tests/vllm
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not nightly" $(QUICK)
 
 # Of what runs in this process: what Ray's workers and other ranks run is not counted.
 coverage: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK) --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not nightly" $(QUICK) --cov --cov-report=term-missing:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

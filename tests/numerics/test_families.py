@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.numerics.families import EXACT, REFUSED, WRONG, page, try_all, try_family
+from tests.numerics.families import EXACT, REFUSED, try_family
 
 PAGE = Path(__file__).parents[2] / "recipes/how_to/models.md"
 
@@ -34,6 +34,8 @@ def test_a_family_is_refused_by_the_layers_name(family: str, layer: str) -> None
 
 @pytest.mark.nightly
 def test_the_page_says_what_comes_of_every_family() -> None:
-    outcomes = try_all(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    assert not [outcome for outcome in outcomes if outcome.kind == WRONG]
-    assert page(outcomes, transformers.__version__) == PAGE.read_text(encoding="utf-8")
+    """In a process of its own, whose memory is bounded: some ask for more than there is."""
+    command = [sys.executable, "-m", "tests.numerics.families"]
+    done = subprocess.run(command, cwd=PAGE.parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == PAGE.read_text(encoding="utf-8")

@@ -142,6 +142,7 @@ def test_an_estimator_of_the_users_own_is_asked(monkeypatch, caplog):
     monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "theirs", by_more)
     advantage_RT = compute_advantages(COLUMNS, KEYS, CONFIG, verl_config("mine"))
     torch.testing.assert_close(advantage_RT, REWARD_R[:, None] * MASK_RT)
+    assert not asked(CONFIG, verl_config("mine")).is_of_sums  # who knows what it does with a longer response
     assert scored_advantage(CONFIG, verl_config("theirs")) == "centred"
     with caplog.at_level(logging.WARNING):
         check_advantages(CONFIG, verl_config("mine"))

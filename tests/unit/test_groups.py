@@ -21,9 +21,10 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.workers.config import FSDPActorConfig
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration import advantages
+from verl_gradalign.integration import advantages, coefficients
 from verl_gradalign.integration import rollouts as groups
-from verl_gradalign.integration.rollouts import cancels, needs_completion, read_groups, stored_rows
+from verl_gradalign.integration.coefficients import cancels
+from verl_gradalign.integration.rollouts import needs_completion, read_groups, stored_rows
 from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
 
 PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
@@ -128,7 +129,7 @@ def test_halves_depend_on_what_was_answered_and_not_on_which_session_answered():
 def test_a_row_whose_tokens_differ_has_no_advantage_of_its_own(stored, monkeypatch):
     """A critic's advantages differ from token to token."""
     values = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 1.0], [0.5, 0.0, 0.0], [0.3, 0.3, 0.0]])
-    monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
+    monkeypatch.setattr(coefficients, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("reinforce_plus_plus"))
     assert math.isnan(a.advantages[0]) and a.advantages[1] == 1.0
@@ -250,7 +251,7 @@ def test_a_critics_value_that_is_not_finite_fails_its_group_alone(stored, bad):
 
 def test_an_advantage_that_is_not_finite_fails_its_group(stored, monkeypatch):
     values = torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, -1.0], [math.nan, 0.0, 0.0], [0.3, 0.3, 0.0]])
-    monkeypatch.setattr(groups, "compute_advantages", lambda *_: values)
+    monkeypatch.setattr(coefficients, "compute_advantages", lambda *_: values)
     config = GradAlignConfig.from_mapping(SCORES["measured"])
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("reinforce_plus_plus"))
     assert b.is_failed and b.failure == "non_finite" and not b.is_live and a.is_live
@@ -299,7 +300,7 @@ def test_one_token_stands_for_all_where_advantages_are_of_rewards_alone(stored, 
     config, verl = GradAlignConfig.from_mapping(SCORES["measured"]), verl_config(estimator)
     assert advantages.asked(config, verl).is_of_sums
     short = read_groups(PROBLEMS, BATCH, set(), config, verl)
-    monkeypatch.setattr(groups, "asked", lambda *_: replace(advantages.asked(config, verl), is_of_sums=False))
+    monkeypatch.setattr(coefficients, "asked", lambda *_: replace(advantages.asked(config, verl), is_of_sums=False))
     assert read_groups(PROBLEMS, BATCH, set(), config, verl) == short and short[0].is_live
     first, second = (call["fields"][groups.COEFFICIENTS] for call in stored.stored)
     assert torch.equal(first.offsets(), second.offsets()) and torch.equal(first.values(), second.values())

@@ -110,7 +110,7 @@ class Step(SelectionTrainer):
     def free_rollout(self):
         self.slept += 1
 
-    def _complete(self, batch):
+    def _complete(self, batch, taken):
         self.completed.append(len(batch.keys))
 
     def score(self, metas, requests):

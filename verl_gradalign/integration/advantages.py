@@ -46,7 +46,8 @@ class Asked:
     is_of_each_response: bool = True
     """Whether all tokens of a response have the same."""
     is_of_sums: bool = False
-    """Whether it sees the sum of a response's rewards alone, so that one token may stand for all."""
+    """Whether it sees the sum of a response's rewards alone, so that one token may stand for all. Of verl's own only:
+    another may look at lengths in a way that the made-up ones do not show."""
     is_of_one: bool = False
     """Whether a response that is alone in its group has an advantage too: in most functions its reward itself."""
 
@@ -103,7 +104,7 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
     return Asked(
         is_of_each_group=torch.allclose(apart_RT, advantage_RT),
         is_of_each_response=torch.equal(advantage_RT[:, :1] * mask_RT, advantage_RT),
-        is_of_sums=is_of_sums,
+        is_of_sums=is_of_sums and function.__module__.startswith("verl."),
         is_of_one=is_of_one,
     )
 

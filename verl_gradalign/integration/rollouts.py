@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of finished rollouts read from TransferQueue: keys in order, rewards, advantages, coefficients."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
-from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.advantages import asked, compute_advantages, needs_values
+from verl_gradalign.integration.advantages import asked, needs_values
+from verl_gradalign.integration.coefficients import coefficients, of_tokens, row_sums, uniform, weighed
 from verl_gradalign.integration.engine import COEFFICIENTS
-from verl_gradalign.integration.policy_loss import loss_weights
-from verl_gradalign.integration.rollout_correction import correct, correction_of, is_over_all_rows
-from verl_gradalign.probe.objective import response_weights
+from verl_gradalign.integration.rollout_correction import correction_of, is_over_all_rows
 from verl_gradalign.selection.groups import (
     NON_FINITE,
     REWARD_NOT_FINITE,
@@ -32,8 +29,6 @@ from verl_gradalign.selection.groups import (
 )
 from verl_gradalign.selection.scores import score_of
 
-# Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
-ZERO_ADVANTAGE = 1e-6
 ROWS_AT_ONCE = 2048
 
 
@@ -113,16 +108,16 @@ def _read_together(
     reward_R = row_sums(data["rm_scores"])
     reward_of = dict(zip(keys, reward_R.tolist(), strict=True))
     ids_of = dict(zip(keys, _row_bytes(data["input_ids"]), strict=True))
-    uniform: dict[str, tuple[float, float]] = {}
+    of_one: dict[str, tuple[float, float]] = {}
     live: set[str] | None = None
     # A step that measures nothing needs no advantages (they may need a critic's values), and nothing is stored.
     if is_measured:
-        table = _weighed(data, reward_R, keys, correction, config, verl_config)
-        coefficient_RT, live, odd = _coefficients(table, usable, ids_of, config, verl_config)
+        table = weighed(data, reward_R, keys, correction, config, verl_config)
+        coefficient_RT, live, odd = coefficients(table, usable, ids_of, config, verl_config)
         groups = [_failing(group, NON_FINITE if group.problem.uid in odd else None) for group in groups]
-        uniform = dict(zip(keys, _uniform(table.advantage_RT, coefficient_RT, table.mask_RT), strict=True))
+        of_one = dict(zip(keys, uniform(table.advantage_RT, coefficient_RT, table.mask_RT), strict=True))
         if is_stored:
-            column = {COEFFICIENTS: _of_tokens(coefficient_RT, data["response_mask"])}
+            column = {COEFFICIENTS: of_tokens(coefficient_RT, data["response_mask"])}
             tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=TensorDict(column, len(keys)))
     content = {key: ids_of[key] + repr(reward_of[key]).encode() for key in keys}
 
@@ -136,65 +131,11 @@ def _read_together(
             halves=halves,
             rewards=rewards,
             is_live=len(set(rewards)) > 1 if live is None else group.problem.uid in live,
-            advantages=tuple(uniform[key][0] for key in ordered if uniform),
-            coefficients=tuple(uniform[key][1] for key in ordered if uniform),
+            advantages=tuple(of_one[key][0] for key in ordered if of_one),
+            coefficients=tuple(of_one[key][1] for key in ordered if of_one),
         )
 
     return [group if group.is_failed else read(group) for group in groups]
-
-
-@dataclass(frozen=True)
-class _Weighed:
-    """Rows with their advantages. One token stands for all of a row where they have one: (rows, 1)."""
-
-    advantage_RT: torch.Tensor
-    """As the loss multiplies log-probs by them: zero where training masks a token."""
-    mask_RT: torch.Tensor
-    """Tokens of the response."""
-    num_tokens_R: torch.Tensor
-    """That training takes."""
-
-
-def _weighed(
-    data: TensorDict,
-    reward_R: torch.Tensor,
-    keys: Sequence[str],
-    correction: DictConfig | None,
-    config: GradAlignConfig,
-    verl_config: DictConfig,
-) -> _Weighed:
-    """Return the rows' advantages, corrected as training corrects them."""
-    if correction is None and asked(config, verl_config).is_of_sums:
-        # Tables of all tokens take most of the time that there is to take.
-        num_tokens_R = row_sums(data["response_mask"])
-        mask_R1 = num_tokens_R.unsqueeze(1) > 0
-        columns = {"rm_scores": reward_R.unsqueeze(1), "response_mask": mask_R1.long()}
-        advantage_R1 = compute_advantages(columns, keys, config, verl_config)
-        return _Weighed(advantage_R1.masked_fill(~mask_R1, 0.0), mask_R1, num_tokens_R)
-    padded = data.exclude("input_ids").to_padded_tensor()
-    mask_RT, weight_RT = padded["response_mask"].bool(), None
-    if correction is not None:
-        padded["response_mask"], weight_RT = correct(padded, correction)
-    kept_RT = padded["response_mask"].bool()
-    advantage_RT = compute_advantages(padded, keys, config, verl_config).masked_fill(~kept_RT, 0.0)
-    advantage_RT = advantage_RT if weight_RT is None else advantage_RT * weight_RT
-    return _Weighed(advantage_RT, mask_RT, kept_RT.sum(dim=1).float())
-
-
-def row_sums(column: torch.Tensor) -> torch.Tensor:
-    """Return the sum of each row of a column, nested or not, (rows,)."""
-    if not column.is_nested:
-        return column.float().sum(dim=1)
-    return torch.segment_reduce(column.values().float(), "sum", offsets=column.offsets())
-
-
-def _of_tokens(coefficient_RT: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return coefficients, of tokens or one for all of a row, as a column like the nested `mask`."""
-    if coefficient_RT.shape[1] > 1:
-        return response_to_nested(coefficient_RT, mask)
-    lengths_R = mask.offsets().diff()
-    values_N = coefficient_RT.squeeze(1).repeat_interleave(lengths_R) * mask.values()
-    return torch.nested.nested_tensor_from_jagged(values_N, mask.offsets())
 
 
 def _read_by_the_loss(config: GradAlignConfig, verl_config: DictConfig, is_measured: bool) -> list[str]:
@@ -322,19 +263,6 @@ def read_responses(partition_id: str, keys: list[str]) -> Sequence[Any]:
     return list(rows["responses"].unbind())
 
 
-def _uniform(
-    advantage_RT: torch.Tensor, coefficient_RT: torch.Tensor, mask_RT: torch.Tensor
-) -> list[tuple[float, float]]:
-    """Return each row's advantage and coefficient, nan where its masked tokens have different ones.
-
-    Tokens of one advantage have one coefficient: a loss weighs all tokens of a response alike.
-    """
-    first_R1 = mask_RT.byte().argmax(dim=1, keepdim=True)
-    is_same_R = ((advantage_RT == advantage_RT.gather(1, first_R1)) | ~mask_RT).all(dim=1)
-    firsts = (values_RT.gather(1, first_R1).squeeze(1) for values_RT in (advantage_RT, coefficient_RT))
-    return list(zip(*(torch.where(is_same_R, first_R, torch.nan).tolist() for first_R in firsts), strict=True))
-
-
 def _row_bytes(column: Any) -> list[bytes]:
     """Return the token ids of each row of a column, as bytes."""
     if not column.is_nested:
@@ -342,53 +270,6 @@ def _row_bytes(column: Any) -> list[bytes]:
     # Not by unbind, which takes far longer for thousands of rows.
     values, bounds = column.values().numpy(), column.offsets().tolist()
     return [values[start:end].tobytes() for start, end in pairwise(bounds)]
-
-
-def _coefficients(
-    table: _Weighed,
-    usable: dict[str, list[str]],
-    ids_of: Mapping[str, bytes],
-    config: GradAlignConfig,
-    verl_config: DictConfig,
-) -> tuple[torch.Tensor, set[str], set[str]]:
-    """Return the coefficients of all rows (rows, tokens or 1), the uids of the live groups, and those of failed ones.
-
-    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have
-    coefficients of zero, and so have those of groups that fail because an advantage is not finite.
-    """
-    actor = verl_config.actor_rollout_ref.actor
-    mode = loss_weights(config, verl_config)
-    scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
-    gain_RT, num_tokens_R = -table.advantage_RT, table.num_tokens_R
-    # Of all rows at once: thousands of groups have each a table of thousands of tokens.
-    largest_R = gain_RT.abs().amax(dim=1)
-    weight_R, live, odd, start = torch.zeros_like(num_tokens_R), set[str](), set[str](), 0
-    for uid, members in usable.items():
-        rows, start = slice(start, start + len(members)), start + len(members)
-        largest = largest_R[rows].max()
-        if not largest.isfinite():
-            odd.add(uid)
-        elif largest > ZERO_ADVANTAGE:
-            of_group_R = response_weights(num_tokens_R[rows], mode, scale)
-            if not cancels([ids_of[key] for key in members], gain_RT[rows] * of_group_R.unsqueeze(1)):
-                live.add(uid)
-                weight_R[rows] = of_group_R
-    is_live_R1 = weight_R.unsqueeze(1) > 0
-    return torch.where(is_live_R1, gain_RT * weight_R.unsqueeze(1), torch.zeros_like(gain_RT)), live, odd
-
-
-def cancels(ids: Sequence[Hashable], coefficient_RT: torch.Tensor) -> bool:
-    """Return whether the coefficients of equal rows add up to zero, so that the group's gradient is zero.
-
-    It is when all responses are the same while their rewards differ: noise in the reward under a confident policy.
-    Computed, such a gradient is rounding error, whose cosine means nothing.
-    """
-    place_of: dict[Hashable, int] = {}
-    place_R = torch.tensor([place_of.setdefault(row, len(place_of)) for row in ids])
-    if len(place_of) == len(ids):
-        return False
-    total_RT = torch.zeros_like(coefficient_RT).index_add_(0, place_R, coefficient_RT)
-    return bool(total_RT.abs().max() <= ZERO_ADVANTAGE * coefficient_RT.abs().sum(dim=0).max())
 
 
 def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, eos_token_id: int) -> None:
