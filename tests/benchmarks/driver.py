@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 from hydra import compose, initialize_config_module
@@ -94,6 +95,7 @@ def main() -> None:
     with initialize_config_module("verl.trainer.config", version_base=None):
         verl_config = compose("ppo_trainer", overrides=overrides)
     verl_config.transfer_queue.backend.SimpleStorage.total_storage_size = None
+    ray.init(num_cpus=16)  # each store wants one, however few there are
     tq.init(verl_config.transfer_queue)
     batch = put_rows(args.groups, args.n, args.tokens)
     problems = [Problem(f"p{i}", i, "tasks") for i in range(args.groups)]
