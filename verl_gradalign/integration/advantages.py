@@ -99,7 +99,7 @@ def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) ->
     try:
         lone_RT = of_rows(mask_RT, reward_RT, alone)
         is_of_one = bool(lone_RT.isfinite().all() and lone_RT.any())
-    except Exception:
+    except Exception:  # verl's pass@k wants two of a group, and says so
         is_of_one = False
     return Asked(
         is_of_each_group=torch.allclose(apart_RT, advantage_RT),

@@ -76,7 +76,7 @@ def taken_apart(rows: TensorDict) -> dict[str, list[Any]]:
     return columns
 
 
-def asked(engine: BaseEngine, name: str) -> Any:
+def attribute_of(engine: BaseEngine, name: str) -> Any:
     """Return an attribute that verl's BaseEngine does not promise.
 
     Raises: ValueError, with the engine and the name, if this engine has none.
@@ -93,7 +93,7 @@ def module_of(engine: BaseEngine) -> torch.nn.Module:
 
     Raises: ValueError if the model is in several modules, as stages of a pipeline are.
     """
-    module = asked(engine, "module")
+    module = attribute_of(engine, "module")
     parts = list(module) if isinstance(module, list | tuple | torch.nn.ModuleList) else [module]
     if len(parts) != 1:
         trouble = f"verl's {type(engine).__name__} holds the model in {len(parts)} modules, as stages of a pipeline"
@@ -157,7 +157,7 @@ class VerlEngine:
     @property
     def sequence_group(self) -> ProcessGroup | None:
         is_sliced = getattr(self._engine, "use_ulysses_sp", False)
-        return asked(self._engine, "ulysses_parallel_group") if is_sliced else None
+        return attribute_of(self._engine, "ulysses_parallel_group") if is_sliced else None
 
     @property
     def gradient_scale(self) -> float:
@@ -210,7 +210,7 @@ class VerlEngine:
         autocast = self._autocast()
         names = [name for name in MODEL_INPUTS if name in self._rows]
         data = self._settings(self._select(names, list(rows)).to(get_device_id()), use_fused_kernels=False)
-        inputs, _ = asked(self._engine, "prepare_model_inputs")(micro_batch=data)
+        inputs, _ = attribute_of(self._engine, "prepare_model_inputs")(micro_batch=data)
         ids: Tensor = inputs["input_ids"]
         window = None
         if self.sequence_group is not None:
@@ -276,7 +276,7 @@ class VerlEngine:
 
     def _autocast(self) -> Any:
         """Return the autocast context that verl's own forward pass runs in; float32 is its sign for none."""
-        dtype = asked(self._engine, "_autocast_dtype")
+        dtype = attribute_of(self._engine, "_autocast_dtype")
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
 
     def _micro_batching(self, num_rows: int) -> tuple[int, int | None]:
