@@ -271,8 +271,9 @@ def test_log_probs_of_the_rollout_fail_a_group_where_the_loss_reads_them(stored)
     assert not a.is_failed and b.is_failed and b.failure == "non_finite"
 
 
-def test_random_stores_nothing_and_needs_no_advantages(stored):
-    """GAE needs a critic's values, which do not exist yet when groups are selected."""
+def test_random_stores_nothing_and_needs_no_advantages(stored, monkeypatch):
+    """GAE needs a critic's values, which do not exist yet when groups are selected. No estimator is asked either."""
+    monkeypatch.setattr(groups, "asked", lambda *_: pytest.fail("an estimator was asked"))
     config = GradAlignConfig.from_mapping({"score": "random"})
     a, b = read_groups(PROBLEMS, BATCH, set(), config, verl_config("gae"))
     assert (a.is_live, b.is_live) == (True, False)

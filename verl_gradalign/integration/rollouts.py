@@ -56,8 +56,9 @@ def read_groups(
     groups = [_unread(p, by_uid.get(p.uid, []), tags, p.uid not in by_uid or p.uid in failed) for p in problems]
     is_measured = is_scored and score_of(config.score).needs_gradients
     is_stored = is_measured and is_read_by_a_pass(problems[0], config)
-    is_of_each_group = asked(config, verl_config).is_of_each_group and not is_over_all_rows(verl_config)
-    at_once = ROWS_AT_ONCE if not is_measured or is_of_each_group else len(batch.keys)
+    # An estimator is not asked for advantages that nobody needs.
+    needs_all = is_measured and (is_over_all_rows(verl_config) or not asked(config, verl_config).is_of_each_group)
+    at_once = len(batch.keys) if needs_all else ROWS_AT_ONCE
     read: dict[str, Group] = {}
     for some in _parts([group for group in groups if not group.is_failed], at_once):
         of_some = _read_together(some, batch.partition_id, config, verl_config, is_measured, is_stored)
@@ -277,9 +278,9 @@ def on_all_ranks(batch: KVBatchMeta, compute: Callable[..., Any], workers: Any, 
 
     Rows are split over ranks in equal shares, so the batch is filled up with rows that are cleared afterwards.
     """
-    keys = set(batch.keys)
     if not batch.keys:
         return
+    keys = set(batch.keys)
     # Of all ranks: a critic's may have slices of rows where the actor's have whole ones, or the other way round.
     num_ranks = len(workers._query_dispatch_info("actor"))
     whole = replace(batch, keys=list(batch.keys), tags=list(batch.tags))
