@@ -243,9 +243,9 @@ class ProbeConfig(Block, name="probe"):
     max_tokens_per_rank: int | None = neutral(None, least=1)
     """Positions of one micro-batch of one rank, padding included; of ranks that share rows (Ulysses), each one's. None:
     the actor's own budget (ppo_max_token_len_per_gpu, or ppo_micro_batch_size_per_gpu times the longest row)."""
-    oversized: str = key("accumulate", one_of=("accumulate", "backward", "stop"))
-    """Problems larger than that take several micro-batches; for a norm `accumulate` adds their gradient up on one rank,
-    4 bytes a trained parameter; `backward` takes them one by one on all ranks, slowly. `stop` ends the run."""
+    oversized: str = key("accumulate", one_of=("accumulate", "sketch", "backward", "stop"))
+    """Larger problems take several micro-batches. For a norm `accumulate` adds their gradient up, 4 bytes a trained
+    parameter; `sketch` estimates it, and its error; `backward` takes them one by one, slowly. `stop` ends the run."""
     response_derivatives: bool = True
     """Whether d_ij, the derivative of each response's log-probability along v, is measured where a score uses it; the
     others need only sums over a problem, which are cheaper the shorter the responses."""
@@ -259,8 +259,8 @@ class ProbeConfig(Block, name="probe"):
     is formed, then every candidate is scored along it. `sketch`: one pass that keeps a random projection of each
     candidate's gradient, and estimates its own rank correlation with the exact scores."""
     sketch_rank: int = key(16, least=2)
-    """sketch: random directions on each side of a matrix, even, at least 2. Rank correlation with the exact scores on a
-    tiny model: 0.70, 0.84, 0.94, 0.96 at 4, 8, 16, 32."""
+    """sketch (both): random directions on each side of a matrix, even, at least 2. Of pool_dots rank correlation with
+    the exact scores on a tiny model: 0.70, 0.84, 0.94, 0.96 at 4, 8, 16, 32."""
     fidelity_problems: int = key(8, least=3)
     """Estimators that are not exact: problems scored with `backward` too in every selection, at least 3, to report
     the rank correlation with the exact scores."""

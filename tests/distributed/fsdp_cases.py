@@ -164,9 +164,9 @@ def measure_audit(root: Path, strategy: str) -> dict[str, Any]:
     """Return scores and diagnostics where some problems exceed the budget, and what stopping says on each rank."""
     engine = build_engine(root, Setup(strategy, "qwen2"))
     measured: dict[str, Any] = {"budget": tight_budget(engine) // 2}
-    for oversized in ("accumulate", "backward"):
+    for oversized in ("accumulate", "sketch", "backward"):
         with scoring(engine, CANDIDATES, "ghost", measured["budget"], oversized) as call:
-            direction, estimator = call.direction(), ESTIMATORS["ghost"]()
+            direction, estimator = call.direction(), ESTIMATORS["ghost"](ProbeConfig(oversized=oversized))
             scores = audited_scores(call.engine, call.candidates, direction, estimator, AUDITED, oversized)
             measured[oversized] = report(scores)
     with scoring(engine, CANDIDATES, "ghost", measured["budget"]) as call:

@@ -28,6 +28,7 @@ from verl.utils.ulysses import SeqAllToAll
 from tests.distributed.engines import build_engine, infer
 from tests.distributed.scoring import score, tight_budget
 from tests.distributed.setups import CANDIDATES, ULYSSES, WIDE, Setup
+from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe import sizes
 from verl_gradalign.probe.layer_rules import LAYER_RULES, linear
 
@@ -102,6 +103,7 @@ def measure_ulysses(root: Path, strategy: str, model: str, estimators: Sequence[
         longest = max(row.num_tokens for problem in CANDIDATES for row in problem)
         assert longest < tight
         measured["ghost of problems that are cut"] = score(engine, "ghost", longest)
+        measured["estimated norms"] = score(engine, "ghost", longest, ProbeConfig(oversized="sketch", sketch_rank=64))
         with mock.patch.object(sizes, "CHUNK_ELEMENTS", 700):
             measured["ghost in blocks"] = score(engine, "ghost", WIDE)
         with mock.patch.dict(LAYER_RULES, {nn.Linear: lambda call: linear(call)}):

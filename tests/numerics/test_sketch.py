@@ -24,7 +24,8 @@ from tests.numerics.test_pool import PASSES, WEIGHTS, along_own_pool, dense_grad
 from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
 from verl_gradalign.probe.plain_engine import PlainEngine
-from verl_gradalign.probe.sketch import Sketcher, normal_matrix, sketch_gradients, sketch_points, sketched_scores
+from verl_gradalign.probe.projections import normal_matrix
+from verl_gradalign.probe.sketch import Sketcher, sketch_gradients, sketch_points, sketched_scores
 from verl_gradalign.rank_correlation import spearman
 from verl_gradalign.types import ProblemScores
 

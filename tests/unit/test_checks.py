@@ -391,7 +391,12 @@ def test_what_an_estimator_cannot_do_is_refused(verl_config, key, value, others)
 
 @pytest.mark.parametrize(
     ("oversized", "outcome"),
-    [("accumulate", "run in several"), ("backward", "scored one at a time"), ("stop", "stop the run")],
+    [
+        ("accumulate", "run in several"),
+        ("sketch", "their norms are estimated"),
+        ("backward", "scored one at a time"),
+        ("stop", "stop the run"),
+    ],
 )
 def test_problems_that_may_not_fit_are_announced(verl_config, caplog, oversized, outcome):
     change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1100, "gradalign.probe.oversized": oversized})
@@ -408,6 +413,10 @@ def test_problems_that_may_not_fit_are_announced(verl_config, caplog, oversized,
             {"gradalign.score": "dot", "gradalign.estimator": "low_rank", "gradalign.probe.oversized": "backward"},
             "run in several",
         ),
+        (
+            {"gradalign.score": "dot", "gradalign.estimator": "low_rank", "gradalign.probe.oversized": "sketch"},
+            "run in several of them. Raise",
+        ),
     ],
 )
 def test_what_is_said_of_large_problems_is_true_of_the_estimator(verl_config, caplog, changes, outcome):
@@ -416,8 +425,9 @@ def test_what_is_said_of_large_problems_is_true_of_the_estimator(verl_config, ca
     assert outcome in caplog.text
 
 
-def test_a_response_that_no_micro_batch_holds_is_refused(verl_config):
-    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000})
+@pytest.mark.parametrize("oversized", ["accumulate", "sketch"])
+def test_a_response_that_no_micro_batch_holds_is_refused(verl_config, oversized):
+    change(verl_config, {"gradalign.probe.max_tokens_per_rank": 1000, "gradalign.probe.oversized": oversized})
     with pytest.raises(ValueError) as refusal:
         check(verl_config)
     assert_refused(refusal, "gradalign.probe.max_tokens_per_rank", 1000)

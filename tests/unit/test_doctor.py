@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,8 +19,7 @@ from typer.testing import CliRunner
 from verl_gradalign.cli import app
 from verl_gradalign.data.tasks import write_task_files
 from verl_gradalign.doctor.data import AT_RESPONSES, RELIABILITY, reliability_of
-from verl_gradalign.doctor.machine import REQUIRED, Machine, examine_environment, examine_folders
-from verl_gradalign.doctor.model import _memory
+from verl_gradalign.doctor.machine import REQUIRED, examine_environment, examine_folders
 from verl_gradalign.findings import Finding, Findings
 from verl_gradalign.integration import hub
 from verl_gradalign.toy.model import build_tiny_model
@@ -437,25 +435,6 @@ def test_a_forecast_has_its_own_cost(command):
     rewards = command("gradalign.schedule=forecast", "gradalign.score=accuracy_greedy", "gradalign.validation.files=[]")
     assert not errors(rewards) and rewards["cost"]["ratios"]["rollout"] == 1
     assert rewards["cost"]["flops"]["direction"] == rewards["cost"]["flops"]["scores"] == 0
-
-
-def test_a_model_that_does_not_fit_is_a_warning_with_what_helps(command):
-    from types import SimpleNamespace
-
-    from verl_gradalign.cost import Setting, estimate, shape_of
-
-    setting = Setting(shape_of("14b"), num_gpus=8)
-    trainer = SimpleNamespace(device="cuda", n_gpus_per_node=8)
-    for gb, level in ((70, "warning"), (140, "ok")):
-        findings = Findings()
-        machine = Machine(8, gb, 1e3)
-        _memory(estimate(setting), SimpleNamespace(trainer=trainer), machine, findings)
-        (finding,) = findings.all
-        assert finding.level == level and "making the direction" in finding.message
-    findings = Findings()
-    cost = estimate(replace(setting, unreduced_bytes=4))
-    _memory(cost, SimpleNamespace(trainer=trainer), Machine(8, 70, 1e3), findings)
-    assert "fsdp_config.use_no_sync_for_gradient_accumulation=False (59.1 GB)" in findings.all[0].remedy
 
 
 def test_a_refusal_is_split_into_message_and_remedy():

@@ -132,8 +132,11 @@ def test_a_rule_of_the_users_own_gives_norms_of_whole_problems_only(tmp_path, mo
         model_refusals(own(), verl_config(folder, **keys), model).errors
         for keys in ({}, {"response": 900}, {"sharing": 2})
     )
-    backward = model_refusals(own(probe={"oversized": "backward"}), verl_config(folder, response=900), model)
-    assert not whole and not backward.errors
+    backward, sketch = (
+        model_refusals(own(probe={"oversized": oversized}), verl_config(folder, response=900), model).errors
+        for oversized in ("backward", "sketch")
+    )
+    assert not whole and not backward and "gradalign.probe.oversized=sketch" in str(sketch[0])
     (of_cut,), (of_shared,) = cut, shared
     layer = "the layer rule of model.layers.0.mlp.up_proj (Doubled) gives norms of whole problems only"
     assert str(of_cut).startswith(layer) and "gradalign.probe.oversized=accumulate" in str(of_cut)

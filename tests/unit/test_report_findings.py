@@ -24,7 +24,11 @@ def run_with(folder, metrics=(), change=None, **plan):
             dict(metrics).get(name, value)
             for name, value in zip(table["name"].to_pylist(), table["value"].to_pylist(), strict=True)
         ]
-        pq.write_table(table.set_column(2, "value", pa.array(values)), part.path)
+        table = table.set_column(2, "value", pa.array(values))
+        new = table.slice(0, 1).to_pylist()[0]
+        rows = [{**new, "name": name, "value": value} for name, value in dict(metrics).items()]
+        rows = [row for row in rows if row["name"] not in set(table["name"].to_pylist())]
+        pq.write_table(pa.concat_tables([table, pa.Table.from_pylist(rows, table.schema)]), part.path)
     for part in parts_of(folder, "selection") if change else ():
         pq.write_table(change(pq.read_table(part.path)), part.path)
     return read_run(find_runs([folder])[0])
@@ -96,6 +100,14 @@ def test_what_is_wrong_is_found_with_its_remedy(tmp_path, metrics, topic, verdic
         return
     said = finding(run, topic)
     assert said.level == verdict and remedy in said.remedy
+
+
+def test_estimated_norms_are_said_with_their_error(tmp_path):
+    metrics = {"gradalign/probe/oversized": 20.0, "gradalign/probe/oversized/norm_error": 0.07}
+    said = finding(run_with(tmp_path, metrics), "oversized problems")
+    assert "Their norms are estimates, off by about 7%." in said.message
+    exact = run_with(tmp_path / "exact", {"gradalign/probe/oversized": 20.0})
+    assert "estimates" not in finding(exact, "oversized problems").message
 
 
 def test_dead_and_failed_groups_are_counted(tmp_path):

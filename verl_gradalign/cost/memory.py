@@ -93,7 +93,8 @@ def _replicated_bytes(setting: Setting) -> float:
 def accumulated_bytes(setting: Setting) -> float:
     """Return the bytes of a gradient that is added up on one GPU, where a mean problem takes several micro-batches."""
     mean = setting.responses_per_candidate * setting.tokens_per_row
-    return float(FULL * setting.shape.num_parameters) if mean > setting.positions_together else 0.0
+    is_cut = mean > setting.positions_together
+    return float(FULL * setting.shape.num_parameters) if is_cut and setting.adds_gradients_up else 0.0
 
 
 def pass_bytes(setting: Setting, micro_batch_tokens: int, forms_logits: bool = True) -> tuple[float, float]:

@@ -92,6 +92,8 @@ class Setting:
     """Of a number of the gradient that each GPU keeps whole between micro-batches, where verl puts off their reduction
     (`use_no_sync_for_gradient_accumulation`): 4 under FSDP2, 2 under FSDP1."""
     is_direction_offloaded: bool = entry(True, None, "")
+    adds_gradients_up: bool = True
+    """Of problems larger than a micro-batch, for their norms (probe.oversized)."""
     is_direction_kept: bool = True
     """False where no step needs an earlier direction: refresh_interval=1, ema=0, on_degenerate other than previous."""
 

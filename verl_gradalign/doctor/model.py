@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_gradalign.config import GradAlignConfig, ProbeConfig
 from verl_gradalign.cost.estimate import Cost, estimate
-from verl_gradalign.cost.memory import memory_of
+from verl_gradalign.cost.memory import accumulated_bytes, memory_of
 from verl_gradalign.cost.setting import HF_KEYS, ModelShape, Setting
 from verl_gradalign.cost.tables import GPU_SHARE
 from verl_gradalign.doctor.data import ExaminedData
@@ -184,6 +184,7 @@ def setting_of(config: GradAlignConfig, verl_config: DictConfig, shape: ModelSha
         max_tokens_per_rank=config.probe.max_tokens_per_rank,
         compute_bytes=4 if str(param_dtype) in ("fp32", "float32") else 2,
         is_direction_offloaded=direction.offload,
+        adds_gradients_up=config.probe.oversized == "accumulate",
         is_direction_kept=_is_direction_kept(config),
         **schedule,
     )
@@ -228,4 +229,6 @@ def _memory(cost: Cost, verl_config: DictConfig, machine: Machine, findings: Fin
             remedy += f", {key}=False ({memory['unreduced'] / 1e9:.3g} GB)"
         if plain_gb <= GPU_SHARE * has_gb and not cost.setting.is_direction_offloaded:
             remedy += ", gradalign.direction.offload=true"
+        if highest == "scoring" and accumulated_bytes(cost.setting):
+            remedy += ", gradalign.probe.oversized=sketch"
         findings.add(COST, "warning", f"{text}, {of_what} {has_gb:.3g} GB", remedy)

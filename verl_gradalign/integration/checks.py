@@ -20,6 +20,7 @@ from verl_gradalign.integration.policy_loss import loss_mode_of, matching_modes
 from verl_gradalign.integration.prompt_states import check_prompt_states
 from verl_gradalign.integration.prompts import read_identities
 from verl_gradalign.integration.requests import (
+    IN_SEVERAL,
     OVERSIZED,
     fate_of_oversized,
     longest_problem,
@@ -316,7 +317,7 @@ def _check_budget(config: GradAlignConfig, verl_config: DictConfig) -> None:
         return
     budget, fate = token_budget(config.probe, verl_config), fate_of_oversized(config)
     longest, row = longest_problem(config, verl_config)
-    if row > budget.max_tokens and config.probe.max_tokens_per_rank is not None and fate == "accumulate":
+    if row > budget.max_tokens and config.probe.max_tokens_per_rank is not None and fate in IN_SEVERAL:
         why = f"a response with its prompt may take {row} tokens, and a micro-batch holds {budget.max_tokens}"
         refuse("gradalign.probe.max_tokens_per_rank", config.probe.max_tokens_per_rank, why, f"set it to {row} or more")
     if longest > budget.max_tokens:

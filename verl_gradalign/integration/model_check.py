@@ -190,7 +190,7 @@ def check_row_use(estimator: str, use: RowUse, module: nn.Module) -> None:
         why = f"{use.sharing_key}={use.num_sharing} gives ranks slices of its rows"
         require_gradients(points, why, "set it to 1, or gradalign.estimator=backward")
     if use.cuts_problems:
-        why = "a problem may be larger than a micro-batch (gradalign.probe.oversized=accumulate)"
+        why = f"a problem may be larger than a micro-batch (gradalign.probe.oversized={use.cuts_problems})"
         require_gradients(points, why, "set gradalign.probe.oversized=backward")
 
 

@@ -26,10 +26,13 @@ from verl_gradalign.types import ProblemRows
 
 OVERSIZED = {
     "accumulate": "run in several of them",
+    "sketch": "run in several of them, and their norms are estimated (gradalign/probe/oversized/norm_error)",
     "backward": "are scored one at a time, slowly",
     "stop": "will stop the run",
 }
 """What problems larger than a micro-batch do."""
+IN_SEVERAL = ("accumulate", "sketch")
+"""Where each of their responses must fit."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class RowUse:
     """Ranks that have slices of the same rows, and the key that says so."""
     is_fused: bool
     """Whether verl replaces the model's forward by one with fused kernels."""
-    cuts_problems: bool
-    """Whether a norm may be of a gradient that is added up over several micro-batches."""
+    cuts_problems: str
+    """How `probe.oversized` adds a gradient up over several micro-batches for its norm; "" where no norm may be so."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def fate_of_oversized(config: GradAlignConfig) -> str:
     """Return the key of `OVERSIZED` that is true of this configuration."""
     if takes_sketch(config):
         return "stop"
-    oversized = config.probe.oversized
-    is_left = oversized == "backward" and not goes_to_backward(ESTIMATORS[config.estimator], oversized)
-    return "accumulate" if is_left else oversized
+    estimator, oversized = ESTIMATORS[config.estimator], config.probe.oversized
+    has_sum = estimator.needs_whole_problems and estimator.gives_norm
+    return oversized if has_sum or oversized == "stop" else "accumulate"
 
 
 def token_budget(probe: ProbeConfig, verl_config: DictConfig) -> TokenBudget:
@@ -115,9 +118,9 @@ def longest_problem(config: GradAlignConfig, verl_config: DictConfig) -> tuple[i
 def row_use(config: GradAlignConfig, verl_config: DictConfig) -> RowUse:
     """Return how rows run through the model."""
     is_cut = longest_problem(config, verl_config)[0] > token_budget(config.probe, verl_config).max_tokens
-    is_cut = is_cut and fate_of_oversized(config) == "accumulate" and not config.measures_in_update
+    fate = fate_of_oversized(config) if is_cut and not config.measures_in_update else ""
     is_fused = bool(verl_config.actor_rollout_ref.model.get("use_fused_kernels"))
-    return RowUse(*sequence_parallel(verl_config), is_fused, is_cut)
+    return RowUse(*sequence_parallel(verl_config), is_fused, fate if fate in IN_SEVERAL else "")
 
 
 def owners_of(

@@ -36,8 +36,9 @@ def audited_scores(
     """Return the estimator's scores of `problems`, with diagnostics of the audited ones. Collective.
 
     Problems larger than the engine's budget go to `backward` if `goes_to_backward`; their rows may be spread over
-    ranks, and they are not audited. Diagnostics: `oversized`, how many are larger than the budget;
-    `canary/relative_error` (exact estimators) or `fidelity/spearman` (approximate ones) where problems were audited.
+    ranks, and they are not audited, nor are those whose norms are estimated. Diagnostics: `oversized`, how many are
+    larger than the budget; `canary/relative_error` (exact estimators) or `fidelity/spearman` (approximate ones) where
+    problems were audited.
 
     Raises: ValueError if a problem is larger than the budget and `oversized` is `stop`.
     """
@@ -54,7 +55,8 @@ def audited_scores(
     place_of = {index: place for place, index in enumerate(fitting)}
     scores = estimator.score(engine, [problems[i] for i in fitting], direction)
     diagnostics = {**scores.diagnostics, "oversized": float(len(too_large))}
-    checked = [i for i in audited if i in place_of]
+    is_estimated = estimator.gives_norm and oversized == "sketch"
+    checked = [i for i in audited if i in place_of and not (is_estimated and i in too_large)]
     if checked:
         reference = exact.score(engine, [problems[i] for i in checked], direction)
         places = torch.tensor([place_of[i] for i in checked])

@@ -79,8 +79,8 @@ def experts(call: LayerCall) -> LayerScores:
     total = LayerScores(nothing(len(call.scale_R)), nothing(call.layout.num_problems))
     for part in expert_parts(call):
         for name, delta, layer_input in part.products:
-            whole = None if call.gradient is None else call.gradient[name][part.expert]
-            direction = call.direction[name][part.expert]
+            wholes, direction = call.total(name), call.direction[name][part.expert]
+            whole = None if wholes is None else wholes[part.expert]
             parts = matrix_scores(delta, layer_input, direction, part.layout, call.scale_R, whole)
             total = add(total, LayerScores(*parts))
     return total

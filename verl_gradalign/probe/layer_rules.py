@@ -42,8 +42,8 @@ class LayerCall:
     """Which of the layer's output features `delta` has; `direction` is of all. What a rule gives for each is added up
     (rules in `BY_OUTPUTS` only)."""
     gradient: Mapping[str, Tensor] | None = None
-    """With one problem only: what its (scaled, summed) gradient of each parameter is to be added to, by attribute name
-    (rules in `COVERED` only)."""
+    """With one problem only: what its (scaled, summed) gradient is to be added to, by attribute name, of the parameters
+    it is wanted of (rules in `COVERED` only)."""
     further: tuple[Any, ...] = ()
     """What else the layer was given, by position (experts only)."""
 
@@ -54,7 +54,8 @@ class LayerCall:
 
     def total(self, attribute: str) -> Tensor | None:
         """Return what the gradient of the parameter, as far as the call has it, is to be added to, if it is wanted."""
-        return None if self.gradient is None else self.gradient[attribute][self.outputs]
+        whole = None if self.gradient is None else self.gradient.get(attribute)
+        return None if whole is None else whole[self.outputs]
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Candidates compared with their own pool in one pass: a random projection of every candidate's gradient is kept.
 
-A matrix's gradient G (O x I) becomes S = P_O^T G P_I = sum_t (delta_t P_O)^T (input_t P_I), K x K numbers, with normal
-entries of variance 1/K in P_O and P_I; a vector's becomes as many by one projection. E<S_i, S_j> = <G_i, G_j>. G is
-never formed for it, though it is for the norms, which are exact: taps and rules are those of `ghost`.
+A matrix's gradient G (O x I) becomes S, K x K numbers (`projections.py`); a vector's becomes as many by one projection.
+E<S_i, S_j> = <G_i, G_j>. G is never formed for it, though it is for the norms, which are exact: taps and rules are
+those of `ghost`.
 
     scores = sketched_scores(engine, candidates, weights, rank=16, seed=0)
     learnalign_P = weight_P * scores.cosine_P * scores.direction_norm / len(candidates)
 
-The projections depend on the seed and the parameter's name only, so all ranks and passes have the same, and a tied
-weight's two uses add up. They are drawn where a layer's backward passes, and dropped: K (O + I) numbers, little beside
-the layer's own work. Each candidate keeps K^2 numbers for each parameter tensor, in CPU memory.
+Projections are drawn where a layer's backward passes, and dropped: K (O + I) numbers, little beside the layer's own
+work. Each candidate keeps K^2 numbers for each parameter tensor, in CPU memory.
 
 Shape legend: N flattened positions, O output features (or tokens of the vocabulary), I input features, D numbers of a
-vector, K the rank, F = K * K, R rows, P problems, L parameter tensors.
+vector, K the rank, R rows, P problems, L parameter tensors.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe import layer_rules
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
-from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta
+from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores
 from verl_gradalign.probe.passes import MicroBatch, summed_over_ranks
+from verl_gradalign.probe.projections import FACTORS, VECTOR_RULES, normal_matrix, normal_sides
 from verl_gradalign.probe.tap_points import TapPoint, tap_points
 from verl_gradalign.rank_correlation import MIN_RANKED, spearman, spearman_brown
 from verl_gradalign.types import ProblemRows, ProblemScores, ratio
@@ -147,42 +145,12 @@ class Sketcher:
 
     def _matrix_sketch(self, rule: LayerRule, name: str, shape: torch.Size, call: LayerCall) -> Tensor:
         """Return (delta P_O)^T (input P_I) of each problem, (problems, K, K)."""
-        left_OK = normal_matrix(self._seed, f"{name} left", (shape[0], self._rank), call.delta.device)
-        right_IK = normal_matrix(self._seed, f"{name} right", (shape[1], self._rank), call.delta.device)
-        left_NK, right_NK = FACTORS[rule](call, left_OK, right_IK)
+        sides = normal_sides(self._seed, name, shape, self._rank, call.delta.device)
+        left_NK, right_NK = FACTORS[rule](call, *sides)
         if call.layout.is_padded:
             left_PTK, right_PTK = (each.view(call.layout.num_rows, -1, self._rank) for each in (left_NK, right_NK))
             return left_PTK.transpose(1, 2) @ right_PTK
         return torch.stack([left_NK[row].T @ right_NK[row] for row in call.layout.rows()])
-
-
-def normal_matrix(seed: int, name: str, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Return normal numbers of variance 1 / columns, the same for the same seed, name and kind of device."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[1])
-
-
-def linear_factors(call: LayerCall, left_OK: Tensor, right_IK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the projected output gradients and inputs of a linear layer."""
-    return _project(call.delta, left_OK[call.outputs], call.dtype), _project(call.input, right_IK, call.dtype)
-
-
-def embedding_factors(call: LayerCall, left_VK: Tensor, right_HK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the projected tokens, one-hot vectors in effect, and the projected output gradients of an embedding."""
-    return left_VK[call.input].to(call.dtype), _project(embedding_delta(call), right_HK, call.dtype)
-
-
-Factors = Callable[[LayerCall, Tensor, Tensor], tuple[Tensor, Tensor]]
-FACTORS: dict[LayerRule, Factors] = {layer_rules.linear: linear_factors, layer_rules.embedding: embedding_factors}
-"""By the rule of the layer, how its matrix's gradient is projected on both sides."""
-VECTOR_RULES = (layer_rules.rms_norm, layer_rules.layer_norm)
-"""Rules of layers that have vectors only."""
-
-
-def _project(values_NF: Tensor, projection_FK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product, computed in the layer's dtype."""
-    return (values_NF @ projection_FK.to(values_NF.dtype)).to(dtype)
 
 
 def sketch_gradients(

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from verl_gradalign.probe.engine import GradientEngine, HeadBlock
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import all_parameters
+from verl_gradalign.probe.gradient_sum import GradientSum
 from verl_gradalign.probe.layer_rules import LayerCall, LayerScores, add, output_error
 from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.tap_nodes import Keep, Tap, TapProduct, keeper_of
@@ -39,8 +40,6 @@ from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
 """Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
-Gradient = dict[tuple[int, int], Tensor]
-"""Of whole parameters, by `Placement.identity`: the uses of a tied one add up."""
 LEAST_TOLERANCE = 1e-5
 """Of `output_error`: transformers' norms compute in float32 in a float64 model too."""
 
@@ -95,7 +94,7 @@ class Taps:
         self._bare: Layout | None = None
         """Of the pass, each row for itself."""
         self._parts: Sequence[Sequence[int]] | None = None
-        self._gradient: Gradient | None = None
+        self._gradient: GradientSum | None = None
         self._of_blocks: tuple[Layout, dict[str, Tensor]] | None = None
         """The layout of the output layer's blocks, and its direction: the same for all of a pass."""
         tied = TiedWeight.find(points)  # also without norms: it refuses weights that are shared in other ways
@@ -133,13 +132,13 @@ class Taps:
         layout: Layout,
         scale_R: Tensor,
         parts: Sequence[Sequence[int]] | None = None,
-        gradient: Gradient | None = None,
+        gradient: GradientSum | None = None,
     ) -> None:
         """Start the backward pass of a micro-batch whose forward pass has run.
 
         With `parts` some rows of each problem count as one (`Layout.merged`): `scale_R` has one number for each part,
-        and so has the result's `derivative_R`. With one problem its (scaled, summed) gradient of every parameter is
-        added to `gradient`, which afterwards has every tapped parameter.
+        and so has the result's `derivative_R`. With one problem its (scaled, summed) gradient is added to `gradient`,
+        and the result's squared norms are of no use.
         """
         # Activations keep the shape of the pass, whichever of its rows count as one.
         self._shape, self._layout = layout.shape, layout if parts is None else layout.merged(parts)
@@ -295,6 +294,8 @@ class Taps:
         """Add what the layer's rule says to the scores, and a tied weight's cross term."""
         assert self._layout is not None and self._scores is not None
         self._scores = add(self._scores, self._by_rule(point, call))
+        if self._gradient is not None:
+            self._gradient.add(point, call)
         if self._tied_here is not None and point is self._tied_here.head:
             self._tied_here.keep_head_rows(call, self._layout)
         elif self._tied_here is not None and point is self._tied_here.embedding:
@@ -307,12 +308,7 @@ class Taps:
 
     def _totals(self, point: TapPoint) -> dict[str, Tensor] | None:
         """Return what the layer's gradient is to be added to, None if it is not wanted."""
-        if self._gradient is None:
-            return None
-        for placement in point.placements:
-            if placement.identity not in self._gradient:
-                self._gradient[placement.identity] = self._scale_R.new_zeros(placement.shape)
-        return {placement.attribute: self._gradient[placement.identity] for placement in point.placements}
+        return None if self._gradient is None else self._gradient.totals(point, self._scale_R)
 
     def _require_first_call(self, point: TapPoint) -> None:
         """Raise RuntimeError if the layer has given its part already."""

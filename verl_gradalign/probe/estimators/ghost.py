@@ -21,11 +21,11 @@ from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard
 from verl_gradalign.probe.gradient import require_no_gradients
+from verl_gradalign.probe.gradient_sum import GradientSum, WholeSum, gradient_sum
 from verl_gradalign.probe.head import plain_head
-from verl_gradalign.probe.layout import Layout
-from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights
+from verl_gradalign.probe.passes import MicroBatch, ProblemSums, micro_batches, pass_weights, summed_over_ranks
 from verl_gradalign.probe.tap_points import TapPoint, require_gradients, tap_points
-from verl_gradalign.probe.taps import Gather, Gradient, tapped
+from verl_gradalign.probe.taps import Gather, tapped
 from verl_gradalign.types import ProblemRows, ProblemScores
 
 
@@ -43,7 +43,8 @@ class GhostEstimator(ScoreEstimator):
         """Return the scores of `problems` along `direction`. Collective; see `tapped_scores`."""
         points = tap_points(engine.module)
         gather = gathered_where_it_fits(engine, direction, [use for point in points for use in point.placements])
-        return tapped_scores(engine, problems, direction.norm, points, gather, self._config.response_derivatives)
+        per_response, total = self._config.response_derivatives, gradient_sum(self._config)
+        return tapped_scores(engine, problems, direction.norm, points, gather, per_response, gradient=total)
 
 
 def tapped_scores(
@@ -55,13 +56,17 @@ def tapped_scores(
     per_response: bool,
     gives_norm: bool = True,
     after_pass: Callable[[MicroBatch], None] = lambda batch: None,
+    gradient: GradientSum | None = None,
 ) -> ProblemScores:
     """Return the scores of `problems` over the parameters of the tapped layers. Collective.
 
     Each problem's rows lie on one rank, or on ranks that share them. Of a problem that no micro-batch holds, the
-    gradient is added up over several for its norm: as much memory as all tapped parameters in float32. Response
-    derivatives are measured `per_response` only; a row whose tokens have different coefficients gets nan for its own. A
-    degenerate direction gives dot products of zero and the true norms.
+    gradient is added up over several for its norm, by default whole: as much memory as all tapped parameters in
+    float32. Response derivatives are measured `per_response` only; a row whose tokens have different coefficients gets
+    nan for its own. A degenerate direction gives dot products of zero and the true norms.
+
+    Diagnostics: `oversized/norm_error` where `gradient` estimates norms, their standard errors as shares of them (root
+    mean square), as far as the estimates can tell from themselves.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
     Raises: RuntimeError if gradients are present on entry, or if a layer is called twice or not at all; ValueError
@@ -75,7 +80,8 @@ def tapped_scores(
         if engine.sequence_group is not None:
             require_gradients(points, "ranks have slices of its rows", "set gradalign.estimator=backward")
     device = engine.device
-    sums, gradient = ProblemSums(problems), Gradient()
+    sums, gradient = ProblemSums(problems), gradient or WholeSum()
+    variance_P = torch.zeros(len(problems), dtype=torch.float64)
     with tapped(engine.module, points, gather, gives_norm, head=plain_head(engine)) as taps:
         for batch in micro_batches(engine, problems):
             log_prob_RT, layout = taps.forward(engine, batch.rows, batch.rows_per_problem)
@@ -97,19 +103,25 @@ def tapped_scores(
             if batch.is_whole:
                 sums.add_norms(batch, measured.squared_norm_P)
             elif is_summed and batch.is_last:
-                sums.add_norms(batch, _squared_norm(gradient, layout))
-                gradient.clear()
+                squared_norm, variance = gradient.finish(layout)
+                sums.add_norms(batch, squared_norm)
+                variance_P[list(batch.problems)] += variance.double().cpu()
             after_pass(batch)
     scores = sums.reduce(engine, direction_norm)
     return replace(
         scores,
+        diagnostics={} if gradient.is_exact else _norm_error(scores, summed_over_ranks(engine, variance_P)),
         norm_P=scores.norm_P if gives_norm else None,
         response_derivative_PR=scores.response_derivative_PR if per_response else None,
     )
 
 
-def _squared_norm(gradient: Gradient, layout: Layout) -> Tensor:
-    """Return the squared norm of a gradient, (1,), summed in float64; of slices this rank's share of it."""
-    parts = (layout.summed(part) for part in gradient.values())
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return torch.stack(norms).square().sum().view(1)
+def _norm_error(scores: ProblemScores, variance_P: Tensor) -> dict[str, float]:
+    """Return the diagnostic of estimated norms, by the variance of their squares; nothing where none was estimated."""
+    assert scores.norm_P is not None
+    is_estimated_P = (variance_P > 0) & (scores.norm_P > 0) & scores.norm_P.isfinite()
+    if not is_estimated_P.any():
+        return {}
+    # Of a norm half the relative error of its square.
+    squared_P = variance_P / (2 * scores.norm_P.square()).square()
+    return {"oversized/norm_error": squared_P[is_estimated_P].mean().sqrt().item()}

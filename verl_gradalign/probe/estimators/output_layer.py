@@ -18,6 +18,7 @@ from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.gradient import in_eval_mode
+from verl_gradalign.probe.gradient_sum import gradient_sum
 from verl_gradalign.probe.head import output_layer_of
 from verl_gradalign.probe.layer_rules import BY_OUTPUTS, rule_of
 from verl_gradalign.probe.tap_points import TapPoint, require_no_hooks
@@ -38,7 +39,8 @@ class OutputLayerEstimator(ScoreEstimator):
         point, gather = output_layer(engine.module), DirectionGather(engine.module, direction, engine.device)
         per_response = self._config.response_derivatives
         with in_eval_mode(engine.module), _graph_at_head_alone(engine.module, point.module):
-            return tapped_scores(engine, problems, direction.norm, [point], gather, per_response)
+            total = gradient_sum(self._config)
+            return tapped_scores(engine, problems, direction.norm, [point], gather, per_response, gradient=total)
 
 
 @contextmanager
