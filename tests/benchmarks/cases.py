@@ -67,6 +67,20 @@ SWEEPS: dict[str, list[Case]] = {
         replace(BASE, sweep="split", num_problems=8192 // (8 * length), tokens_per_row=length)
         for length in (128, 64, 32, 16)
     ],
+    # Layers of a model of 0.5 billion parameters, two of them, beside a vocabulary that a CPU can bear.
+    "half-billion": [
+        replace(
+            BASE,
+            sweep="half-billion",
+            hidden_size=896,
+            intermediate_size=4864,
+            num_layers=2,
+            num_heads=14,
+            vocabulary=32_768,
+            num_problems=4,
+            tokens_per_row=128,
+        )  # fmt: skip
+    ],
     "gpu": [QWEN_05B, replace(QWEN_05B, **LONG), QWEN_15B, replace(QWEN_15B, **LONG)],
 }
 

@@ -9,6 +9,7 @@ Every rank runs every case in one order. Rank 0 writes FOLDER/results-WORLD_SIZE
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from tests.benchmarks.counting import peak_bytes
 from tests.distributed.engines import build_engine, train_without_clipping
 from tests.distributed.images import MODELS as VISION_MODELS
 from tests.distributed.images import measure_images
@@ -140,6 +142,20 @@ def measure_large(root: Path, strategy: str) -> dict[str, Any]:
             measured[f"{number}"] = report(scores)
             measured[f"passes {number}"], measured[f"collectives {number}"] = forward.call_count, counter.counts.total()
     measured["backward"] = score(engine, "backward", TWO_RESPONSES, candidates=TEN_EACH[: numbers[-1]])
+    return measured
+
+
+def measure_memory(root: Path, strategy: str) -> dict[str, Any]:
+    """Return the peak of making a direction of many micro-batches, by whether they put the reduction off."""
+    measured: dict[str, Any] = {}
+    for defers_sync in (True, False):
+        engine = build_engine(root, Setup(strategy, "wide", defers_sync=defers_sync, dtype="bf16"))
+        with scoring(engine, TEN_EACH[:4], "ghost", WIDE) as call:
+            make = partial(direction_module.compute_direction, call.engine, call.candidates)
+            make()  # what is made once for all
+            measured["deferred" if defers_sync else "at once"] = peak_bytes(make, "cpu")
+        sizes = {p.identity: math.prod(p.shape) for p in fsdp.trainable_placements(engine.module)}
+        measured["numbers"] = sum(sizes.values())
     return measured
 
 
@@ -314,6 +330,8 @@ def list_cases(root: Path, world_size: int) -> dict[str, Callable[[], dict[str, 
     for strategy in ("fsdp", "fsdp2"):
         cases[f"replay-{strategy}"] = partial(measure_replay, root, strategy)
         cases[f"large-{strategy}"] = partial(measure_large, root, strategy)
+        if world_size > 1:
+            cases[f"memory-{strategy}"] = partial(measure_memory, root, strategy)
         cases[f"audit-{strategy}"] = partial(measure_audit, root, strategy)
         for dtype in ("fp32", "bf16", "fp16"):
             cases[f"precision-{strategy}-{dtype}"] = partial(measure_precision, root, strategy, dtype)

@@ -35,8 +35,10 @@ def memory_of(setting: Setting) -> dict[str, float]:
     gathered = bytes_each * (2 * shape.layer_parameters + shape.embedding_parameters) if is_gathered else 0
     activations, logits = pass_bytes(setting, setting.micro_batch_tokens)
     whole = float(setting.unreduced_bytes * shape.num_parameters) if setting.num_gpus > 1 else 0.0
+    # Put off, a reduction turns whole gradients into shards one unit at a time: there are never all of both.
+    gradient = max(shard, whole)
     # Directions, `backward` and checks by it are verl's own pass, with its micro-batches and logits; scores form none.
-    measuring = gathered + activations + logits + whole
+    measuring = gathered + activations + logits
     reading = gathered + sum(pass_bytes(setting, setting.probe_tokens, forms_logits=False))
     if setting.estimator == "backward":
         reading = measuring
@@ -45,13 +47,13 @@ def memory_of(setting: Setting) -> dict[str, float]:
     selects, base = setting.estimator is not None, 3 * shard
     has_direction = selects and setting.trusted_problems > 0
     kept = shard if has_direction and setting.is_direction_kept and not setting.is_direction_offloaded else 0.0
-    making = max(2 * shard + measuring, SHARDS_WHILE_MADE * shard)
-    plain = base + shard + measuring
+    making = max(shard + gradient + measuring, SHARDS_WHILE_MADE * shard)
+    plain = base + gradient + measuring
     head = float(FULL * shape.head_parameters)
     largest = max(head, *(FULL * o * i for o, i in shape.layer_matrices))
     beside_pass_and_direction = {
         None: 0.0,
-        "backward": shard,
+        "backward": gradient,
         "finite_difference": shard,  # a copy of the parameters, to restore them bit for bit
         "low_rank": largest,
         "ghost": largest + FORMED_BYTES + accumulated_bytes(setting),
@@ -59,7 +61,7 @@ def memory_of(setting: Setting) -> dict[str, float]:
     }
     scoring = base + kept + shard + reading + beside_pass_and_direction[setting.estimator]
     # The gradient of a checked problem, or of all candidates where v is theirs, beside v.
-    scoring = max(scoring, base + kept + 2 * shard + measuring)
+    scoring = max(scoring, base + kept + shard + gradient + measuring)
     scores_apart, replicated = selects and not setting.measures_in_update, _replicated_bytes(setting)
     peaks = {
         "update": plain + kept + replicated,
@@ -75,7 +77,7 @@ def memory_of(setting: Setting) -> dict[str, float]:
         "gathered": gathered,
         "activations": activations,
         "logits": logits,
-        "unreduced": whole,
+        "unreduced": gradient - shard,
         **peaks,
         "plain": plain,  # of the update without selection
         "peak": max(peaks.values()),
