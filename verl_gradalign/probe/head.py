@@ -201,7 +201,8 @@ class _HeadLogProbs(torch.autograd.Function):
             scaled_MB = logits_MB.to(dtype, copy=bool(kept)).div_(temperature)
             place_M1, is_inside_M = _places(token_M, block)
             target_M = torch.where(is_inside_M, scaled_MB.gather(-1, place_M1).squeeze(-1), target_M)
-            log_total_M = torch.logaddexp(log_total_M, scaled_MB.logsumexp(dim=-1))
+            log_total_M = torch.logaddexp(log_total_M, _log_sum_exp_(scaled_MB))
+            del logits_MB, scaled_MB  # before the next block's are made
         ctx.save_for_backward(hidden_MH, weight_VH, bias_V, log_total_M, *kept)
         # Not a view, which a hook of FSDP2's on it could not hold on to.
         return (target_M - log_total_M)[None, :, None].clone()
@@ -229,6 +230,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if ctx.on_block is not None:
                 is_last = block.stop == len(weight_VH)
                 ctx.on_block(HeadBlock(input_MH, delta_MB, block, is_last, tokens.lengths))
+            del logits_MB, delta_MB
         grad_MH = None if grad_MH is None else grad_MH.to(hidden_MH.dtype)
         return grad_MH, grad_VH, grad_V, None, None, None, None
 
@@ -251,6 +253,14 @@ def _blocks(num_tokens: int, num_outputs: int) -> list[slice]:
 def _logits(input_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
     bias = None if bias_V is None else bias_V[block].to(input_MH.dtype)
     return nn.functional.linear(input_MH, weight_VH[block].to(input_MH.dtype), bias)
+
+
+def _log_sum_exp_(values_MB: Tensor) -> Tensor:
+    """Return the logarithm of each row's sum of exponentials, computed in place: torch's takes a second chunk."""
+    largest_M1 = values_MB.amax(dim=-1, keepdim=True)
+    # A row of -inf, or with inf in it, keeps it.
+    largest_M1 = largest_M1.masked_fill_(largest_M1.isinf(), 0.0)
+    return values_MB.sub_(largest_M1).exp_().sum(dim=-1).log_().add_(largest_M1.squeeze(-1))
 
 
 def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
