@@ -19,8 +19,9 @@ from tests.numerics.cases import ALL_KINDS, CANDIDATES, TRUSTED, expect, has_eve
 from tests.numerics.models import WITHOUT_TRAINED_HEAD, make_model, train_only
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign.config import ProbeConfig
+from verl_gradalign.probe.cut_direction import cut
 from verl_gradalign.probe.direction import compute_direction
-from verl_gradalign.probe.estimators.low_rank import LowRankEstimator, truncated
+from verl_gradalign.probe.estimators.low_rank import POWER_ITERATIONS, LowRankEstimator
 from verl_gradalign.probe.estimators.output_layer import OutputLayerEstimator
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
 from verl_gradalign.probe.plain_engine import PlainEngine
@@ -62,7 +63,7 @@ def test_low_rank_scores_are_those_along_the_truncated_direction() -> None:
     for _, parameter in trainable_parameters(model):
         stop = start + parameter.numel()
         if parameter.dim() == 2:
-            left_right = truncated(cut_G[start:stop].view_as(parameter), 2)[0]
+            left_right = cut(cut_G[start:stop].view_as(parameter), 2, POWER_ITERATIONS)
             left_OK, right_IK = left_right.split(list(parameter.shape))
             cut_G[start:stop] = (left_OK @ right_IK.T).flatten()
         start = stop
@@ -76,11 +77,12 @@ def test_a_truncation_is_the_best_one_and_the_same_each_time(num_out: int, num_i
     generator = torch.Generator().manual_seed(seed)
     matrix_OI = torch.randn(num_out, num_in, generator=generator, dtype=torch.float64)
     state = torch.get_rng_state()
-    part, kept = truncated(matrix_OI, rank)
+    part = cut(matrix_OI, rank, POWER_ITERATIONS)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(part, truncated(matrix_OI, rank)[0])
+    assert torch.equal(part, cut(matrix_OI, rank, POWER_ITERATIONS))
     rank = min(rank, num_out, num_in)
     assert part.shape == (num_out + num_in, rank)
+    kept = part[num_out:].square().sum().item()
     best = torch.linalg.svdvals(matrix_OI)[:rank].square().sum().item()
     assert best * (1.0 - RTOL_TRUNCATION) <= kept <= best * (1.0 + RTOL_FLOAT64)
     left_OK, right_IK = part.split([num_out, num_in])

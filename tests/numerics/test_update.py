@@ -19,11 +19,12 @@ from tests.benchmarks.counting import peak_bytes
 from tests.numerics.models import MODELS, make_model, mixture_of_experts
 from tests.numerics.problems import VOCABULARY
 from tests.numerics.test_layer_rules import LAYERS
+from verl_gradalign.probe.cut_direction import cut
 from verl_gradalign.probe.direction import Direction
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.layout import packed_layout, padded_layout
 from verl_gradalign.probe.products import product_points
-from verl_gradalign.probe.replica import cut, cut_replica, whole_replica
+from verl_gradalign.probe.replica import POWER_ITERATIONS, cut_replica, whole_replica
 from verl_gradalign.probe.sum_check import SumCheck, checking_sums
 from verl_gradalign.probe.update import Reading, measuring, row_coefficients
 
@@ -318,16 +319,16 @@ def test_a_cut_matrix_is_nearly_the_best_of_its_rank_and_always_the_same(shape: 
     values = 0.8 ** torch.arange(min(shape)).double()
     matrix = (left * values) @ right.T
     rank = min(4, *shape)
-    stacked = cut(matrix, rank)
+    stacked = cut(matrix, rank, POWER_ITERATIONS)
     kept = stacked[: shape[0]] @ stacked[shape[0] :].T
-    assert stacked.shape == (sum(shape), rank) and torch.equal(stacked, cut(matrix, rank))
+    assert stacked.shape == (sum(shape), rank) and torch.equal(stacked, cut(matrix, rank, POWER_ITERATIONS))
     best = values[rank:].square().sum()
     assert (matrix - kept).square().sum() <= 1.01 * best + 1e-12
     assert stacked[shape[0] :].square().sum().item() == pytest.approx(kept.square().sum().item())
 
 
 def test_a_cut_of_zeros_is_zero() -> None:
-    assert torch.equal(cut(torch.zeros(12, 30), 4)[:12] @ cut(torch.zeros(12, 30), 4)[12:].T, torch.zeros(12, 30))
+    assert torch.equal(cut(torch.zeros(12, 30), 4, 1)[:12] @ cut(torch.zeros(12, 30), 4, 1)[12:].T, torch.zeros(12, 30))
 
 
 def test_a_cut_direction_gives_the_products_with_what_is_left_of_it() -> None:
@@ -335,7 +336,10 @@ def test_a_cut_direction_gives_the_products_with_what_is_left_of_it() -> None:
     direction = random_direction(model)
     points = product_points(model, are_factored=True)
     replica = cut_replica(gather_of(direction), points, rank=3)
-    left = [v if v.dim() != 2 else cut(v, 3)[: len(v)] @ cut(v, 3)[len(v) :].T for v in direction]
+    left = [
+        v if v.dim() != 2 else cut(v, 3, POWER_ITERATIONS)[: len(v)] @ cut(v, 3, POWER_ITERATIONS)[len(v) :].T
+        for v in direction
+    ]
     energy = [sum(v.square().sum().item() for v in parts) for parts in (left, direction)]
     assert replica.energy_kept == pytest.approx(energy[0] / energy[1])
     with measuring(model, [replica.reading], len(rows), torch.device("cpu")) as meter:

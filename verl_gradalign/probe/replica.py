@@ -7,23 +7,16 @@ matrices among them, and each needs a few products with a narrow matrix.
 
     replica = cut_replica(gather, product_points(module, are_factored=True), rank=16, group=group)
     with measuring(module, [replica.reading], num_rows, device) as meter: ...
-
-Shape legend: O output features (or tokens of the vocabulary), I input features, K the rank and what is added to it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from verl_gradalign.probe.estimators.low_rank import OVERSAMPLING
-from verl_gradalign.probe.fsdp import Placement
-from verl_gradalign.probe.ranks import summed
-from verl_gradalign.probe.tap_points import TapPoint
+from verl_gradalign.probe.cut_direction import cut_direction, in_dtype
+from verl_gradalign.probe.tap_points import TapPoint, distinct_uses
 from verl_gradalign.probe.taps import Gather
 from verl_gradalign.probe.update import Reading
 
@@ -42,7 +35,7 @@ class Replica:
 
 def whole_replica(whole: Gather, points: Sequence[TapPoint], dtype: torch.dtype | None = None) -> Replica:
     """Return all of the direction, in `dtype` if given: the one that layers compute in. Collective."""
-    parts = {use.identity: _as(whole(use), dtype) for use in _distinct(points)}
+    parts = {use.identity: in_dtype(whole(use), dtype) for use in distinct_uses(points)}
     return Replica(Reading(points, lambda placement: parts[placement.identity]), 1.0, is_whole=True)
 
 
@@ -53,117 +46,6 @@ def cut_replica(
     group: ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
 ) -> Replica:
-    """Return the direction with its matrices cut to `rank`, vectors whole. Collective over `group`.
-
-    It depends on the direction alone, so that a resumed run reads what the run it resumes would have read. Matrices are
-    gathered one after another; each rank keeps one of as many as there are ranks, and these are then cut side by side.
-    No more than one whole matrix lies in a rank's memory besides its shards. Factors are exchanged at the end, all that
-    a rank has made at once.
-    """
-    cutting = _Cutting(rank, group, dtype)
-    for use in _distinct(points):
-        cutting.take(use, whole(use))
-    parts = cutting.exchanged()
-    return Replica(Reading(points, lambda placement: parts[placement.identity]), cutting.energy_kept())
-
-
-def cut(matrix_OI: Tensor, rank: int, power_iterations: int = POWER_ITERATIONS) -> Tensor:
-    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank): the best in the subspace that was found.
-
-    R is the matrix' transpose times an orthonormal L, so |R|^2 is the square that is kept.
-    Source: Halko, Martinsson, Tropp (arXiv 0909.4061), algorithm 4.4.
-    """
-    if matrix_OI.dim() > 2:  # of experts, one after another
-        return torch.stack([cut(matrix, rank, power_iterations) for matrix in matrix_OI])
-    rank = min(rank, *matrix_OI.shape)
-    width = min(rank + OVERSAMPLING, *matrix_OI.shape)
-    generator = torch.Generator(matrix_OI.device).manual_seed(0)
-    random_IK = matrix_OI.new_empty(matrix_OI.shape[1], width).normal_(generator=generator)
-    left_OK = _orthonormal(matrix_OI @ random_IK)
-    for _ in range(power_iterations):
-        left_OK = _orthonormal(matrix_OI @ _orthonormal(matrix_OI.T @ left_OK))
-    right_IK = matrix_OI.T @ left_OK
-    # Of the subspace the largest `rank` directions; eigenvalues ascend.
-    turn_KK = torch.linalg.eigh(right_IK.T @ right_IK).eigenvectors[:, -rank:]
-    return torch.cat([left_OK @ turn_KK, right_IK @ turn_KK])
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
-
-
-class _Cutting:
-    """One rank's share in cutting matrices."""
-
-    def __init__(self, rank: int, group: ProcessGroup | None, dtype: torch.dtype | None) -> None:
-        self._rank, self._group, self._dtype = rank, group, dtype
-        is_alone = group is None
-        self._place = 0 if is_alone else torch.distributed.get_rank(group)
-        self._num_places = 1 if is_alone else torch.distributed.get_world_size(group)
-        self._dealt: list[list[Placement]] = [[] for _ in range(self._num_places)]
-        """The matrices that each rank cuts."""
-        self._num_dealt = 0
-        self._waiting = torch.zeros(0)
-        """This rank's matrix of the present round, until the others have theirs."""
-        self._mine: list[Tensor] = []
-        """What this rank has cut."""
-        self._empty = torch.zeros(0)
-        """Of the dtype, and on the device, of what is exchanged."""
-        # (kept, all), in float64; on the device once there is one.
-        self._energy_2 = torch.zeros(2, dtype=torch.float64)
-        self._parts: dict[tuple[int, int], Tensor] = {}
-
-    def take(self, use: Placement, part: Tensor) -> None:
-        """Take the next parameter's direction; matrices are cut when every rank has one."""
-        self._energy_2 = self._energy_2.to(part.device)
-        if part.dim() < 2:
-            self._parts[use.identity] = _as(part, self._dtype)
-            if self._place == 0:
-                self._energy_2 += part.double().square().sum()
-            return
-        place, self._num_dealt = self._num_dealt % self._num_places, self._num_dealt + 1
-        self._dealt[place].append(use)
-        self._empty = _as(part.new_empty(0), self._dtype)
-        if place == self._place:
-            self._waiting = part
-        if place == self._num_places - 1:
-            self._cut()
-
-    def _cut(self) -> None:
-        """Cut the matrix that this rank holds, if it holds one."""
-        matrix, self._waiting = self._waiting, self._waiting[:0]
-        if matrix.numel():
-            factors = cut(matrix, self._rank)
-            kept = factors[..., matrix.shape[-2] :, :].double().square().sum()
-            self._energy_2 += torch.stack([kept, matrix.double().square().sum()])
-            self._mine.append(_as(factors, self._dtype))
-
-    def exchanged(self) -> dict[tuple[int, int], Tensor]:
-        """Return all parameters' parts, after every rank has given the others what it has cut. Collective."""
-        self._cut()
-        for place, uses in enumerate(self._dealt):
-            shapes = [(*use.shape[:-2], sum(use.shape[-2:]), min(self._rank, *use.shape[-2:])) for use in uses]
-            sizes = [math.prod(shape) for shape in shapes]
-            flat = torch.cat([part.flatten() for part in self._mine]) if place == self._place and uses else None
-            if self._group is not None and uses:
-                flat = self._empty.new_empty(sum(sizes)) if flat is None else flat
-                source = torch.distributed.get_global_rank(self._group, place)
-                torch.distributed.broadcast(flat, source, group=self._group)
-            if flat is not None:
-                parts = (part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True))
-                self._parts |= zip((use.identity for use in uses), parts, strict=True)
-        return self._parts
-
-    def energy_kept(self) -> float:
-        """Return the share of |v|^2 that is kept. Collective."""
-        kept, total = summed(self._energy_2, self._group).tolist()
-        return kept / total if total else 1.0
-
-
-def _distinct(points: Sequence[TapPoint]) -> list[Placement]:
-    """Return one use of each parameter."""
-    return list({use.identity: use for point in points for use in point.placements}.values())
-
-
-def _as(part: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return part if dtype is None else part.to(dtype)
+    """Return the direction with its matrices cut to `rank` (`cut_direction`). Collective over `group`."""
+    parts, energy_kept = cut_direction(whole, distinct_uses(points), rank, group, POWER_ITERATIONS, dtype)
+    return Replica(Reading(points, lambda placement: parts[placement.identity]), energy_kept)

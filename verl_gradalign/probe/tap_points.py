@@ -7,7 +7,7 @@ points = tap_points(module)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,11 @@ def tap_points(root: nn.Module) -> list[TapPoint]:
         raise ValueError(f"no layer rule covers {first}: the scores would miss their gradient. {remedy}")
     require_no_hooks(root, points)
     return points
+
+
+def distinct_uses(points: Iterable[TapPoint]) -> list[Placement]:
+    """Return one use of each tapped parameter."""
+    return list({use.identity: use for point in points for use in point.placements}.values())
 
 
 def require_gradients(points: Sequence[TapPoint], why: str, remedy: str) -> None:

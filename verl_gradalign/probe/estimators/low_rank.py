@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe import expert_rules, layer_rules
+from verl_gradalign.probe.cut_direction import cut_direction
 from verl_gradalign.probe.direction import Direction, DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
+from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.layer_rules import LayerCall, LayerRule, LayerScores, embedding_delta, weight_and_bias
 from verl_gradalign.probe.layout import row_sums
-from verl_gradalign.probe.tap_points import TapPoint, tap_points
-from verl_gradalign.probe.taps import Gather
+from verl_gradalign.probe.tap_points import TapPoint, distinct_uses, tap_points
 from verl_gradalign.types import ProblemRows, ProblemScores
 
-OVERSAMPLING = 8
-"""Directions beyond the rank that the randomised decomposition works with (Halko et al., arXiv 0909.4061: 5 to 10)."""
 POWER_ITERATIONS = 4
 
 
@@ -44,37 +43,14 @@ class LowRankEstimator(ScoreEstimator):
         """Return the scores of `problems` along the truncated direction. Collective; see `ghost.tapped_scores`."""
         points = low_rank_points(engine.module)
         whole = DirectionGather(engine.module, direction, engine.device)
-        gather, energy_kept = low_rank_gather(whole, points, self._config.rank)
+        uses, rank = distinct_uses(points), self._config.rank
+        parts, energy_kept = cut_direction(whole, uses, rank, engine.data_group, POWER_ITERATIONS)
+
+        def gather(placement: Placement) -> Tensor:
+            return parts[placement.identity]
+
         scores = tapped_scores(engine, problems, direction.norm, points, gather, per_response=True, gives_norm=False)
         return replace(scores, diagnostics={"energy_kept": energy_kept})
-
-
-def low_rank_gather(whole: Gather, points: Sequence[TapPoint], rank: int) -> tuple[Gather, float]:
-    """Return what gives the direction's truncated matrices and whole vectors, and the share of |v|^2 kept. Collective.
-
-    All are gathered once, before the pass: each micro-batch uses them, and on every rank they are small.
-    """
-    parts: dict[tuple[int, int], Tensor] = {}
-    kept = total = 0.0
-    for placement in {use.identity: use for point in points for use in point.placements}.values():
-        part = whole(placement)
-        energy = part.double().square().sum().item()
-        total += energy
-        parts[placement.identity], energy = truncated(part, rank) if part.dim() > 1 else (part, energy)
-        kept += energy
-    return lambda placement: parts[placement.identity], kept / total if total else 1.0
-
-
-def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Return L and R with matrix ~ L R^T, stacked to (out + in, rank), and the squared norm kept."""
-    rank = min(rank, *matrix_OI.shape[-2:])
-    width = min(rank + OVERSAMPLING, *matrix_OI.shape[-2:])
-    with torch.random.fork_rng(devices=[matrix_OI.device] if matrix_OI.device.type == "cuda" else []):
-        # One seed for all ranks: they decompose the same matrix and must not have to exchange the result.
-        torch.manual_seed(0)
-        left_OK, value_K, right_IK = torch.svd_lowrank(matrix_OI, q=width, niter=POWER_ITERATIONS)
-    left_OK, value_1K, right_IK = left_OK[..., :rank], value_K[..., None, :rank], right_IK[..., :rank]
-    return torch.cat([left_OK * value_1K, right_IK], dim=-2), value_1K.double().square().sum().item()
 
 
 def low_rank_points(root: nn.Module) -> list[TapPoint]:
