@@ -26,7 +26,7 @@ from tests.benchmarks.cases import BASE, QWEN_05B
 from tests.benchmarks.on_plain import PlainBench
 from tests.benchmarks.score_vs_update import timed
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe import direction
+from verl_gradalign.probe import direction_gather
 from verl_gradalign.probe.audit import spearman
 
 STEPS = (1e-4, 3e-4, 6e-4, 1e-3, 2.3e-3, 5e-3, 1.2e-2)
@@ -63,7 +63,7 @@ def compare_products(device: str, lengths: tuple[int, ...], width: int, num_prob
 
 def share_of_gathers(bench: PlainBench, device: str) -> None:
     """Print the share of a scoring pass that is spent in `DirectionGather`."""
-    gather, spent = direction.DirectionGather.__call__, 0.0
+    gather, spent = direction_gather.DirectionGather.__call__, 0.0
 
     def measured(self: Any, placement: Any) -> Any:
         nonlocal spent
@@ -77,11 +77,11 @@ def share_of_gathers(bench: PlainBench, device: str) -> None:
         return result
 
     bench.score("ghost")
-    direction.DirectionGather.__call__ = measured  # type: ignore[method-assign]
+    direction_gather.DirectionGather.__call__ = measured  # type: ignore[method-assign]
     try:
         total = timed(lambda: bench.score("ghost"), device)
     finally:
-        direction.DirectionGather.__call__ = gather  # type: ignore[method-assign]
+        direction_gather.DirectionGather.__call__ = gather  # type: ignore[method-assign]
     print(json.dumps({"question": "gathers", "seconds": total, "share": spent / total}))
 
 

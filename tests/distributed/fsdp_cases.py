@@ -65,11 +65,10 @@ from tests.numerics.models import mixture_of_experts
 from tests.numerics.problems import TEMPERATURE, Problem, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import scoring_mode
-from verl_gradalign.probe import direction as direction_module
-from verl_gradalign.probe import fsdp
+from verl_gradalign.probe import direction_gather, fsdp
 from verl_gradalign.probe.audit import audited_scores
 from verl_gradalign.probe.call import pool_scores
-from verl_gradalign.probe.direction import Direction, on_cpu
+from verl_gradalign.probe.direction import Direction, compute_direction, on_cpu
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.responses import Response
 from verl_gradalign.probe.score_problems import score_problems
@@ -83,7 +82,7 @@ AUDITED = (1, 4, 5)
 def measure_exactness(root: Path, setup: Setup) -> dict[str, Any]:
     """Return the scores of the exact estimators, in several batchings and orders."""
     engine = build_engine(root, setup)
-    with mock.patch.object(direction_module, "_free_bytes", return_value=0):  # v is then gathered layer by layer
+    with mock.patch.object(direction_gather, "_free_bytes", return_value=0):  # v is then gathered unit by unit
         turned = score(engine, "ghost", candidates=CANDIDATES[::-1])
     for key in ("dot", "norm", "derivative", "half_dot", "num_tokens"):
         turned[key].reverse()
@@ -125,6 +124,17 @@ def measure_collectives(root: Path, strategy: str) -> dict[str, Any]:
             with CollectiveCounter() as counter:
                 call.score(direction)
         counts[estimator] = dict(counter.counts)
+    counts["units"] = len(set(fsdp.unit_of_modules(engine.module).values()))
+    for name, free in (("together", math.inf), ("by unit", 0)):
+        with (
+            mock.patch.object(direction_gather, "_free_bytes", return_value=free),
+            scoring(engine, CANDIDATES, "ghost", tight_budget(engine)) as call,
+            mock.patch.object(call.engine, "forward", wraps=call.engine.forward) as forward,
+        ):
+            direction = call.direction()
+            with CollectiveCounter() as counter:
+                call.score(direction)
+            counts[name], counts["passes"] = dict(counter.counts), forward.call_count
     return counts
 
 
@@ -151,7 +161,7 @@ def measure_memory(root: Path, strategy: str) -> dict[str, Any]:
     for defers_sync in (True, False):
         engine = build_engine(root, Setup(strategy, "wide", defers_sync=defers_sync, dtype="bf16"))
         with scoring(engine, TEN_EACH[:4], "ghost", WIDE) as call:
-            make = partial(direction_module.compute_direction, call.engine, call.candidates)
+            make = partial(compute_direction, call.engine, call.candidates)
             make()  # what is made once for all
             measured["deferred" if defers_sync else "at once"] = peak_bytes(make, "cpu")
         sizes = {p.identity: math.prod(p.shape) for p in fsdp.trainable_placements(engine.module)}

@@ -36,7 +36,8 @@ from tests.numerics.problems import TEMPERATURE, load_float64
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.integration.engine import module_of
 from verl_gradalign.probe import direction_file
-from verl_gradalign.probe.direction import Direction, DirectionGather
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.fsdp import sharding_group, trainable_placements
 
 

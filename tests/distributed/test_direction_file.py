@@ -31,8 +31,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from verl_gradalign.probe.direction import Direction, DirectionGather, compute_direction, require_same_shards
+from verl_gradalign.probe.direction import Direction, compute_direction, require_same_shards
 from verl_gradalign.probe.direction_file import REMEDY, load_direction, rank_file, save_direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.fsdp import trainable_placements
 from verl_gradalign.probe.gradient import leave_no_trace
 from verl_gradalign.types import ProblemRows

@@ -225,6 +225,18 @@ def test_an_oversized_problem_stops_every_rank_by_name(results: dict[str, Any], 
     assert all(message.startswith("problem c0 takes 40 positions") for message in messages), messages
 
 
+def test_a_direction_that_does_not_fit_is_gathered_by_unit_and_not_by_parameter(run_group: RunGroup) -> None:
+    """Beside the units' own parameters, which FSDP gathers either way."""
+    counts = case_of(run_group(2), "collectives-fsdp2")
+    together, by_unit = (
+        sum(number for kind, number in counts[name].items() if "gather" in kind) for name in ("together", "by unit")
+    )
+    of_direction = by_unit - (together - 1)  # where it fits, by one exchange
+    assert counts["passes"] > 1
+    # The root's is needed by the output layer and by the embedding.
+    assert counts["units"] * counts["passes"] <= of_direction <= (counts["units"] + 1) * counts["passes"], counts
+
+
 @pytest.mark.parametrize(("strategy", "bytes_each"), [("fsdp", 2), ("fsdp2", 4)])
 def test_gradients_that_are_reduced_late_take_what_the_calculator_says(
     run_group: RunGroup, strategy: str, bytes_each: int

@@ -18,7 +18,8 @@ from tests.numerics.cases import CANDIDATES, TRUSTED
 from tests.numerics.models import make_model
 from tests.numerics.problems import TEMPERATURE, tabulate
 from verl_gradalign import probe
-from verl_gradalign.probe.direction import Direction, DirectionGather, compute_direction, inner, no_direction
+from verl_gradalign.probe.direction import Direction, compute_direction, inner, no_direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.estimators import ghost
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.fsdp import trainable_placements

@@ -20,7 +20,8 @@ from tests.numerics.test_oversized import LARGE, SMALL, scored
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe import expert_rules
 from verl_gradalign.probe.audit import audited_scores
-from verl_gradalign.probe.direction import DirectionGather, compute_direction
+from verl_gradalign.probe.direction import compute_direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.estimators import ESTIMATORS
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters

@@ -28,7 +28,8 @@ from verl.workers.engine_workers import TrainingWorker
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.errors import refuse
 from verl_gradalign.integration.engine import VerlEngine
-from verl_gradalign.probe.direction import Direction, DirectionGather, is_away, on_cpu, on_device
+from verl_gradalign.probe.direction import Direction, is_away, on_cpu, on_device
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.engine import TokenBudget
 from verl_gradalign.probe.gradient import leave_no_trace, require_no_dropout
 from verl_gradalign.probe.layout import packed_layout, padded_layout

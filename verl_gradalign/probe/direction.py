@@ -5,35 +5,21 @@ It does not decide which problems are trusted, nor when the direction is refresh
 
     with leave_no_trace(engine.module):
         direction = compute_direction(engine, trusted)
-        gather = DirectionGather(engine.module, direction, engine.device)
-        direction_OI = gather(trainable_placements(engine.module)[0])        # collective
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from verl_gradalign.probe.engine import GradientEngine
-from verl_gradalign.probe.fsdp import (
-    Placement,
-    flat_handles,
-    gather_flat,
-    gather_together,
-    gather_whole,
-    local_part,
-)
+from verl_gradalign.probe.fsdp import local_part
 from verl_gradalign.probe.gradient import clear_gradients, require_no_gradients, trainable_parameters
-from verl_gradalign.probe.ranks import largest, summed
+from verl_gradalign.probe.ranks import summed
 from verl_gradalign.types import ProblemRows
 
-SHARE_OF_FREE = 0.25
-"""Of a GPU's memory that the whole direction may take beside a pass, whose activations need most of it."""
-FULL_BYTES = 4
-"""Of a number of the direction."""
 Shards = tuple[Tensor | None, ...]
 """One per trainable parameter, in the module's order, with the shape and dtype of the parameter's local gradient
 shard; None where this rank had no gradient."""
@@ -190,78 +176,3 @@ def local_inner(first: Shards, second: Shards, device: torch.device) -> Tensor:
 def inner(engine: GradientEngine, first: Shards, second: Shards) -> float:
     """Return the inner product over all shards of all ranks, summed in float64. Collective."""
     return summed(local_inner(first, second, engine.device), engine.shard_group).item()
-
-
-class DirectionGather:
-    """Puts together the whole of a parameter's direction from the shards of all ranks, one layer at a time.
-
-    FSDP1 flattens a layer's parameters into one tensor; the tensor gathered last is kept, because a layer's parameters
-    are asked for one after another.
-    """
-
-    def __init__(self, root: nn.Module, direction: Direction, device: torch.device) -> None:
-        require_same_shards(root, direction)
-        self._parameters = [parameter for _, parameter in trainable_parameters(root)]
-        self._shards = direction.shards
-        self._shard_of = {id(p): shard for p, shard in zip(self._parameters, self._shards, strict=True)}
-        # During a pass a flat parameter is unsharded; what it measures now is its shard.
-        self._flat_shapes = {id(handle): handle.flat_param.shape for handle in flat_handles(root)}
-        # A rank without any shard of a flat parameter still gathers it, in the dtype of the others.
-        dtype = next((shard.dtype for shard in self._shards if shard is not None), torch.float32)
-        self._like = torch.zeros(0, dtype=dtype, device=device)
-        self._last: tuple[Any, tuple[Tensor, ...]] = (None, ())
-
-    def __call__(self, placement: Placement) -> Tensor:
-        """Return v of the placement's whole parameter on the device. Collective: every rank asks for the same."""
-        handle = placement.handle
-        if handle is not None:
-            if self._last[0] is not handle:
-                self._last = (None, ())  # freed before the next one is gathered
-                self._last = (handle, gather_flat(handle, self._flat_shapes[id(handle)], self._shard_of, self._like))
-            return self._last[1][placement.view or 0]
-        parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
-        # The parameter was unused, so no rank has a gradient of it, and none gathers.
-        if shard is None:
-            return self._like.new_zeros(()).expand(placement.shape)
-        return gather_whole(parameter, shard.to(self._like.device, non_blocking=True))
-
-    def all(self, placements: Iterable[Placement]) -> dict[tuple[int, int], Tensor]:
-        """Return v of the whole parameters, by identity, in few exchanges. Collective; asked for alike on all ranks."""
-        wholes: dict[tuple[int, int], Tensor] = {}
-        together: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
-        for placement in placements:
-            parameter, shard = self._parameters[placement.parameter], self._shards[placement.parameter]
-            if placement.handle is not None:
-                # A copy: of a flat parameter this is a view, which would keep all of it.
-                wholes[placement.identity] = self(placement).clone()
-            elif shard is None:
-                wholes[placement.identity] = self(placement)
-            else:
-                together[placement.identity] = parameter, shard.to(self._like.device, non_blocking=True)
-        parameters, shards = [parameter for parameter, _ in together.values()], [s for _, s in together.values()]
-        return wholes | dict(zip(together, gather_together(parameters, shards), strict=True))
-
-
-def gathered_where_it_fits(
-    engine: GradientEngine, direction: Direction, placements: Iterable[Placement]
-) -> Callable[[Placement], Tensor]:
-    """Return a function that gives a parameter's v: gathered once for all passes of a call, or by layer in each.
-
-    On a GPU the whole v may take `SHARE_OF_FREE` of the free memory, on the rank that has the least. Collective.
-    """
-    gather = DirectionGather(engine.module, direction, engine.device)
-    distinct = {use.identity: use for use in placements}
-    size = FULL_BYTES * sum(use.shape.numel() for use in distinct.values())
-    is_too_large = size > SHARE_OF_FREE * _free_bytes(engine.device)
-    if largest(int(is_too_large), engine.data_group, engine.device):
-        return gather
-    parts = gather.all(distinct.values())
-    return lambda placement: parts[placement.identity]
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Return what may still be allocated on a GPU, what torch keeps of freed tensors included; elsewhere no limit."""
-    if device.type != "cuda":
-        return math.inf
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept

@@ -11,7 +11,7 @@ during a pass the modules show temporary parameters.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,20 +137,41 @@ def gather_together(parameters: Sequence[nn.Parameter], shards: Sequence[Tensor]
     anything else alone (`gather_whole`).
     """
     wholes: dict[int, Tensor] = {}
-    waiting: dict[Any, list[int]] = {}
+    waiting: list[int] = []
+    num_bytes = 0
+    for index, (parameter, shard) in enumerate(zip(parameters, shards, strict=True)):
+        waiting.append(index)
+        # By the wholes, which all ranks know: shards may be smaller on the last ones.
+        num_bytes += parameter.numel() * shard.element_size()
+        if num_bytes >= TOGETHER_BYTES or index == len(parameters) - 1:
+            found = start_gathering([parameters[i] for i in waiting], [shards[i] for i in waiting])()
+            wholes |= zip(waiting, found, strict=True)
+            waiting, num_bytes = [], 0
+    return [wholes[index] for index in range(len(shards))]
+
+
+def start_gathering(parameters: Sequence[nn.Parameter], shards: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start to gather all of these together, and return a function that waits and gives the wholes. Collective.
+
+    What does not go together (`gather_together`) is gathered in that function, which all ranks must call too.
+    """
+    together: dict[Any, list[int]] = {}
+    alone: list[int] = []
     for index, (parameter, shard) in enumerate(zip(parameters, shards, strict=True)):
         group = _group_of_first_axis(parameter)
-        if group is None:
-            wholes[index] = gather_whole(parameter, shard)
-            continue
-        together = waiting.setdefault((group, shard.dtype), [])
-        together.append(index)
-        # By the wholes, which all ranks know: shards may be smaller on the last ones.
-        if sum(parameters[i].numel() for i in together) * shard.element_size() >= TOGETHER_BYTES:
-            wholes |= _gathered(waiting.pop((group, shard.dtype)), parameters, shards, group)
-    for (group, _), together in waiting.items():
-        wholes |= _gathered(together, parameters, shards, group)
-    return [wholes[index] for index in range(len(shards))]
+        (alone if group is None else together.setdefault((group, shard.dtype), [])).append(index)
+    started = [
+        _start([parameters[i] for i in indices], [shards[i] for i in indices], group)
+        for (group, _), indices in together.items()
+    ]
+
+    def finish() -> list[Tensor]:
+        wholes = {index: gather_whole(parameters[index], shards[index]) for index in alone}
+        for indices, wait in zip(together.values(), started, strict=True):
+            wholes |= zip(indices, wait(), strict=True)
+        return [wholes[index] for index in range(len(shards))]
+
+    return finish
 
 
 def _group_of_first_axis(parameter: nn.Parameter) -> ProcessGroup | None:
@@ -162,23 +183,27 @@ def _group_of_first_axis(parameter: nn.Parameter) -> ProcessGroup | None:
     return parameter.device_mesh.get_group(cut[0]) if is_first else None
 
 
-def _gathered(
-    indices: Sequence[int], parameters: Sequence[nn.Parameter], shards: Sequence[Tensor], group: ProcessGroup
-) -> dict[int, Tensor]:
-    """Return the wholes of some tensors by one exchange; the last ranks' shards can be smaller, or empty."""
+def _start(
+    parameters: Sequence[nn.Parameter], shards: Sequence[Tensor], group: ProcessGroup
+) -> Callable[[], list[Tensor]]:
+    """Start the one exchange that gives the wholes; the last ranks' shards can be smaller, or empty."""
     num_ranks, parts = group.size(), []
-    lengths = [math.ceil(parameters[i].shape[0] / num_ranks) * parameters[i].shape[1:].numel() for i in indices]
-    for index, length in zip(indices, lengths, strict=True):
-        flat = shards[index].flatten()
+    shapes = [parameter.shape for parameter in parameters]
+    lengths = [math.ceil(shape[0] / num_ranks) * shape[1:].numel() for shape in shapes]
+    for shard, length in zip(shards, lengths, strict=True):
+        flat = shard.flatten()
         parts.append(torch.nn.functional.pad(flat, (0, length - len(flat))))
     mine = torch.cat(parts)
     of_all = mine.new_empty(num_ranks * len(mine))
-    torch.distributed.all_gather_into_tensor(of_all, mine, group=group)
-    columns = torch.split(of_all.view(num_ranks, -1), lengths, dim=1)
-    shapes = (parameters[index].shape for index in indices)
-    # Of several columns each is copied, so that none keeps the whole exchange in memory.
-    wholes = [column.reshape(-1, *shape[1:])[: shape[0]] for column, shape in zip(columns, shapes, strict=True)]
-    return dict(zip(indices, wholes, strict=True))
+    work = torch.distributed.all_gather_into_tensor(of_all, mine, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        work.wait()
+        columns = torch.split(of_all.view(num_ranks, -1), lengths, dim=1)
+        # Of several columns each is copied, so that none keeps the whole exchange in memory.
+        return [column.reshape(-1, *shape[1:])[: shape[0]] for column, shape in zip(columns, shapes, strict=True)]
+
+    return finish
 
 
 def gather_flat(
@@ -235,6 +260,21 @@ def abandon_pass(module: nn.Module) -> None:
 
 def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
     return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+
+def unit_of_modules(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return, of each module, the FSDP2 unit that gathers its parameters: the innermost around it, else the root."""
+    units: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module, unit: nn.Module) -> None:
+        unit = module if isinstance(module, FSDPModule) else unit
+        if module not in units:
+            units[module] = unit
+            for child in module.children():
+                visit(child, unit)
+
+    visit(root, root)
+    return units
 
 
 def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:

@@ -39,7 +39,7 @@ from verl_gradalign.probe.tap_points import REMEDY, TapPoint
 from verl_gradalign.probe.tied import TiedWeight
 
 Gather = Callable[[Placement], Tensor]
-"""Gives the direction of a parameter as its layer's rule wants it: whole (`direction.DirectionGather`) or truncated."""
+"""Gives the direction of a parameter as its layer's rule wants it: whole (`DirectionGather`) or truncated."""
 LEAST_TOLERANCE = 1e-5
 """Of `output_error`: transformers' norms compute in float32 in a float64 model too."""
 

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe.direction import Direction, gathered_where_it_fits
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction_gather import gathered_where_it_fits
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
 from verl_gradalign.probe.fsdp import reshard

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from verl_gradalign.probe import expert_rules, layer_rules
 from verl_gradalign.probe.cut_direction import cut_direction
-from verl_gradalign.probe.direction import Direction, DirectionGather
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from verl_gradalign.probe.direction import Direction, DirectionGather
+from verl_gradalign.probe.direction import Direction
+from verl_gradalign.probe.direction_gather import DirectionGather
 from verl_gradalign.probe.engine import GradientEngine
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.estimators.score_estimator import ScoreEstimator
