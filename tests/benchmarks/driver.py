@@ -27,7 +27,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.rollouts import read_groups
+from verl_gradalign.integration.reading import read_groups
 from verl_gradalign.selection.groups import Problem
 
 PARTITION, PROMPT, PUT_GROUPS = "train", 100, 64

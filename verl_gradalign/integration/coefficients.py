@@ -2,24 +2,24 @@
 """Token coefficients of finished rows: advantages as training computes them, times the loss's weights.
 
     table = weighed(data, reward_R, keys, correction, config, verl_config)
-    coefficient_RT, live, odd = coefficients(table, usable, ids_of, config, verl_config)
+    coefficient_RT, live, odd = coefficients(table, usable, content, config, verl_config)
 
 Shape legend: R rows, T response tokens, or 1 where one token stands for all of a row, N tokens of all rows.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.advantages import asked, compute_advantages
 from verl_gradalign.integration.policy_loss import loss_weights
 from verl_gradalign.integration.rollout_correction import correct
+from verl_gradalign.integration.row_content import RowContent
 from verl_gradalign.probe.objective import response_weights
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
@@ -71,15 +71,6 @@ def row_sums(column: Any) -> torch.Tensor:
     return torch.segment_reduce(column.values().float(), "sum", offsets=column.offsets())
 
 
-def of_tokens(coefficient_RT: torch.Tensor, mask: Any) -> torch.Tensor:
-    """Return coefficients, of tokens or one for all of a row, as a column like the nested `mask`."""
-    if coefficient_RT.shape[1] > 1:
-        return response_to_nested(coefficient_RT, mask)
-    lengths_R = mask.offsets().diff()
-    values_N = coefficient_RT.squeeze(1).repeat_interleave(lengths_R) * mask.values()
-    return torch.nested.nested_tensor_from_jagged(values_N, mask.offsets())
-
-
 def uniform(
     advantage_RT: torch.Tensor, coefficient_RT: torch.Tensor, mask_RT: torch.Tensor
 ) -> list[tuple[float, float]]:
@@ -96,14 +87,14 @@ def uniform(
 def coefficients(
     table: Weighed,
     usable: dict[str, list[str]],
-    ids_of: Mapping[str, bytes],
+    content: RowContent,
     config: GradAlignConfig,
     verl_config: DictConfig,
 ) -> tuple[torch.Tensor, set[str], set[str]]:
     """Return the coefficients of all rows (rows, tokens or 1), the uids of the live groups, and those of failed ones.
 
-    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have
-    coefficients of zero, and so have those of groups that fail because an advantage is not finite.
+    `usable` gives each group's keys; rows stand in that order, in `content` too. Rows of dead groups have coefficients
+    of zero, and so have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
     mode = loss_weights(config, verl_config)
@@ -119,7 +110,7 @@ def coefficients(
             odd.add(uid)
         elif largest > ZERO_ADVANTAGE:
             of_group_R = response_weights(num_tokens_R[rows], mode, scale)
-            if not cancels([ids_of[key] for key in members], gain_RT[rows] * of_group_R.unsqueeze(1)):
+            if not cancels(content.places(rows.start, rows.stop), gain_RT[rows] * of_group_R.unsqueeze(1)):
                 live.add(uid)
                 weight_R[rows] = of_group_R
     is_live_R1 = weight_R.unsqueeze(1) > 0
