@@ -7,10 +7,13 @@
 Shape legend: R rows, T response tokens, or 1 where one token stands for all of a row, N tokens of all rows.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
@@ -101,16 +104,17 @@ def coefficients(
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
     gain_RT, num_tokens_R = -table.advantage_RT, table.num_tokens_R
     # Of all rows at once: thousands of groups have each a table of thousands of tokens.
-    largest_R = gain_RT.abs().amax(dim=1)
-    weight_R, live, odd, start = torch.zeros_like(num_tokens_R), set[str](), set[str](), 0
-    for uid, members in usable.items():
-        rows, start = slice(start, start + len(members)), start + len(members)
-        largest = largest_R[rows].max()
-        if not largest.isfinite():
+    starts = list(accumulate(map(len, usable.values()), initial=0))
+    largest_G = np.maximum.reduceat(gain_RT.abs().amax(dim=1).numpy(), starts[:-1]).tolist()
+    weight_R, live, odd = torch.zeros_like(num_tokens_R), set[str](), set[str]()
+    for uid, (start, end), largest in zip(usable, pairwise(starts), largest_G, strict=True):
+        if not math.isfinite(largest):
             odd.add(uid)
         elif largest > ZERO_ADVANTAGE:
+            rows, places = slice(start, end), content.places(start, end)
             of_group_R = response_weights(num_tokens_R[rows], mode, scale)
-            if not cancels(content.places(rows.start, rows.stop), gain_RT[rows] * of_group_R.unsqueeze(1)):
+            are_distinct = len(set(places)) == len(places)
+            if are_distinct or not cancels(places, gain_RT[rows] * of_group_R.unsqueeze(1)):
                 live.add(uid)
                 weight_R[rows] = of_group_R
     is_live_R1 = weight_R.unsqueeze(1) > 0

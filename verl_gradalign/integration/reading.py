@@ -252,10 +252,8 @@ def odd_groups(data: TensorDict, members: Mapping[str, list[str]], fields: Seque
     odd: dict[str, str] = {}
     for name in fields:
         column = data.get(name, None)
-        # All at once first: to tell rows apart takes them apart, and nearly always there is no need.
-        if column is None or not column.is_floating_point():
-            continue
-        if (column.values() if column.is_nested else column).isfinite().all():
+        # By sums first: a number that is not finite makes its row's sum so too, and sums are read faster.
+        if column is None or not column.is_floating_point() or row_sums(column).isfinite().all():
             continue
         failure = REWARD_NOT_FINITE if name == "rm_scores" else NON_FINITE
         rows = zip(owners, column.unbind(), strict=True)
