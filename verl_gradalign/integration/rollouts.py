@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of finished rollouts in TransferQueue: what must be there, which are read, kept, filled up or cleared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,14 @@ def read_step(
     config: GradAlignConfig,
     verl_config: DictConfig,
     is_scored: bool = True,
+    ahead: Mapping[str, Group] | None = None,
 ) -> tuple[list[Group], dict[str, list[Group]]]:
     """Return the groups of the candidates, and those of each trusted set that was rolled out; see `read_groups`."""
 
     def read(name: str | None) -> list[Group]:
         # Apart: advantages may be normalised over all that they are computed with.
         members = [problem for problem in taken if problem.trusted_set == name]
-        return read_groups(members, batch, failed, config, verl_config, is_scored) if members else []
+        return read_groups(members, batch, failed, config, verl_config, is_scored, ahead) if members else []
 
     trusted = {s.name: read(s.name) for s in config.validation.trusted_sets()}
     return read(None), {name: groups for name, groups in trusted.items() if groups}
