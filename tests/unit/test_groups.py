@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_policy_loss_vanilla
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.workers.config import FSDPActorConfig
 
+from tests.unit.shelf import BATCH, KEYS, PROBLEMS, nested, shelved, verl_config
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import advantages, coefficients
 from verl_gradalign.integration import reading as groups
@@ -27,63 +27,12 @@ from verl_gradalign.integration.coefficients import cancels
 from verl_gradalign.integration.engine import of_tokens
 from verl_gradalign.integration.reading import read_groups
 from verl_gradalign.integration.rollouts import needs_completion, stored_rows
-from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
-
-PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
-KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
-BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5, "response_len": 2}] * 4, partition_id="train")
-
-
-def nested(rows):
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+from verl_gradalign.selection.groups import halved, keys_by_uid, session_of
 
 
 @pytest.fixture
 def stored(monkeypatch):
     return shelved(monkeypatch)
-
-
-def shelved(monkeypatch):
-    """Group a has rewards 1 and 0, group b 1 and 1; returns the rows, and what is put back."""
-    table = {
-        "rm_scores": nested([[0.0, 1.0], [0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]),
-        "response_mask": nested([[1, 1], [1, 1, 1], [1], [1, 1]]),
-        "input_ids": nested([[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7]]),
-    }
-    shelf = Shelf({name: dict(zip(KEYS, column.unbind(), strict=True)) for name, column in table.items()})
-    monkeypatch.setattr(groups.tq, "kv_batch_get", shelf.get)
-    monkeypatch.setattr(groups.tq, "kv_batch_put", shelf.put)
-    return shelf
-
-
-class Shelf:
-    """Rows by column and key. Like TransferQueue it leaves a column out that one of the rows lacks."""
-
-    def __init__(self, columns):
-        self.columns, self.stored, self.num_read = columns, [], 0
-
-    def get(self, keys, partition_id, select_fields):
-        self.num_read += 1
-        found = {name: self.columns[name] for name in select_fields if set(keys) <= set(self.columns.get(name, ()))}
-        parts = {name: [column[key] for key in keys] for name, column in found.items()}
-        table = {name: torch.nested.as_nested_tensor(part, layout=torch.jagged) for name, part in parts.items()}
-        return TensorDict(table, batch_size=len(keys))
-
-    def put(self, **call):
-        self.stored.append(call)
-
-
-def verl_config(adv_estimator):
-    return OmegaConf.create(
-        {
-            "algorithm": {"adv_estimator": adv_estimator, "gamma": 1.0, "lam": 1.0},
-            "actor_rollout_ref": {
-                "rollout": {"n": 2, "calculate_log_probs": True},
-                "actor": {"loss_agg_mode": "token-mean"},
-            },
-            "data": {"max_response_length": 8},
-        }
-    )
 
 
 OF_TOKENS = "reinforce_plus_plus"
