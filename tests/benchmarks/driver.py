@@ -3,19 +3,24 @@
 
     python -m tests.benchmarks.driver --groups 5120 --n 16 --tokens 1000
 
-Rows are made up and lie in a real TransferQueue, whose stores are processes of their own. Prints a line of JSON:
-seconds of fetching the rows alone, and of reading them, and by how much the driver's memory grew at most.
+Rows are made up and lie in a real TransferQueue, whose stores are processes of their own. Prints a line of JSON: of
+fetching the rows alone (`fetch`), of reading them all at the selection (`read`), of reading all but the last `--late`
+groups while those are generated (`ahead`), and of reading these at the selection (`last`): seconds (`_s`), processor
+seconds of the driver (`_own_s`) and of the queue's processes (`_queue_s`), which have cores of their own on a real
+head node, and by how many megabytes the driver's memory grew at most (`_mb`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import resource
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +32,8 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.rollouts import read_groups
+from verl_gradalign.integration.read_ahead import ReadAhead
+from verl_gradalign.integration.reading import read_groups
 from verl_gradalign.selection.groups import Problem
 
 PARTITION, PROMPT, PUT_GROUPS = "train", 100, 64
@@ -64,9 +70,25 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
+def queue_seconds() -> float:
+    """Return the processor seconds of all processes below this one: Ray's, and the queue's among them."""
+    parent_of, ticks_of = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # a process that has ended meanwhile
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            parent_of[int(stat.parent.name)] = int(fields[1])
+            ticks_of[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+
+    def is_below(pid: int) -> bool:
+        above = parent_of.get(pid)
+        return above is not None and (above == os.getpid() or is_below(above))
+
+    return sum(ticks for pid, ticks in ticks_of.items() if is_below(pid)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def watched(found: dict[str, float], name: str) -> Iterator[None]:
-    """Note the seconds that a block takes, and by how many megabytes this process grows at most meanwhile."""
+    """Note the seconds that a block takes, whose they are, and by how many megabytes this process grows at most."""
     before, peak, is_over = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -75,9 +97,11 @@ def watched(found: dict[str, float], name: str) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    of_queue, own, started = queue_seconds(), time.process_time(), time.perf_counter()
     yield
     found[f"{name}_s"] = round(time.perf_counter() - started, 2)
+    found[f"{name}_own_s"] = round(time.process_time() - own, 2)
+    found[f"{name}_queue_s"] = round(queue_seconds() - of_queue, 2)
     is_over.set()
     watcher.join()
     found[f"{name}_mb"] = round((peak[0] - before) / MB)
@@ -88,6 +112,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=5120)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--late", type=int, default=64, help="groups that are finished last")
     parser.add_argument("--estimator", default="grpo")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -108,6 +133,14 @@ def main() -> None:
     config = GradAlignConfig.from_mapping({"validation": {"files": ["trusted"]}})
     with watched(found, "read"):
         groups = read_groups(problems, batch, set(), config, verl_config)
+    ahead, late = ReadAhead(config, verl_config), problems[-args.late :]
+    tags = dict(zip(batch.keys, batch.tags, strict=True))
+    with watched(found, "ahead"):
+        ahead.read(problems[: -args.late], tags, is_scored=True, seconds=math.inf)
+    with watched(found, "last"):
+        known = ahead.take([problem.uid for problem in problems], is_scored=True)
+        again = read_groups(problems, batch, set(), config, verl_config, ahead=known)
+    assert again == groups and len(known) == args.groups - len(late)
     found["live"] = sum(group.is_live for group in groups)
     print(json.dumps(found))
     tq.close()

@@ -13,27 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_policy_loss_vanilla
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.workers.config import FSDPActorConfig
 
+from tests.unit.shelf import BATCH, KEYS, PROBLEMS, nested, shelved, verl_config
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration import advantages, coefficients
-from verl_gradalign.integration import rollouts as groups
+from verl_gradalign.integration import reading as groups
 from verl_gradalign.integration.coefficients import cancels
-from verl_gradalign.integration.rollouts import needs_completion, read_groups, stored_rows
-from verl_gradalign.selection.groups import Problem, halved, keys_by_uid, session_of
-
-PROBLEMS = [Problem("a", 0, "tasks"), Problem("b", 1, "tasks")]
-KEYS = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
-BATCH = KVBatchMeta(keys=KEYS, tags=[{"seq_len": 5, "response_len": 2}] * 4, partition_id="train")
-
-
-def nested(rows):
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+from verl_gradalign.integration.engine import of_tokens
+from verl_gradalign.integration.reading import read_groups
+from verl_gradalign.integration.rollouts import needs_completion, stored_rows
+from verl_gradalign.selection.groups import halved, keys_by_uid, session_of
 
 
 @pytest.fixture
@@ -41,46 +35,8 @@ def stored(monkeypatch):
     return shelved(monkeypatch)
 
 
-def shelved(monkeypatch):
-    """Group a has rewards 1 and 0, group b 1 and 1; returns the rows, and what is put back."""
-    table = {
-        "rm_scores": nested([[0.0, 1.0], [0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]),
-        "response_mask": nested([[1, 1], [1, 1, 1], [1], [1, 1]]),
-        "input_ids": nested([[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7]]),
-    }
-    shelf = Shelf({name: dict(zip(KEYS, column.unbind(), strict=True)) for name, column in table.items()})
-    monkeypatch.setattr(groups.tq, "kv_batch_get", shelf.get)
-    monkeypatch.setattr(groups.tq, "kv_batch_put", shelf.put)
-    return shelf
-
-
-class Shelf:
-    """Rows by column and key. Like TransferQueue it leaves a column out that one of the rows lacks."""
-
-    def __init__(self, columns):
-        self.columns, self.stored = columns, []
-
-    def get(self, keys, partition_id, select_fields):
-        found = {name: self.columns[name] for name in select_fields if set(keys) <= set(self.columns.get(name, ()))}
-        parts = {name: [column[key] for key in keys] for name, column in found.items()}
-        table = {name: torch.nested.as_nested_tensor(part, layout=torch.jagged) for name, part in parts.items()}
-        return TensorDict(table, batch_size=len(keys))
-
-    def put(self, **call):
-        self.stored.append(call)
-
-
-def verl_config(adv_estimator):
-    return OmegaConf.create(
-        {
-            "algorithm": {"adv_estimator": adv_estimator, "gamma": 1.0, "lam": 1.0},
-            "actor_rollout_ref": {
-                "rollout": {"n": 2, "calculate_log_probs": True},
-                "actor": {"loss_agg_mode": "token-mean"},
-            },
-            "data": {"max_response_length": 8},
-        }
-    )
+OF_TOKENS = "reinforce_plus_plus"
+"""An estimator by which tokens of a response may have different advantages."""
 
 
 def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
@@ -89,12 +45,9 @@ def test_live_groups_get_coefficients_and_dead_ones_zeros(stored):
     assert a.is_live and not b.is_live
     assert a.rewards == (1.0, 0.0) and b.rewards == (1.0, 1.0)
     assert (a.num_tokens, a.success_rate(0.0), b.success_rate(0.0)) == (10, 0.5, 1.0)
-    rows = list(stored.stored[0]["fields"][groups.COEFFICIENTS].unbind())
-    assert [len(row) for row in rows] == [2, 3, 1, 2]
-    assert (rows[0] < 0).all() and (rows[1] > 0).all()
-    assert not rows[2].any() and not rows[3].any()
-    assert a.coefficients == pytest.approx((rows[0][0].item(), rows[1][0].item()))
+    assert a.coefficients[0] < 0 < a.coefficients[1] and b.coefficients == (0.0, 0.0)
     assert a.advantages[0] > 0 > a.advantages[1] and b.advantages == (0.0, 0.0)
+    assert not stored.stored  # they travel with the request for a score
 
 
 def test_coefficients_are_stored_for_passes_of_ours_alone(stored):
@@ -102,10 +55,10 @@ def test_coefficients_are_stored_for_passes_of_ours_alone(stored):
     config = GradAlignConfig.from_mapping(
         {"validation": {"files": ["trusted"]}, "schedule": "forecast", "measure": "update", "score": "dot"}
     )
-    a, _ = read_groups(PROBLEMS, BATCH, set(), config, verl_config("grpo"))
+    a, _ = read_groups(PROBLEMS, BATCH, set(), config, verl_config(OF_TOKENS))
     assert a.is_live and a.coefficients and not stored.stored
     trusted = [replace(problem, trusted_set="default") for problem in PROBLEMS]
-    read_groups(trusted, BATCH, set(), config, verl_config("grpo"))
+    read_groups(trusted, BATCH, set(), config, verl_config(OF_TOKENS))
     assert len(stored.stored) == 1
 
 
@@ -116,7 +69,7 @@ def test_halves_depend_on_what_was_answered_and_not_on_which_session_answered():
     for seed in range(4):
         sessions = random.Random(seed).sample(range(len(answers)), len(answers))
         content = {
-            f"a_{s}_{o}": answer + bytes([o]) for s, answer in zip(sessions, answers, strict=True) for o in (0, 1)
+            f"a_{s}_{o}": (answer, bytes([o])) for s, answer in zip(sessions, answers, strict=True) for o in (0, 1)
         }
         split = halved(keys_by_uid(content)["a"], content)
         assert [half for half, _ in split] == [0] * 8 + [1] * 6
@@ -303,8 +256,17 @@ def test_one_token_stands_for_all_where_advantages_are_of_rewards_alone(stored, 
     short = read_groups(PROBLEMS, BATCH, set(), config, verl)
     monkeypatch.setattr(coefficients, "asked", lambda *_: replace(advantages.asked(config, verl), is_of_sums=False))
     assert read_groups(PROBLEMS, BATCH, set(), config, verl) == short and short[0].is_live
-    first, second = (call["fields"][groups.COEFFICIENTS] for call in stored.stored)
-    assert torch.equal(first.offsets(), second.offsets()) and torch.equal(first.values(), second.values())
+    (call,) = stored.stored
+    coefficient_of = {key: c for group in short for key, c in zip(group.keys, group.coefficients, strict=True)}
+    masks = [stored.columns["response_mask"][key] for key in KEYS]
+    expanded = of_tokens([coefficient_of[key] for key in KEYS], masks)
+    for row, whole in zip(expanded, call["fields"][groups.COEFFICIENTS].unbind(), strict=True):
+        assert torch.equal(row, whole) and row.dtype == whole.dtype
+
+
+def test_rows_without_a_coefficient_for_all_tokens_need_a_column_of_them():
+    with pytest.raises(RuntimeError, match="without the column gradalign_coefficients"):
+        of_tokens([1.0, math.nan], [torch.ones(2), torch.ones(3)])
 
 
 def test_rows_are_read_in_parts_where_advantages_are_of_each_group_alone(stored, monkeypatch):
@@ -314,9 +276,9 @@ def test_rows_are_read_in_parts_where_advantages_are_of_each_group_alone(stored,
         monkeypatch.setattr(groups, "ROWS_AT_ONCE", 4096)
         whole = read_groups(PROBLEMS, BATCH, set(), config, verl_config(estimator))
         monkeypatch.setattr(groups, "ROWS_AT_ONCE", 1)
-        stored.stored.clear()
+        stored.num_read = 0
         assert read_groups(PROBLEMS, BATCH, set(), config, verl_config(estimator)) == whole
-        assert len(stored.stored) == num_parts
+        assert stored.num_read == num_parts
 
 
 CORRECTIONS = {
@@ -382,9 +344,10 @@ def test_weights_over_all_rows_are_computed_of_all_rows(stored, monkeypatch):
     config, verl = GradAlignConfig.from_mapping(SCORES["measured"]), verl_config("grpo")
     for name, num_parts in (("token", 2), ("over all rows", 1)):
         verl.algorithm.rollout_correction = CORRECTIONS[name]
-        stored.stored.clear()
+        stored.num_read = 0
         read_groups(PROBLEMS, BATCH, set(), config, verl)
-        assert len(stored.stored) == num_parts
+        assert stored.num_read == len(stored.stored) == num_parts
+        stored.stored.clear()
 
 
 def test_the_actors_log_probs_are_asked_for_where_a_pass_of_ours_needs_them(stored):

@@ -190,7 +190,9 @@ def in_halves(num: int) -> tuple[int, ...]:
     return tuple(int(k >= (num + 1) // 2) for k in range(num))
 
 
-def make_groups(name: str, groups: list[list[int]]) -> tuple[list[Group], dict[str, int]]:
+def make_groups(
+    name: str, groups: list[list[int]], has_coefficients: bool = True
+) -> tuple[list[Group], dict[str, int]]:
     problems = [(Problem(f"{name}{i}", i, "tasks"), lengths) for i, lengths in enumerate(groups)]
     lengths = {f"{p.uid}_{k}_0": length for p, each in problems for k, length in enumerate(each)}
     made = [
@@ -202,7 +204,7 @@ def make_groups(name: str, groups: list[list[int]]) -> tuple[list[Group], dict[s
             False,
             True,
             (),
-            (),
+            tuple(float(k) for k in range(len(each))) if has_coefficients else (),
             in_halves(len(each)),
         )
         for p, each in problems
@@ -242,7 +244,9 @@ def test_requests_cover_every_row_once_and_end_each_table_with_the_shortest_row(
     for meta, mine in list(zip(metas, requests, strict=True))[::copies]:
         assert len(set(meta.keys)) == len(meta.keys)
         assert length[meta.keys[-1]] == min(length.values())
-        assert mine == replace(request, trusted=mine.trusted, candidates=mine.candidates)
+        assert mine == replace(
+            request, trusted=mine.trusted, candidates=mine.candidates, coefficients=_coefficients_of(meta)
+        )
         assert [len(mine.trusted[name]) for name in weights] == [1, len(trusted) - 1]
         shares = [*mine.trusted["first"], *mine.trusted["second"], *mine.candidates]
         computed += [meta.keys[row] for share in shares for row in share.rows]
@@ -284,11 +288,27 @@ def test_requests_for_a_direction_cover_every_row_once_in_the_rows_own_partition
     assert {meta.partition_id for meta in metas} == {"kept"}
     computed = []
     for meta, mine in zip(metas, requests, strict=True):
-        assert mine == replace(request, trusted=mine.trusted) and list(mine.trusted) == list(weights)
+        assert mine == replace(request, trusted=mine.trusted, coefficients=_coefficients_of(meta))
+        assert list(mine.trusted) == list(weights)
         assert length[meta.keys[-1]] == min(length.values())
         assert [len(shares) for shares in mine.trusted.values()] == [1, 0, len(groups) - 1]
         computed += [meta.keys[row] for shares in mine.trusted.values() for share in shares for row in share.rows]
     assert sorted(computed) == sorted(length)
+
+
+def test_coefficients_are_not_sent_where_some_are_not_known():
+    groups, length = make_groups("t", [[3, 4]])
+    others, more = make_groups("u", [[5]], has_coefficients=False)
+    batch = KVBatchMeta(
+        keys=[*length, *more], tags=[{"seq_len": v} for v in (length | more).values()], partition_id="kept"
+    )
+    request = DirectionRequest(DirectionConfig(), TokenBudget(9, is_padded=True), 1.0, {"one": 1.0})
+    _, (sent,) = build_direction_requests(batch, {"one": [*groups, *others]}, [0], request)
+    assert sent.coefficients == ()
+
+
+def _coefficients_of(meta: KVBatchMeta) -> tuple[float, ...]:
+    return tuple(float(key.split("_")[1]) for key in meta.keys)
 
 
 def _of(group: Group, length: dict[str, int]) -> tuple[int, ...]:

@@ -206,3 +206,31 @@ def test_a_trainer_of_verls_own_is_refused_before_any_worker_starts_with_the_mod
         ValueError, match=rf"trainer_mode={mode}: .*Remedy: set trainer\.v1\.trainer_mode={MODES[mode]}\b"
     ):
         sampler(trainer_mode=mode, sampler_kwargs=None)
+
+
+@pytest.mark.parametrize(("sampler", "mode"), [(GradAlignSampler, "sync"), (GradAlignAsyncSampler, "colocate_async")])
+def test_finished_groups_are_looked_at_while_others_are_generated(sampler, mode):
+    buffer = make(sampler, mode)
+    chooser, looked = Chooser(buffer, ["c1", "c2"], 2), []
+    finish(buffer, ["c1"])
+
+    def look(uids, tags, seconds):
+        looked.append((sorted(uids), sorted(tags), seconds))
+        finish(buffer, ["c1", "c2"])
+
+    buffer.attach(chooser.in_flight, chooser.choose, lambda: "", look)
+    buffer.sample(1, "train", 1)
+    assert looked == [(["c1"], ["c1_0_0"], 0.01)] and chooser.asked == [(["c1", "c2"], [], 1)]
+
+
+def test_what_goes_wrong_in_looking_is_not_told_as_a_step_without_answers():
+    buffer = make(GradAlignSampler, "sync")
+    chooser = Chooser(buffer, ["c1", "c2"], 2)
+    finish(buffer, ["c1"])
+
+    def look(*_):
+        raise RuntimeError("the storage unit is gone")
+
+    buffer.attach(chooser.in_flight, chooser.choose, lambda: "no answers", look)
+    with pytest.raises(RuntimeError, match="the storage unit is gone"):
+        buffer.sample(3, "train", 1)

@@ -12,7 +12,6 @@ Shape legend: R rows, T response tokens.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,15 +64,23 @@ def asked(config: GradAlignConfig, verl_config: DictConfig) -> Asked:
     algorithm = verl_config.algorithm
     function = ADV_ESTIMATOR_REGISTRY.get(algorithm.adv_estimator)
     rollout_n = verl_config.actor_rollout_ref.rollout.n
-    return _ask(function, OmegaConf.to_yaml(algorithm), rollout_n)
+    # Once in a run: a function of a user's own might keep a baseline of what it is given.
+    question = function, repr(algorithm), rollout_n
+    if question not in _ANSWERS:
+        _ANSWERS[question] = _ask(function, algorithm, rollout_n)
+    return _ANSWERS[question]
 
 
-@lru_cache
-def _ask(function: Callable[..., Any] | None, algorithm: str, rollout_n: int) -> Asked:
-    """Ask once in a run: a function of a user's own might keep a baseline of what it is given."""
+_ANSWERS: dict[tuple[Any, str, int], Asked] = {}
+
+
+def _ask(function: Callable[..., Any] | None, algorithm: DictConfig, rollout_n: int) -> Asked:
     if function is None:
         return Asked(lacks="verl knows no such estimator")
-    parts = {"algorithm": OmegaConf.create(algorithm), "actor_rollout_ref": {"rollout": {"n": rollout_n}}}
+    parts = {
+        "algorithm": OmegaConf.create(OmegaConf.to_yaml(algorithm)),
+        "actor_rollout_ref": {"rollout": {"n": rollout_n}},
+    }
     verl_config = OmegaConf.create(parts)
     # Two groups of three, whose rewards have other means and spreads, and whose responses have other lengths.
     mask_RT = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]])

@@ -2,24 +2,27 @@
 """Token coefficients of finished rows: advantages as training computes them, times the loss's weights.
 
     table = weighed(data, reward_R, keys, correction, config, verl_config)
-    coefficient_RT, live, odd = coefficients(table, usable, ids_of, config, verl_config)
+    coefficient_RT, live, odd = coefficients(table, usable, content, config, verl_config)
 
 Shape legend: R rows, T response tokens, or 1 where one token stands for all of a row, N tokens of all rows.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from verl.workers.utils.padding import response_to_nested
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.advantages import asked, compute_advantages
 from verl_gradalign.integration.policy_loss import loss_weights
 from verl_gradalign.integration.rollout_correction import correct
+from verl_gradalign.integration.row_content import RowContent
 from verl_gradalign.probe.objective import response_weights
 
 # Advantages of a group whose rewards are all equal differ from 0 by the rounding of its mean only.
@@ -71,15 +74,6 @@ def row_sums(column: Any) -> torch.Tensor:
     return torch.segment_reduce(column.values().float(), "sum", offsets=column.offsets())
 
 
-def of_tokens(coefficient_RT: torch.Tensor, mask: Any) -> torch.Tensor:
-    """Return coefficients, of tokens or one for all of a row, as a column like the nested `mask`."""
-    if coefficient_RT.shape[1] > 1:
-        return response_to_nested(coefficient_RT, mask)
-    lengths_R = mask.offsets().diff()
-    values_N = coefficient_RT.squeeze(1).repeat_interleave(lengths_R) * mask.values()
-    return torch.nested.nested_tensor_from_jagged(values_N, mask.offsets())
-
-
 def uniform(
     advantage_RT: torch.Tensor, coefficient_RT: torch.Tensor, mask_RT: torch.Tensor
 ) -> list[tuple[float, float]]:
@@ -96,30 +90,31 @@ def uniform(
 def coefficients(
     table: Weighed,
     usable: dict[str, list[str]],
-    ids_of: Mapping[str, bytes],
+    content: RowContent,
     config: GradAlignConfig,
     verl_config: DictConfig,
 ) -> tuple[torch.Tensor, set[str], set[str]]:
     """Return the coefficients of all rows (rows, tokens or 1), the uids of the live groups, and those of failed ones.
 
-    `usable` gives each group's keys; rows stand in that order. `ids_of`: the tokens of each. Rows of dead groups have
-    coefficients of zero, and so have those of groups that fail because an advantage is not finite.
+    `usable` gives each group's keys; rows stand in that order, in `content` too. Rows of dead groups have coefficients
+    of zero, and so have those of groups that fail because an advantage is not finite.
     """
     actor = verl_config.actor_rollout_ref.actor
     mode = loss_weights(config, verl_config)
     scale = actor.get("loss_scale_factor") or verl_config.data.max_response_length
     gain_RT, num_tokens_R = -table.advantage_RT, table.num_tokens_R
     # Of all rows at once: thousands of groups have each a table of thousands of tokens.
-    largest_R = gain_RT.abs().amax(dim=1)
-    weight_R, live, odd, start = torch.zeros_like(num_tokens_R), set[str](), set[str](), 0
-    for uid, members in usable.items():
-        rows, start = slice(start, start + len(members)), start + len(members)
-        largest = largest_R[rows].max()
-        if not largest.isfinite():
+    starts = list(accumulate(map(len, usable.values()), initial=0))
+    largest_G = np.maximum.reduceat(gain_RT.abs().amax(dim=1).numpy(), starts[:-1]).tolist()
+    weight_R, live, odd = torch.zeros_like(num_tokens_R), set[str](), set[str]()
+    for uid, (start, end), largest in zip(usable, pairwise(starts), largest_G, strict=True):
+        if not math.isfinite(largest):
             odd.add(uid)
         elif largest > ZERO_ADVANTAGE:
+            rows, places = slice(start, end), content.places(start, end)
             of_group_R = response_weights(num_tokens_R[rows], mode, scale)
-            if not cancels([ids_of[key] for key in members], gain_RT[rows] * of_group_R.unsqueeze(1)):
+            are_distinct = len(set(places)) == len(places)
+            if are_distinct or not cancels(places, gain_RT[rows] * of_group_R.unsqueeze(1)):
                 live.add(uid)
                 weight_R[rows] = of_group_R
     is_live_R1 = weight_R.unsqueeze(1) > 0

@@ -76,6 +76,16 @@ def taken_apart(rows: TensorDict) -> dict[str, list[Any]]:
     return columns
 
 
+def of_tokens(coefficients: Sequence[float], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return each row's coefficient for every token that its mask counts, zero for the others.
+
+    Raises: RuntimeError if there is none that is one for all of a row's tokens.
+    """
+    if any(map(math.isnan, coefficients)):
+        raise RuntimeError(f"rows have no one coefficient for all tokens, and come without the column {COEFFICIENTS}")
+    return [mask.float() * coefficient for coefficient, mask in zip(coefficients, masks, strict=True)]
+
+
 def attribute_of(engine: BaseEngine, name: str) -> Any:
     """Return an attribute that verl's BaseEngine does not promise.
 
@@ -107,11 +117,13 @@ class VerlEngine:
     Args:
         engine: verl's engine (`actor.engine` of a worker). `backward` and `row_sums` ask for what BaseEngine promises,
             the module and the configuration; `forward` and `prepare` for what the FSDP engine has beside that.
-        rows: the rank's rows with all that verl's update is given of them, and COEFFICIENTS, which have the responses'
-            lengths. The last one is the spare row, run with zero coefficients where a rank has fewer rows than
-            others, because every rank must run the same number of micro-batches.
+        rows: the rank's rows with all that verl's update is given of them, and, where a response's tokens may have
+            different ones, COEFFICIENTS, which have the responses' lengths. The last one is the spare row, run with
+            zero coefficients where a rank has fewer rows than others, because every rank must run the same number of
+            micro-batches.
         temperature: the sampling temperature, at which log-probs are taken.
         budget: what a micro-batch of a forward pass may hold.
+        coefficients: one for all tokens of each row's response, where the rows come without COEFFICIENTS.
         is_replayed: whether the rows are of earlier policies and come with STORED_LOG_PROBS. `backward` then weighs
             their tokens by truncated importance ratios (`probe.replay`), which `forward` and the estimators do not.
     """
@@ -122,6 +134,7 @@ class VerlEngine:
         rows: TensorDict,
         temperature: float,
         budget: TokenBudget,
+        coefficients: Sequence[float] = (),
         is_replayed: bool = False,
     ) -> None:
         self.budget = budget
@@ -132,6 +145,8 @@ class VerlEngine:
         self._rows = taken_apart(rows)
         if not any(self._rows.get(MULTI_MODAL, ())):
             self._rows.pop(MULTI_MODAL, None)
+        if COEFFICIENTS not in self._rows and len(coefficients):
+            self._rows[COEFFICIENTS] = of_tokens(coefficients, self._rows["response_mask"])
 
     @property
     def module(self) -> torch.nn.Module:

@@ -58,6 +58,8 @@ class ProblemKeys:
     """Tokens of each key's row, prompt included."""
     halves: tuple[int, ...] = ()
     """The half that each key's row counts to, half 0 first."""
+    coefficients: tuple[float, ...] = ()
+    """Of each key's row; nan where its tokens have different ones."""
 
     @property
     def is_split(self) -> bool:
@@ -254,11 +256,11 @@ def build_requests(
     owners: list[list[int | None]] = [[None] * len(table) for table in tables[:-1]]
     dp_size, oversized = max(dp_rank_of) + 1, request.probe.oversized
     owners.append(owners_of(tables[-1], request.estimator, request.budget, dp_size, oversized))
-    metas, shares = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
-    requests = [
-        replace(request, trusted=dict(zip(names, mine[:-1], strict=True)), candidates=mine[-1]) for mine in shares
+    dealt = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
+    return [meta for meta, _, _ in dealt], [
+        replace(request, trusted=dict(zip(names, mine[:-1], strict=True)), candidates=mine[-1], coefficients=of_rows)
+        for _, mine, of_rows in dealt
     ]
-    return metas, requests
 
 
 def build_direction_requests(
@@ -275,8 +277,11 @@ def build_direction_requests(
     names = list(request.set_weights)
     tables = [_table(trusted.get(name, ()), length) for name in names]
     owners: list[list[int | None]] = [[None] * len(table) for table in tables]
-    metas, shares = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
-    return metas, [replace(request, trusted=dict(zip(names, mine, strict=True))) for mine in shares]
+    dealt = _deal(batch.partition_id, tables, owners, length, dp_rank_of)
+    return [meta for meta, _, _ in dealt], [
+        replace(request, trusted=dict(zip(names, mine, strict=True)), coefficients=of_rows)
+        for _, mine, of_rows in dealt
+    ]
 
 
 def _deal(
@@ -285,24 +290,38 @@ def _deal(
     owners: Sequence[Sequence[int | None]],
     length: Mapping[str, int],
     dp_rank_of: Sequence[int],
-) -> tuple[list[KVBatchMeta], list[list[Shares]]]:
-    """Return each worker's keys, the shortest row last, and its shares of every table's problems."""
+) -> list[tuple[KVBatchMeta, list[Shares], tuple[float, ...]]]:
+    """Return each worker's keys, the shortest row last, its shares of every table's problems, its rows' coefficients.
+
+    There are no coefficients where that of some row is not known.
+    """
     dp_size = max(dp_rank_of) + 1
     assigned = [keys_by_rank(table, owner, dp_size) for table, owner in zip(tables, owners, strict=True)]
     spare = min((key for table in tables for problem in table for key in problem.keys), key=length.__getitem__)
     known = [Shares(table, {}) for table in tables]
-    metas, shares = [], []
+    coefficient_of = {
+        key: coefficient
+        for table in tables
+        for problem in table
+        for key, coefficient in zip(problem.keys, problem.coefficients, strict=False)
+    }
+    is_known = all(len(problem.coefficients) == len(problem.keys) for table in tables for problem in table)
+    dealt = []
     for dp_rank in range(dp_size):
         mine = [table[dp_rank] for table in assigned]
         keys = [key for of_table in mine for keys in of_table.values() for key in keys if key != spare] + [spare]
         positions = {key: i for i, key in enumerate(keys)}
         # Every column, as in verl's update: a choice of them would be another pass than training's.
-        metas.append(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition_id))
+        meta = KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition_id)
+        coefficients = tuple(coefficient_of[key] for key in keys) if is_known else ()
         parts = (rows_of_rank(table, of_table, positions) for table, of_table in zip(tables, mine, strict=True))
-        shares.append([whole.of_rank(part) for whole, part in zip(known, parts, strict=True)])
-    return [metas[dp_rank] for dp_rank in dp_rank_of], [shares[dp_rank] for dp_rank in dp_rank_of]
+        shares = [whole.of_rank(part) for whole, part in zip(known, parts, strict=True)]
+        dealt.append((meta, shares, coefficients))
+    return [dealt[dp_rank] for dp_rank in dp_rank_of]
 
 
 def _table(groups: Sequence[Group], length: Mapping[str, int]) -> list[ProblemKeys]:
     live = [g for g in groups if g.is_live]
-    return [ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves) for g in live]
+    return [
+        ProblemKeys(g.problem.uid, g.keys, tuple(length[key] for key in g.keys), g.halves, g.coefficients) for g in live
+    ]

@@ -5,8 +5,9 @@ Configured as `trainer.v1.sampler.custom_sampler.{path,name}`; the trainer modes
 `sampler_kwargs`: `poll_interval_s`, how often running rollouts are polled; `filter_groups_metric`, DAPO's.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
@@ -22,6 +23,8 @@ TRAINER = "gradalign_trainer"
 Choose = Callable[[KVBatchMeta, list[str], set[str], int], tuple[KVBatchMeta, dict[str, float]]]
 """Of a batch of finished groups, their uids, which of them failed, and the step: the rows to train on, and metrics.
 All other rows of the batch are cleared from TransferQueue."""
+Look = Callable[[Container[str], Mapping[str, Mapping[str, Any]], float], None]
+"""Of the uids of finished groups, the tags of all rows by key, and seconds: to read some of the groups meanwhile."""
 Explain = Callable[[], str]
 """What to tell the user of a step in which nothing was answered."""
 
@@ -48,11 +51,12 @@ class _Selecting(ReplayBuffer):
     _in_flight: InFlight | None = None
     _choose: Choose | None = None
     _explain: Explain | None = None
+    _look: Look | None = None
     _taken: Sequence[str] = ()
 
-    def attach(self, in_flight: InFlight, choose: Choose, explain: Explain) -> None:
+    def attach(self, in_flight: InFlight, choose: Choose, explain: Explain, look: Look | None = None) -> None:
         """Connect the sampler to its trainer, which does this once."""
-        self._in_flight, self._choose, self._explain = in_flight, choose, explain
+        self._in_flight, self._choose, self._explain, self._look = in_flight, choose, explain, look
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """Return a batch of `batch_size` groups: for training the chosen ones, for validation verl's own.
@@ -63,16 +67,27 @@ class _Selecting(ReplayBuffer):
             return super().sample(global_steps, partition_id, batch_size)
         if self._in_flight is None or self._choose is None or self._explain is None:
             raise RuntimeError(refused_mode(self.trainer_mode))
+        self._taken = ()
         try:
             batch, metrics = super().sample(global_steps, partition_id, self._num_groups(self._in_flight))
         except RuntimeError as error:
-            if any(key.split("_")[0] in self._taken for key in self.partitions[partition_id]):
+            if not self._taken or any(key.split("_")[0] in self._taken for key in self.partitions[partition_id]):
                 raise
             # verl's own message names a key that this sampler has no use for, and not what went wrong.
             raise RuntimeError(self._explain()) from error
         failed = set(self.failure_keys[partition_id])
         kept, own_metrics = self._choose(batch, list(self._taken), failed, global_steps)
         return kept, {**metrics, **own_metrics}
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        """Read groups that are finished while others are generated, for as long as verl would sleep; else sleep."""
+        if partition_id == "train" and self._look is not None:
+            started = time.monotonic()
+            self._look(self.finished_keys[partition_id], self.partitions[partition_id], self.poll_interval)
+            if time.monotonic() - started >= self.poll_interval:
+                return last_debug_time
+        later: float = super()._wait_for_next_poll(partition_id, last_debug_time)
+        return later
 
     def _num_groups(self, in_flight: InFlight) -> int:
         """Return how many groups a selection is among: all of the step's, trusted ones included."""

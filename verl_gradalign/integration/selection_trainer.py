@@ -8,7 +8,7 @@ checkpoints, validation) is verl's own.
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from verl_gradalign.integration.in_flight import InFlight
 from verl_gradalign.integration.measuring import MeasuringTrainer
 from verl_gradalign.integration.model_check import check_model
 from verl_gradalign.integration.prompts import PROBLEM_ID, PromptTable, joined, problems_of
+from verl_gradalign.integration.read_ahead import ReadAhead
 from verl_gradalign.integration.requests import row_use
 from verl_gradalign.integration.reward_check import REMEDY, failures_in_words, reward_of_empty_answer
 from verl_gradalign.integration.rollouts import (
@@ -86,6 +87,7 @@ class SelectionTrainer(MeasuringTrainer):
             )
         self._score = score_of(self.gradalign.score)
         self._in_flight = InFlight()
+        self._ahead = ReadAhead(self.gradalign, config)
         self._draw = Draw((), 0)
         self._sending_s = 0.0
         self._sums: dict[str, float] = {}
@@ -113,7 +115,7 @@ class SelectionTrainer(MeasuringTrainer):
             self.gradalign, folder, run_identity.about_run(self.config), self._pool, self._decode, has_wandb
         )
         self._selector = AlignmentSelector(self.gradalign, self.config, self._pool.num_rows)
-        self.replay_buffer.attach(self._in_flight, self._choose, self._nothing_answered)
+        self.replay_buffer.attach(self._in_flight, self._choose, self._nothing_answered, self._look_ahead)
 
     def _new_curriculum(self) -> Curriculum | Forecasting | None:
         """Return what decides which problems a step rolls out. None: verl's own data loader does."""
@@ -239,10 +241,17 @@ class SelectionTrainer(MeasuringTrainer):
         if self.verl_mode == "sync":
             self._in_flight.retain(())  # what was not taken has been evicted
         config, is_scored = self.gradalign, self._draw.is_scored
+        ahead = self._ahead.take(uids, is_scored)
+        self._ahead.retain({problem.uid for problem in self._in_flight})
         if batch.keys and needs_completion(config, self.config, is_scored):
             self.free_rollout()
             self._complete(batch, taken)
-        return read_step(taken, batch, failed, config, self.config, is_scored)
+        return read_step(taken, batch, failed, config, self.config, is_scored, ahead)
+
+    def _look_ahead(self, uids: Container[str], tags: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+        """Read finished groups, for the sampler, while it waits for others."""
+        finished = [problem for problem in self._in_flight if problem.uid in uids]
+        self._ahead.read(finished, tags, self._draw.is_scored, seconds)
 
     def _select(
         self, batch: KVBatchMeta, groups: Sequence[Group], trusted: Mapping[str, Sequence[Group]], step: int

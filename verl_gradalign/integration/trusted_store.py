@@ -20,8 +20,8 @@ from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
 from verl_gradalign.integration.engine import STORED_LOG_PROBS
+from verl_gradalign.integration.reading import odd_groups
 from verl_gradalign.integration.requests import build_direction_requests, token_budget
-from verl_gradalign.integration.rollouts import odd_groups
 from verl_gradalign.integration.trusted_rows import PARTITION, clear_rows, copy_rows, load_rows, save_rows
 from verl_gradalign.probe.call import DirectionRequest
 from verl_gradalign.selection.groups import Group

@@ -92,7 +92,7 @@ class GradAlignWorker(ActorRolloutRefWorker):
         spare row.
         """
         with scoring_mode(self.actor.engine):
-            engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget)
+            engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget, request.coefficients)
             reply, fresh = measure(engine, request, self._direction, self.actor.engine.optimizer)
         self._keep(fresh, request.direction.offload)
         return reply
@@ -110,7 +110,8 @@ class GradAlignWorker(ActorRolloutRefWorker):
         without trusted sets then scores along it. A degenerate one does not replace the one before.
         """
         with scoring_mode(self.actor.engine):
-            engine = VerlEngine(self.actor.engine, rows, request.temperature, request.budget, is_replayed=True)
+            given = request.temperature, request.budget, request.coefficients
+            engine = VerlEngine(self.actor.engine, rows, *given, is_replayed=True)
             reply, fresh = make_direction(engine, request, self._direction)
             reply = replace(reply, shares=engine.replay_shares())
         self._keep(fresh, request.direction.offload)

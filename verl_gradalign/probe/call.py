@@ -54,6 +54,9 @@ class ScoringRequest:
     trusted: Mapping[str, Sequence[ProblemRows]] = field(default_factory=dict)
     """Live problems of each trusted set."""
     candidates: Sequence[ProblemRows] = ()
+    coefficients: tuple[float, ...] = ()
+    """One for all tokens of each row of this rank's table, for an engine whose rows come without; nan where they
+    differ."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class DirectionRequest:
     """Weight of each trusted set; a set without live problems is left out."""
     trusted: Mapping[str, Sequence[ProblemRows]] = field(default_factory=dict)
     """Live problems of each trusted set, the same, in the same order, on all ranks."""
+    coefficients: tuple[float, ...] = ()
+    """As in `ScoringRequest`."""
 
 
 @dataclass(frozen=True)

@@ -97,23 +97,22 @@ def keys_by_uid(keys: Iterable[str]) -> dict[str, list[str]]:
     return by_uid
 
 
-def halved(keys: Sequence[str], content: Mapping[str, bytes]) -> list[tuple[int, str]]:
+def halved(keys: Sequence[str], content: Mapping[str, Iterable[bytes | memoryview]]) -> list[tuple[int, str]]:
     """Return (half, key) of a group's keys, half 0 first.
 
-    Sessions go to the halves in turn, in the order of a hash of what they hold: which response a session got depends
-    on the order in which requests reached the rollout, and a repeated run must find the same halves.
+    Sessions go to the halves in turn, in the order of a hash of what they hold, which `content` has in pieces: which
+    response a session got depends on the order in which requests reached the rollout, and a repeated run must find the
+    same halves.
     """
-    sessions: dict[int, list[str]] = defaultdict(list)
+    outputs: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    hashes: dict[int, blake2b] = defaultdict(blake2b)
     for key in keys:
-        sessions[session_of(key)].append(key)
-    digests = {s: blake2b(b"".join(content[key] for key in members)).digest() for s, members in sessions.items()}
-    places = {session: place for place, session in enumerate(sorted(sessions, key=lambda s: (digests[s], s)))}
-
-    def order(key: str) -> tuple[int, int, int]:
         session, output = natural_order(key)
-        return places[session] % 2, places[session], output
-
-    return [(order(key)[0], key) for key in sorted(keys, key=order)]
+        outputs[session].append((output, key))
+        for piece in content[key]:
+            hashes[session].update(piece)
+    in_order = sorted(hashes, key=lambda session: (hashes[session].digest(), session))
+    return [(half, key) for half in (0, 1) for session in in_order[half::2] for _, key in sorted(outputs[session])]
 
 
 def measurements(

@@ -35,7 +35,8 @@ from verl_gradalign.integration.offline.store import (
     uid_of,
 )
 from verl_gradalign.integration.prompts import PromptTable, problems_of
-from verl_gradalign.integration.rollouts import read_step, without_reward
+from verl_gradalign.integration.reading import without_reward
+from verl_gradalign.integration.rollouts import read_step
 from verl_gradalign.integration.sampler import GradAlignSampler
 from verl_gradalign.integration.selection_trainer import SelectionTrainer
 from verl_gradalign.log.columns import reply_metrics, trusted_metrics
