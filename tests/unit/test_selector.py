@@ -19,6 +19,7 @@ from tests.unit.tables import candidates_of
 from verl_gradalign.config import DirectionConfig, GradAlignConfig, ProbeConfig
 from verl_gradalign.integration import rollouts, selector
 from verl_gradalign.integration.in_flight import InFlight
+from verl_gradalign.integration.read_ahead import ReadAhead
 from verl_gradalign.integration.selection_trainer import SelectionTrainer
 from verl_gradalign.integration.selector import AlignmentSelector
 from verl_gradalign.log.columns import log_columns
@@ -100,6 +101,7 @@ class Step(SelectionTrainer):
         self._notes = RunNotes(config, self.log_folder, {}, problems=OneSource(), decode=str)
         self.config = copy.deepcopy(VERL)
         self._in_flight, self._sums = InFlight(), {}
+        self._ahead = ReadAhead(config, self.config)
         self._selector = AlignmentSelector(config, self.config, NUM_CANDIDATES)
         self.actor_rollout_wg = SimpleNamespace(gradalign_score=self.score, _query_dispatch_info=lambda _: [0])
         self.monkeypatch = monkeypatch
