@@ -112,7 +112,7 @@ GROUPS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "The estimator": (
         ("probe/oversized", "problems", "larger than a micro-batch: scored in several, or by backward"),
-        ("probe/oversized/norm_error", "share", "oversized=sketch: standard error of their norms, root mean square"),
+        ("probe/oversized_norm_error", "share", "oversized=sketch: standard error of their norms, root mean square"),
         ("probe/canary/relative_error", "share", "largest |g - g exact| / |g exact| of the rescored problems"),
         ("probe/fidelity/spearman", "correlation", "an approximate estimator's ranks with those of exact dot products"),
         ("probe/energy_kept", "share", "low_rank: of |v|^2, what the truncation keeps"),

@@ -186,7 +186,7 @@ def check_estimated(scores: dict[str, Any], expected: dict[str, Any]) -> None:
     errors = largest_errors({**scores, "norm": None}, {**expected, "norm": None})
     assert max(errors.values()) <= RTOL_FLOAT64, errors
     error_P = (values(scores, "norm") / values(expected, "norm") - 1).abs().nan_to_num()
-    assert RTOL_FLOAT64 < error_P.max() <= 4 * scores["diagnostics"]["oversized/norm_error"] < 0.5, error_P
+    assert RTOL_FLOAT64 < error_P.max() <= 4 * scores["diagnostics"]["oversized_norm_error"] < 0.5, error_P
     assert scores["ranks_agree"]
 
 

@@ -103,7 +103,7 @@ def test_what_is_wrong_is_found_with_its_remedy(tmp_path, metrics, topic, verdic
 
 
 def test_estimated_norms_are_said_with_their_error(tmp_path):
-    metrics = {"gradalign/probe/oversized": 20.0, "gradalign/probe/oversized/norm_error": 0.07}
+    metrics = {"gradalign/probe/oversized": 20.0, "gradalign/probe/oversized_norm_error": 0.07}
     said = finding(run_with(tmp_path, metrics), "oversized problems")
     assert "Their norms are estimates, off by about 7%." in said.message
     exact = run_with(tmp_path / "exact", {"gradalign/probe/oversized": 20.0})

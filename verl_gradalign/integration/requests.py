@@ -26,7 +26,7 @@ from verl_gradalign.types import ProblemRows
 
 OVERSIZED = {
     "accumulate": "run in several of them",
-    "sketch": "run in several of them, and their norms are estimated (gradalign/probe/oversized/norm_error)",
+    "sketch": "run in several of them, and their norms are estimated (gradalign/probe/oversized_norm_error)",
     "backward": "are scored one at a time, slowly",
     "stop": "will stop the run",
 }

@@ -257,7 +257,7 @@ def _estimator(run: RunData) -> Iterator[Finding]:
     if oversized > 0.02 * candidates:
         share = f"{oversized / candidates:.0%} of the candidates"
         text = f"{share} were larger than a micro-batch: their gradients were added up over several, or taken apart."
-        error = run.metrics.mean("gradalign/probe/oversized/norm_error")
+        error = run.metrics.mean("gradalign/probe/oversized_norm_error")
         text += "" if isnan(error) else f" Their norms are estimates, off by about {error:.0%}."
         yield Finding("oversized problems", NOTE, text, "Raise gradalign.probe.max_tokens_per_rank if memory allows.")
 

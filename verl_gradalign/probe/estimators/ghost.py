@@ -66,7 +66,7 @@ def tapped_scores(
     float32. Response derivatives are measured `per_response` only; a row whose tokens have different coefficients gets
     nan for its own. A degenerate direction gives dot products of zero and the true norms.
 
-    Diagnostics: `oversized/norm_error` where `gradient` estimates norms, their standard errors as shares of them (root
+    Diagnostics: `oversized_norm_error` where `gradient` estimates norms, their standard errors as shares of them (root
     mean square), as far as the estimates can tell from themselves.
 
     Units: dot products and norms are of the gradient of sum_t c_t log pi(y_t).
@@ -125,4 +125,4 @@ def _norm_error(scores: ProblemScores, variance_P: Tensor) -> dict[str, float]:
         return {}
     # Of a norm half the relative error of its square.
     squared_P = variance_P / (2 * scores.norm_P.square()).square()
-    return {"oversized/norm_error": squared_P[is_estimated_P].mean().sqrt().item()}
+    return {"oversized_norm_error": squared_P[is_estimated_P].mean().sqrt().item()}
