@@ -67,16 +67,16 @@ LONG: dict[str, Any] = {"rows_per_problem": 16, "tokens_per_row": 2048, "max_tok
 LONGEST: dict[str, Any] = {**LONG, "tokens_per_row": 4096}
 """A problem of it takes two micro-batches."""
 TINY: dict[str, Any] = {
-    **{"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "vocabulary": 259},
-    **{"rows_per_problem": 4, "tokens_per_row": 32, "max_tokens": 256},
+    **{"hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "vocabulary": 259},
+    **{"num_problems": 4, "rows_per_problem": 4, "max_tokens": 256},
 }
-"""What stands for every model in a dry run."""
 
 
 def tiny(case: Case) -> Case:
-    """Return the case that stands for one in a dry run: its responses keep their proportions, a quarter as many."""
-    longer = case.tokens_per_row // 1024 or 1
-    return replace(case, **{**TINY, "tokens_per_row": TINY["tokens_per_row"] * longer})
+    """Return the case that stands for one in a dry run: the larger model is deeper, longer problems are longer."""
+    layers, tokens = 2 if case.num_layers <= QWEN_05B.num_layers else 3, 32 * (case.tokens_per_row // 1024)
+    named = f"{case.sweep}, tiny"
+    return replace(case, sweep=named, num_layers=layers, tokens_per_row=tokens, **TINY)
 
 
 def draw_problems(case: Case) -> list[list[TokenRow]]:

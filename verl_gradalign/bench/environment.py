@@ -17,7 +17,13 @@ from verl_gradalign.bench.timing import timed
 from verl_gradalign.versions import installed_versions, version_of
 
 OTHERS = ("flash-attn", "peft", "triton", "accelerate", "liger-kernel")
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "NCCL_P2P_DISABLE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
 WIDTH, DRY_WIDTH, PRODUCTS = 8192, 128, 20
 
 
@@ -38,7 +44,9 @@ def run(options: Options) -> Iterator[Record]:
     versions |= {name: version for name in OTHERS if (version := version_of(name)) is not None}
     versions |= {"cuda": torch.version.cuda or "none", "hip": torch.version.hip or "none"}
     yield from ({"table": "versions", "package": name, "version": version} for name, version in versions.items())
-    yield from ({"table": "variables", "name": name, "value": os.environ[name]} for name in VARIABLES if name in os.environ)
+    yield from (
+        {"table": "variables", "name": name, "value": os.environ[name]} for name in VARIABLES if name in os.environ
+    )
     yield {
         "table": "precision",
         "float32_matmul": torch.get_float32_matmul_precision(),
@@ -74,4 +82,8 @@ def _products(device: torch.device, width: int) -> Iterator[Record]:
                 torch.mm(first, second)
 
         seconds = timed(multiply, device) / PRODUCTS
-        yield {"table": "products", "dtype": str(dtype).removeprefix("torch."), "tflop_per_s": 2 * width**3 / seconds / 1e12}
+        yield {
+            "table": "products",
+            "dtype": str(dtype).removeprefix("torch."),
+            "tflop_per_s": 2 * width**3 / seconds / 1e12,
+        }

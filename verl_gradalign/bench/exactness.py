@@ -41,17 +41,17 @@ def run(options: Options) -> Iterator[Record]:
             single = with_checkpointing(build_model(case), case).to(device)
             # Of the same weights, as FSDP2 keeps them in float32.
             twin = copy.deepcopy(single)
-            half = sharded(twin, list(twin.model.layers), "bfloat16")
+            half = sharded(twin, list(twin.model.layers), "bfloat16", device)
             for length in LENGTHS:
                 case = replace(size, **length)
-                case = replace(tiny(case), num_problems=4) if options.is_dry_run else case
+                case = tiny(case) if options.is_dry_run else case
                 work = _work(case, single)
                 if rate and work / rate > options.seconds_left:
                     why = f"would take {work / rate:.0f} s, {options.seconds_left:.0f} s are left"
-                    yield {"table": "left out", "model": size.sweep, "problem": case.shape, "why": why}
+                    yield {"table": "left out", "model": case.sweep, "problem": case.shape, "why": why}
                     continue
                 started = time.monotonic()
-                yield from _compared(case, size.sweep, device, single, half)
+                yield from _compared(case, device, single, half)
                 rate = work / (time.monotonic() - started)
             del single, twin, half
             free_cache(device)
@@ -64,10 +64,8 @@ def _work(case: Case, module: nn.Module) -> float:
     )
 
 
-def _compared(
-    case: Case, model: str, device: torch.device, single: nn.Module, half: nn.Module
-) -> Iterator[Record]:
-    where = {"model": model, "problem": case.shape, "problems": case.num_problems}
+def _compared(case: Case, device: torch.device, single: nn.Module, half: nn.Module) -> Iterator[Record]:
+    where = {"model": case.sweep, "problem": case.shape, "problems": case.num_problems}
     bench = PlainBench(replace(case, dtype="float32"), device, single)
     try:
         reference = reference_scores(single, bench.trusted, bench.candidates)

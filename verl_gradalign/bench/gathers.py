@@ -26,9 +26,9 @@ ON_A_CPU = re.compile(r"gloo:")
 
 
 def share_in_collectives(method: Callable[[], Any], device: torch.device) -> float | None:
-    """Return the seconds in which collectives ran over those of the call; they may run beside products. Collective.
+    """Return the seconds of collectives, waiting for other ranks included, over those of the call. Collective.
 
-    None where the profiler shows nothing of the device.
+    They may run beside products, so it is no loss of time yet. None where the profiler shows nothing of the device.
     """
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
@@ -40,7 +40,7 @@ def share_in_collectives(method: Callable[[], Any], device: torch.device) -> flo
         return None
     pattern = ON_A_CPU if on_cpu else KERNELS
     mine = (event for event in found if pattern.search(event.key))
-    microseconds = sum(event.self_cpu_time_total if on_cpu else event.self_device_time_total for event in mine)
+    microseconds = sum(event.cpu_time_total if on_cpu else event.self_device_time_total for event in mine)
     return microseconds / 1e6 / elapsed
 
 

@@ -62,8 +62,9 @@ class Result:
         return any(record.get("status") == FAILED or record.get("holds") is False for record in self.records)
 
 
-def run(plan: Plan, num_devices: int, tell: Callable[[str], None]) -> Result:
-    """Run the plan; returns in any case what was measured, also when it is interrupted."""
+def run(plan: Plan, num_devices: int, tell: Callable[[str], None], parts: Sequence[Part] | None = None) -> Result:
+    """Run the plan's parts, or others; returns in any case what was measured, also when it is interrupted."""
+    parts = plan.parts if parts is None else parts
     now = datetime.datetime.now().astimezone()
     name = f"bench-{now:%Y-%m-%dT%H-%M-%S}"
     folder = plan.output.resolve() / name
@@ -76,13 +77,13 @@ def run(plan: Plan, num_devices: int, tell: Callable[[str], None]) -> Result:
         command=sys.argv[1:],
         minutes=plan.minutes,
         is_dry_run=plan.is_dry_run,
-        parts={part.name: part.shows for part in plan.parts},
+        parts={part.name: part.shows for part in parts},
         expected_s=plan.expected_s,
     )
     status = DONE
     with interruptible():
         try:
-            _run_parts(plan, options, log, tell)
+            _run_parts(parts, plan, options, log, tell)
         except KeyboardInterrupt:
             status = INTERRUPTED
             tell("interrupted; what was measured is kept")
@@ -125,10 +126,10 @@ def interruptible() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _run_parts(plan: Plan, options: Options, log: Log, tell: Callable[[str], None]) -> None:
+def _run_parts(parts: Sequence[Part], plan: Plan, options: Options, log: Log, tell: Callable[[str], None]) -> None:
     context = _context(plan.is_dry_run)
     ends_at = time.monotonic() + 60 * plan.minutes
-    for part in plan.parts:
+    for part in parts:
         left = ends_at - time.monotonic()
         reason = plan.missing(part) or ("out of time" if left < LEAST_S else None)
         if reason is not None:

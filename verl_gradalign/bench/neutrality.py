@@ -55,7 +55,8 @@ def _left_alone(bench: PlainBench, estimator: str) -> Record:
     changed = differences(before, observe(bench.module, bench.optimizer))
     bench.optimizer.zero_grad(set_to_none=True)
     kinds = Counter(key.split()[0] for key in before)
-    looked_at = {f"{kind}s": kinds[kind] for kind in ("parameter", "gradient", "optimizer", "buffer")}
+    names = {"parameters": "parameter", "gradients": "gradient", "moments": "optimizer", "buffers": "buffer"}
+    looked_at = {name: kinds[kind] for name, kind in names.items()}
     claim = f"{estimator} leaves weights, gradients, optimizer, buffers and generators as they were"
     record: Record = {"table": "at once", "estimator": estimator, **looked_at, "changed": ", ".join(changed[:5])}
     return {**record, "claim": claim, "holds": not changed}
@@ -83,9 +84,9 @@ def _in_the_update(bench: PlainBench) -> Iterator[Record]:
     """Take the gradient twice by itself, and once with each way of measuring in its passes."""
     plain = _gradient(bench, bench.gradient_with_logits)
     by_itself = differences(plain, _gradient(bench, bench.gradient_with_logits))
-    for name, rank in (("whole direction", None), (f"rank {RANK}", RANK)):
+    for name, rank in (("the whole direction", None), (f"rank {RANK} of it", RANK)):
         changed = differences(plain, _gradient(bench, partial(bench.measured_gradient, rank)))
-        claim = f"an update measured along the {name} takes the gradient of one without"
+        claim = f"an update measured along {name} takes the gradient of one without"
         yield _against_control("in the update", name, changed, by_itself, claim)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from verl_gradalign.probe.fsdp import local_part
+from verl_gradalign.probe.fsdp import compute_device, local_part
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Seen = dict[str, Any]
@@ -33,10 +33,9 @@ def observe(module: nn.Module, optimizer: torch.optim.Optimizer) -> Seen:
         seen[f"training {name}"] = submodule.training
         seen[f"hooks {name}"] = [tuple(getattr(submodule, kind)) for kind in HOOKS]
     seen["torch generator"] = torch.get_rng_state()
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        seen["device generator"] = torch.get_device_module(kind).get_rng_state()
+    device = compute_device(module)
+    if device.type != "cpu":
+        seen["device generator"] = torch.get_device_module(device).get_rng_state(device)
     numpy_state: Any = np.random.get_state()
     seen["numpy generator"] = torch.from_numpy(numpy_state[1].astype(np.int64))
     seen["python generator"] = random.getstate()

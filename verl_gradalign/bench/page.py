@@ -33,7 +33,9 @@ def page_of(records: Sequence[Record]) -> str:
 def _state(records: Sequence[Record]) -> str:
     last = records[-1]
     if last.get("event") == "kit ends":
-        return "All parts are through." if last["status"] == "done" else "**Interrupted**; what was measured stands below."
+        return (
+            "All parts are through." if last["status"] == "done" else "**Interrupted**; what was measured stands below."
+        )
     return f"Not through yet: written while {last.get('part', 'the first part')} ran, or it was killed then."
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from verl_gradalign.bench.cases import NUM_TRUSTED, Case, build_model, draw_problems
@@ -38,14 +39,17 @@ def with_checkpointing(module: nn.Module, case: Case) -> nn.Module:
     return module.train()
 
 
-def sharded(module: nn.Module, layers: Sequence[nn.Module], dtype: str, is_offloaded: bool = False) -> nn.Module:
-    """Return the module under FSDP2, which computes in `dtype` and reduces in float32, as verl's does by default."""
-    # Inputs of the layers are cast as verl has it; rotary positions stay as the model makes them.
+def sharded(
+    module: nn.Module, layers: Sequence[nn.Module], dtype: str, device: torch.device, is_offloaded: bool = False
+) -> nn.Module:
+    """Return the module under FSDP2 over all ranks, which computes in `dtype` and reduces in float32, as verl has it."""
+    # Said, as torch would take the accelerator where there is one, in a dry run too.
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if is_offloaded else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mp_policy=policy, offload_policy=offload)
-    fully_shard(module, mp_policy=policy, offload_policy=offload)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return module
 
 
@@ -53,7 +57,7 @@ def built(case: Case, device: torch.device) -> nn.Module:
     """Return the case's model on the device, under FSDP2 where it computes in half precision or on several ranks."""
     module = with_checkpointing(build_model(case), case).to(device)
     is_whole = case.num_ranks == 1 and case.dtype == "float32"
-    return module if is_whole else sharded(module, list(module.model.layers), case.dtype)
+    return module if is_whole else sharded(module, list(module.model.layers), case.dtype, device)
 
 
 class PlainBench:

@@ -22,13 +22,13 @@ OnRank = Callable[..., Iterator[Record]]
 
 def on_ranks(function: OnRank, num_ranks: int, kind: str, *arguments: Any) -> Iterator[Record]:
     """Yield the records of rank 0, of a function that every rank runs. Raises: what a rank raised, as text."""
-    context = torch.multiprocessing.get_context("spawn")
-    records = context.Queue()
+    # What uses an accelerator cannot be forked; what computes on a CPU need not import all anew.
+    method = "fork" if kind == "cpu" else "spawn"
+    records = torch.multiprocessing.get_context(method).Queue()
     with tempfile.TemporaryDirectory() as root:
         where = (num_ranks, kind, Path(root) / "store")
-        ranks = torch.multiprocessing.spawn(
-            _run, (where, records, function, arguments), nprocs=num_ranks, join=False, daemon=False
-        )
+        everything = (where, records, function, arguments)
+        ranks = torch.multiprocessing.start_processes(_run, everything, num_ranks, join=False, start_method=method)
         is_over = False
         while not is_over:
             is_over = ranks.join(timeout=POLL_S)
@@ -39,9 +39,7 @@ def on_ranks(function: OnRank, num_ranks: int, kind: str, *arguments: Any) -> It
                     break
 
 
-def _run(
-    rank: int, where: tuple[int, str, Path], records: Any, function: OnRank, arguments: tuple[Any, ...]
-) -> None:
+def _run(rank: int, where: tuple[int, str, Path], records: Any, function: OnRank, arguments: tuple[Any, ...]) -> None:
     num_ranks, kind, store = where
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, rank)
     if kind == "cpu":

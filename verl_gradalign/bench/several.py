@@ -20,9 +20,9 @@ def run(options: Options) -> Iterator[Record]:
     if num_ranks < 2:
         raise Skipped("one device is seen here, and gathers need two or more")
     kind = "cpu" if options.is_dry_run else _kind()
-    case = replace(tiny(QWEN_15B) if options.is_dry_run else QWEN_15B, num_ranks=num_ranks)
-    # As many problems as ranks at least: whole problems lie on one rank.
-    case = replace(case, num_problems=2 * num_ranks)
+    case = tiny(QWEN_15B) if options.is_dry_run else QWEN_15B
+    # More problems than ranks: whole problems lie on one rank.
+    case = replace(case, num_ranks=num_ranks, num_problems=2 * num_ranks)
     yield from on_ranks(on_one, num_ranks, kind, case)
 
 

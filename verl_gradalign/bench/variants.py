@@ -27,6 +27,8 @@ LONG_ENOUGH = 1600
 ADAPTER_RANK = 32
 SAME = 1e-5
 """Difference of scores whose parameters only lie elsewhere, as a share of the norm: sums of float32 in another order."""
+BY_ITSELF = 10.0
+"""Times the difference of two equal passes, where sums on the device are atomic."""
 
 
 def fp16(options: Options) -> Iterator[Record]:
@@ -55,24 +57,27 @@ def offload(options: Options) -> Iterator[Record]:
     with one_rank(device):
         here = PlainBench(case, device)
         module: Any = with_checkpointing(build_model(case), case)
-        away = PlainBench(case, device, sharded(module, list(module.model.layers), case.dtype, is_offloaded=True))
+        away = PlainBench(
+            case, device, sharded(module, list(module.model.layers), case.dtype, device, is_offloaded=True)
+        )
         benches = {"on the device": here, "FSDP2's offload": away}
         methods = {name: partial(bench.score, "ghost") for name, bench in benches.items()}
         timings = side_by_side(methods, REPEATS, device)
         plain = here.score("ghost")
+        allowed = max(SAME, BY_ITSELF * largest_difference(here.score("ghost"), plain))
         for name, method in methods.items():
             difference = largest_difference(method(), plain)
             peak = peak_of(method, device).highest / 1e9
             record = {"table": "offload", "parameters": name, "seconds": timings[name].median, "peak_gb": peak}
             claim = f"scores do not depend on where parameters lie: {name}"
-            yield {**record, "difference": difference, "claim": claim, "holds": difference <= SAME}
+            yield {**record, "difference": difference, "claim": claim, "holds": difference <= allowed}
         # verl's own way: moved as a whole, between its phases.
         here.module.to("cpu")
         here.module.to(device)
         difference = largest_difference(here.score("ghost"), plain)
         claim = "scores do not depend on where parameters lie: moved away and back"
         record = {"table": "offload", "parameters": "moved away and back", "difference": difference}
-        yield {**record, "claim": claim, "holds": difference <= SAME}
+        yield {**record, "claim": claim, "holds": difference <= allowed}
 
 
 def lora(options: Options) -> Iterator[Record]:
@@ -88,7 +93,7 @@ def lora(options: Options) -> Iterator[Record]:
     del plain, single
     with one_rank(device):
         layers = list(twin.get_base_model().model.layers)
-        bench = PlainBench(case, device, sharded(twin, layers, case.dtype))
+        bench = PlainBench(case, device, sharded(twin, layers, case.dtype, device))
         methods = {"update": bench.update_with_logits, "ghost": partial(bench.score, "ghost")}
         timings = side_by_side(methods, REPEATS, device)
         for name, method in methods.items():

@@ -28,7 +28,9 @@ def bench(
     only: Annotated[
         list[str] | None, Option(help="Parts to run, with commas or repeated; all by default.", metavar="PART,...")
     ] = None,
-    model: Annotated[Path | None, Option(help="A model folder of yours, which the last part trains for ten steps.")] = None,
+    model: Annotated[
+        Path | None, Option(help="A model folder of yours, which the last part trains for ten steps.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="All of it on a CPU, at tiny shapes.")] = False,
 ) -> None:
     """Measure exactness, neutrality, time and memory on the GPUs of this machine, then train with verl.

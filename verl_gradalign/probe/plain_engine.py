@@ -23,7 +23,6 @@ from verl_gradalign.probe.passes import pack, power_of_two, weighed_sums
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows, TokenRow
 
-
 OnPass = Callable[[Sequence[int], Layout], None]
 """Called between the forward and the backward pass of a micro-batch, with its rows and their layout."""
 
