@@ -102,7 +102,7 @@ def process_group(device: torch.device, store: Path, rank: int = 0, num_ranks: i
     """Open the default process group on the device's own backend; the ranks find each other by the file."""
     backend = dist.get_default_backend_for_device(device)
     # Said, so that NCCL does not guess it from the rank.
-    bound = {} if device.type == "cpu" else {"device_id": device}
+    bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     where: dict[str, Any] = {"init_method": f"file://{store}", "rank": rank, "world_size": num_ranks}
     dist.init_process_group(backend, timeout=TIMEOUT, **where, **bound)
     try:

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def run(options: Options) -> Iterator[Record]:
             case = tiny(size) if options.is_dry_run else size
             single = with_checkpointing(build_model(case), case).to(device)
             # Of the same weights, as FSDP2 keeps them in float32.
-            twin = copy.deepcopy(single)
+            twin: Any = copy.deepcopy(single)
             half = sharded(twin, list(twin.model.layers), "bfloat16", device)
             for length in LENGTHS:
                 case = replace(size, **length)

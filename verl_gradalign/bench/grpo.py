@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from verl_gradalign.bench.options import Options, Record, Skipped
 from verl_gradalign.data.tasks import write_task_files
@@ -45,7 +46,7 @@ def tiny_model(options: Options) -> Iterator[Record]:
     from verl_gradalign.toy.model import build_tiny_model
 
     # Heads of 64 features, which every attention kernel knows. Untied: at random weights a tied one repeats itself.
-    sizes = {"hidden_size": 256, "num_layers": 4, "intermediate_size": 768}
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_layers": 4, "intermediate_size": 768}
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if options.is_dry_run else sizes
     model = build_tiny_model(options.folder / "tiny-model", tie_word_embeddings=False, **sizes)
     yield from _with_and_without(options, "tiny", Problems(model, True, 64, 12 if options.is_dry_run else 256))

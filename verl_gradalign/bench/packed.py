@@ -95,5 +95,5 @@ def run(options: Options) -> Iterator[Record]:
 
 
 def _half(case: Case, device: torch.device, attention: str) -> nn.Module:
-    module: Any = with_checkpointing(build_model(case, attention), case).to(device)
+    module = with_checkpointing(build_model(case, attention), case).to(device)
     return sharded(module, list(module.model.layers), case.dtype, device)

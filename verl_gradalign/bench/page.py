@@ -57,7 +57,7 @@ def _claims(records: Sequence[Record]) -> str:
         return "None was looked at yet."
     counts = {answer: sum(record["holds"] is answer for record in claims) for answer in HOLDS}
     line = f"{counts[True]} hold, {counts[False]} do not, {counts[None]} are open: what is measured differs by itself."
-    rows = [(record["part"], record["claim"], HOLDS[record["holds"]]) for record in claims]
+    rows = [(record["part"], _shown(record["claim"]), HOLDS[record["holds"]]) for record in claims]
     return f"{line}\n\n{markdown_table(('part', 'claim', 'holds'), rows)}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from verl_gradalign.probe.update import UNIFORM_HALF, measuring
 from verl_gradalign.types import ProblemRows, ProblemScores, TokenRow
 
 
-def with_checkpointing(module: nn.Module, case: Case) -> nn.Module:
+def with_checkpointing(module: Any, case: Case) -> Any:
     """Return the module in train mode, recomputing activations if the case asks for it."""
     if case.has_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -42,7 +43,7 @@ def with_checkpointing(module: nn.Module, case: Case) -> nn.Module:
 def sharded(
     module: nn.Module, layers: Sequence[nn.Module], dtype: str, device: torch.device, is_offloaded: bool = False
 ) -> nn.Module:
-    """Return the module under FSDP2 over all ranks, which computes in `dtype` and reduces in float32, as verl has it."""
+    """Return the module under FSDP2 over all ranks: it computes in `dtype` and reduces in float32, as verl has it."""
     # Said, as torch would take the accelerator where there is one, in a dry run too.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)

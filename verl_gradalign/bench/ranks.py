@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from verl_gradalign.bench.device import process_group
 from verl_gradalign.bench.options import Record
@@ -28,7 +29,8 @@ def on_ranks(function: OnRank, num_ranks: int, kind: str, *arguments: Any) -> It
     with tempfile.TemporaryDirectory() as root:
         where = (num_ranks, kind, Path(root) / "store")
         everything = (where, records, function, arguments)
-        ranks = torch.multiprocessing.start_processes(_run, everything, num_ranks, join=False, start_method=method)
+        start: Any = start_processes
+        ranks = start(_run, everything, num_ranks, join=False, start_method=method)
         is_over = False
         while not is_over:
             is_over = ranks.join(timeout=POLL_S)

@@ -55,7 +55,7 @@ def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
         # Some at a time: float64 copies of an embedding of 150,000 tokens take gigabytes.
         float((a.double() * b.double()).sum())
         for x, y in zip(first, second, strict=True)
-        for a, b in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True)
+        for a, b in zip(torch.split(x.flatten(), CHUNK), torch.split(y.flatten(), CHUNK), strict=True)
     )
 
 

@@ -8,10 +8,16 @@ from dataclasses import replace
 
 import torch
 
+from verl_gradalign.bench.agreement import HALF_RMS, largest_difference
 from verl_gradalign.bench.cases import QWEN_15B, Case, tiny
+from verl_gradalign.bench.device import chosen_device, one_rank
 from verl_gradalign.bench.options import Options, Record, Skipped
+from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.bench.ranks import on_ranks
 from verl_gradalign.bench.speed import measured
+
+ESTIMATOR = "ghost"
+SCORES = "scores of all ranks"
 
 
 def run(options: Options) -> Iterator[Record]:
@@ -23,11 +29,28 @@ def run(options: Options) -> Iterator[Record]:
     case = tiny(QWEN_15B) if options.is_dry_run else QWEN_15B
     # More problems than ranks: whole problems lie on one rank.
     case = replace(case, num_ranks=num_ranks, num_problems=2 * num_ranks)
-    yield from on_ranks(on_one, num_ranks, kind, case)
+    together: Record = {}
+    for record in on_ranks(on_one, num_ranks, kind, case):
+        if record["table"] == SCORES:
+            together = record
+        else:
+            yield record
+    # Not before: torch cannot be forked once it has computed gradients.
+    device = chosen_device(options.is_dry_run)
+    with one_rank(device):
+        alone = PlainBench(replace(case, num_ranks=1), device).score(ESTIMATOR)
+    scores = replace(alone, dot_P=torch.tensor(together["dots"]), norm_P=torch.tensor(together["norms"]))
+    difference = largest_difference(scores, alone)
+    claim = f"scores on {num_ranks} devices are those on one"
+    record = {"table": "scores", "model": case.sweep, "problem": case.shape, "ranks": num_ranks}
+    yield {**record, "difference": difference, "claim": claim, "holds": difference <= HALF_RMS}
 
 
 def on_one(device: torch.device, case: Case) -> Iterator[Record]:
-    """Yield this rank's measurements. Collective."""
+    """Yield the scores of all ranks together, and then this rank's measurements. Collective."""
+    scores = PlainBench(case, device).score(ESTIMATOR)
+    assert scores.norm_P is not None
+    yield {"table": SCORES, "dots": scores.dot_P.tolist(), "norms": scores.norm_P.tolist()}
     yield from measured(case, device)
 
 

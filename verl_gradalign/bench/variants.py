@@ -18,7 +18,7 @@ from verl_gradalign.bench.device import chosen_device, one_rank, peak_of
 from verl_gradalign.bench.options import Options, Record
 from verl_gradalign.bench.plain import PlainBench, sharded, with_checkpointing
 from verl_gradalign.bench.reference import reference_scores
-from verl_gradalign.bench.timing import side_by_side
+from verl_gradalign.bench.timing import Method, side_by_side
 from verl_gradalign.probe.estimators import ESTIMATORS
 
 REPEATS = 3
@@ -26,7 +26,7 @@ LONG_ENOUGH = 1600
 """Tokens of a row, eight of which have coefficients near the smallest numbers of fp16."""
 ADAPTER_RANK = 32
 SAME = 1e-5
-"""Difference of scores whose parameters only lie elsewhere, as a share of the norm: sums of float32 in another order."""
+"""Difference of scores whose parameters only lie elsewhere, as a share of the norm: float32 sums in another order."""
 BY_ITSELF = 10.0
 """Times the difference of two equal passes, where sums on the device are atomic."""
 
@@ -56,7 +56,7 @@ def offload(options: Options) -> Iterator[Record]:
     case = tiny(QWEN_05B) if options.is_dry_run else QWEN_05B
     with one_rank(device):
         here = PlainBench(case, device)
-        module: Any = with_checkpointing(build_model(case), case)
+        module = with_checkpointing(build_model(case), case)
         away = PlainBench(
             case, device, sharded(module, list(module.model.layers), case.dtype, device, is_offloaded=True)
         )
@@ -94,7 +94,7 @@ def lora(options: Options) -> Iterator[Record]:
     with one_rank(device):
         layers = list(twin.get_base_model().model.layers)
         bench = PlainBench(case, device, sharded(twin, layers, case.dtype, device))
-        methods = {"update": bench.update_with_logits, "ghost": partial(bench.score, "ghost")}
+        methods: dict[str, Method] = {"update": bench.update_with_logits, "ghost": partial(bench.score, "ghost")}
         timings = side_by_side(methods, REPEATS, device)
         for name, method in methods.items():
             peak = peak_of(method, device).highest / 1e9
