@@ -84,8 +84,8 @@ def test_update_estimators_and_measuring_in_it_stand_side_by_side(
     assert set(found) >= {"update", "measured update, whole", "measured update, rank 16", "ghost", "backward"}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 and row["ranks"] == ranks for row in found.values())
     assert found["update"]["of_update"] == 1.0
-    # One rank puts nothing together; `backward` does it for every problem.
-    assert (found["backward"]["in_collectives"] > 0) == (ranks > 1)
+    # `backward` puts parameters together for every problem; one rank alone has nothing to wait for.
+    assert (found["backward"]["in_collectives"] > 0.01) == (ranks > 1)
     (gathers,) = rows(records, part, "gathers of the direction")
     assert 0 < gathers["share"] < 1 and gathers["layer_by_layer_s"] < gathers["pass_s"]
 
