@@ -136,6 +136,12 @@ def test_the_page_begins_with_the_claims_and_holds_every_table(tmp_path):
     assert result.has_failures  # a claim does not hold
 
 
+def test_on_a_gpu_parts_start_anew_and_end_the_same(tmp_path):
+    result = run(Plan(tmp_path), 1, lambda line: None, [part("measures"), part("dies")])
+    assert ends(result.records)["measures"] == ("done", "") and ends(result.records)["dies"][0] == "failed"
+    assert "A dry run" not in result.page.read_text(encoding="utf-8")
+
+
 def test_files_are_named_by_their_date(tmp_path):
     result = kit(tmp_path)
     assert re.fullmatch(r"bench-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.jsonl", result.lines.name)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.docs.running import validate
 from verl_gradalign.bench.grpo import NUM_STEPS, Problems, overrides_of, selection, summary
+from verl_gradalign.bench.made_up_rewards import even_length, first_byte
 from verl_gradalign.bench.options import Options
 from verl_gradalign.data.tasks import write_task_files
 from verl_gradalign.toy.model import build_tiny_model
@@ -27,13 +28,18 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("is_own", [False, True])
 def test_verl_and_the_plugin_accept_both_runs(tmp_path, files, model, monkeypatch, is_own, num_devices, has_flash):
     monkeypatch.setattr("verl_gradalign.bench.grpo.find_spec", lambda name: object() if has_flash else None)
-    problems = Problems(model, not is_own, 256 if is_own else 64, 256)
+    problems = Problems(model, "even_length" if is_own else "first_byte", 256 if is_own else 64, 256, not is_own)
     options = Options(tmp_path, num_devices=num_devices)
     plain = overrides_of(options, problems, files, tmp_path / "run", NUM_STEPS)
     validate(plain)
     validate([*plain, *selection(files)])
     assert ("trainer.n_gpus_per_node=2" in plain) == (num_devices in (2, 3))  # what divides every batch
     assert any("attn_implementation=sdpa" in word for word in plain) != has_flash
+
+
+def test_the_rewards_are_what_verl_loads_and_tell_responses_apart():
+    assert [first_byte("tasks", text, "") for text in ("a\u00e9", "\u00e9a", "")] == [1.0, 0.0, 0.0]
+    assert [even_length("tasks", text, "") for text in ("ab", "abc", "")] == [1.0, 0.0, 1.0]
 
 
 def test_a_run_that_made_fewer_steps_is_not_summed_up(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import resource
 import sys
 import tempfile
@@ -45,7 +46,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_cache(device: torch.device) -> None:
-    """Give back what the allocator keeps of freed tensors."""
+    """Give back what the allocator keeps of freed tensors, those of models that only hooks hold together too."""
+    gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 

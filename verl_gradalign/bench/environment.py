@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,6 +15,7 @@ import torch
 from verl_gradalign.bench.device import chosen_device, synchronize
 from verl_gradalign.bench.options import Options, Record
 from verl_gradalign.bench.timing import timed
+from verl_gradalign.doctor.machine import driver_version
 from verl_gradalign.versions import installed_versions, version_of
 
 OTHERS = ("flash-attn", "peft", "triton", "accelerate", "liger-kernel")
@@ -34,7 +36,7 @@ def run(options: Options) -> Iterator[Record]:
     yield {
         "table": "machine",
         "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": memory.total / 1e9,
         "free_gb": memory.available / 1e9,
@@ -43,6 +45,7 @@ def run(options: Options) -> Iterator[Record]:
     versions = {"python": platform.python_version(), **installed_versions()}
     versions |= {name: version for name in OTHERS if (version := version_of(name)) is not None}
     versions |= {"cuda": torch.version.cuda or "none", "hip": torch.version.hip or "none"}
+    versions |= {"driver": driver_version() or "none"}
     yield from ({"table": "versions", "package": name, "version": version} for name, version in versions.items())
     yield from (
         {"table": "variables", "name": name, "value": os.environ[name]} for name in VARIABLES if name in os.environ
@@ -57,6 +60,16 @@ def run(options: Options) -> Iterator[Record]:
     if device.type != "cpu":
         yield from _devices(device)
     yield from _products(device, DRY_WIDTH if options.is_dry_run else WIDTH)
+
+
+def _processor() -> str:
+    """Return the processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _devices(device: torch.device) -> Iterator[Record]:

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,27 +36,30 @@ def run(options: Options) -> Iterator[Record]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     yield {"table": "precision", "float32_matmul": torch.get_float32_matmul_precision(), "tf32": False}
+    models: dict[str, tuple[nn.Module, nn.Module]] = {}
     rate = 0.0
     with one_rank(device):
-        for size in SIZES:
-            case = tiny(size) if options.is_dry_run else size
-            single = with_checkpointing(build_model(case), case).to(device)
-            # Of the same weights, as FSDP2 keeps them in float32.
-            twin: Any = copy.deepcopy(single)
-            half = sharded(twin, list(twin.model.layers), "bfloat16", device)
-            for length in LENGTHS:
-                case = replace(size, **length)
-                case = tiny(case) if options.is_dry_run else case
-                work = _work(case, single)
-                if rate and work / rate > options.seconds_left:
-                    why = f"would take {work / rate:.0f} s, {options.seconds_left:.0f} s are left"
-                    yield {"table": "left out", "model": case.sweep, "problem": case.shape, "why": why}
-                    continue
-                started = time.monotonic()
-                yield from _compared(case, device, single, half)
-                rate = work / (time.monotonic() - started)
-            del single, twin, half
-            free_cache(device)
+        for length, size in product(LENGTHS, SIZES):
+            case = replace(size, **length)
+            case = tiny(case) if options.is_dry_run else case
+            if case.sweep not in models:
+                models[case.sweep] = _twins(case, device)
+            single, half = models[case.sweep]
+            work = _work(case, single)
+            if rate and work / rate > options.seconds_left:
+                why = f"would take {work / rate:.0f} s, {options.seconds_left:.0f} s are left"
+                yield {"table": "left out", "model": case.sweep, "problem": case.shape, "why": why}
+                continue
+            started = time.monotonic()
+            yield from _compared(case, device, single, half)
+            rate = work / (time.monotonic() - started)
+
+
+def _twins(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Return the case's model plain in float32, and of the same weights as FSDP2 computes with them in bf16."""
+    single = with_checkpointing(build_model(case), case).to(device)
+    twin: Any = copy.deepcopy(single)
+    return single, sharded(twin, list(twin.model.layers), "bfloat16", device)
 
 
 def _work(case: Case, module: nn.Module) -> float:
@@ -67,8 +71,8 @@ def _work(case: Case, module: nn.Module) -> float:
 
 def _compared(case: Case, device: torch.device, single: nn.Module, half: nn.Module) -> Iterator[Record]:
     where = {"model": case.sweep, "problem": case.shape, "problems": case.num_problems}
-    bench = PlainBench(replace(case, dtype="float32"), device, single)
     try:
+        bench = PlainBench(replace(case, dtype="float32"), device, single)
         reference = reference_scores(single, bench.trusted, bench.candidates)
         yield from _of_float32(bench, reference, where)
         del bench

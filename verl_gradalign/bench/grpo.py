@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ten steps of real GRPO with and without selection: verl's own entry point, started as a user would start it.
 
-The model is a tiny untrained one, with a reward that such a model earns half of the time; or a model folder of the
-user's, on small problems with true answers. On a GPU responses come from vLLM. On a CPU both runs are started at once.
+The model is a tiny untrained one, or a model folder of the user's; the reward is made up, so that groups are live
+whatever the model can do. It is for the times, and no weights are saved. On a GPU responses come from vLLM. On a CPU both
+runs are started at once.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ class Problems:
     """What a model is asked, and how long it may answer."""
 
     model: Path
-    has_made_up_reward: bool
+    reward: str
+    """Of `made_up_rewards`."""
     max_prompt: int
     max_response: int
+    is_small: bool
+    """Whether nothing need be done for the GPU's memory, and little is to be gained from compiled kernels."""
 
 
 def tiny_model(options: Options) -> Iterator[Record]:
@@ -49,14 +53,17 @@ def tiny_model(options: Options) -> Iterator[Record]:
     sizes: dict[str, Any] = {"hidden_size": 256, "num_layers": 4, "intermediate_size": 768}
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if options.is_dry_run else sizes
     model = build_tiny_model(options.folder / "tiny-model", tie_word_embeddings=False, **sizes)
-    yield from _with_and_without(options, "tiny", Problems(model, True, 64, 12 if options.is_dry_run else 256))
+    yield from _with_and_without(
+        options, "tiny", Problems(model, "first_byte", 64, 12 if options.is_dry_run else 256, True)
+    )
 
 
 def own_model(options: Options) -> Iterator[Record]:
     """Train the user's model."""
     if options.model is None:
         raise Skipped("no --model FOLDER was given")
-    yield from _with_and_without(options, "own", Problems(options.model, False, 256, 12 if options.is_dry_run else 512))
+    longest = 12 if options.is_dry_run else 512
+    yield from _with_and_without(options, "own", Problems(options.model, "even_length", 256, longest, False))
 
 
 def _with_and_without(options: Options, name: str, problems: Problems) -> Iterator[Record]:
@@ -94,10 +101,8 @@ def overrides_of(
 ) -> list[str]:
     """Return what verl's entry point is given for a run without selection."""
     is_cpu, actor, rollout = options.is_dry_run, "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    reward = "first_byte" if problems.has_made_up_reward else "rewards"
-    where = "bench" if problems.has_made_up_reward else "data"
     return [
-        *(ON_A_CPU if is_cpu else on_gpus(options.num_devices, has_offload=not problems.has_made_up_reward)),
+        *(ON_A_CPU if is_cpu else on_gpus(options.num_devices, problems.is_small)),
         f"data.train_files={files['pool']}",
         f"data.val_files={files['test']}",
         "data.train_batch_size=8",
@@ -109,8 +114,8 @@ def overrides_of(
         f"{actor}.use_dynamic_bsz=true",
         f"{actor}.ppo_max_token_len_per_gpu={16384 if not is_cpu else 4096}",
         f"{rollout}.n=8",
-        f"reward.custom_reward_function.path=pkg://verl_gradalign.{where}.{reward}",
-        "reward.custom_reward_function.name=compute_score",
+        "reward.custom_reward_function.path=pkg://verl_gradalign.bench.made_up_rewards",
+        f"reward.custom_reward_function.name={problems.reward}",
         "trainer.logger=[console,file]",
         "trainer.project_name=verl-gradalign",
         f"trainer.experiment_name=bench-{run_dir.name}",
@@ -131,11 +136,14 @@ ON_A_CPU = (
 )
 
 
-def on_gpus(num_devices: int, has_offload: bool) -> tuple[str, ...]:
+OFFLOADED = ("param", "optimizer")
+
+
+def on_gpus(num_devices: int, is_small: bool) -> tuple[str, ...]:
     """Return the overrides that a machine with GPUs needs; models of any size lie in CPU memory in between."""
     # A power of two, and 8 at most, divides every batch.
     num_used = min(8, 1 << (num_devices.bit_length() - 1))
-    fsdp = "actor_rollout_ref.actor.fsdp_config"
+    fsdp, rollout = "actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.rollout"
     has_flash = find_spec("flash_attn") is not None
     return (
         f"actor_rollout_ref.model.use_remove_padding={str(has_flash).lower()}",
@@ -144,10 +152,10 @@ def on_gpus(num_devices: int, has_offload: bool) -> tuple[str, ...]:
         "actor_rollout_ref.model.enable_gradient_checkpointing=true",
         "actor_rollout_ref.actor.strategy=fsdp2",
         "actor_rollout_ref.ref.strategy=fsdp2",
-        "actor_rollout_ref.rollout.name=vllm",
-        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-        "actor_rollout_ref.rollout.gpu_memory_utilization=0.4",
-        *((f"{fsdp}.param_offload=true", f"{fsdp}.optimizer_offload=true") if has_offload else ()),
+        f"{rollout}.name=vllm",
+        f"{rollout}.tensor_model_parallel_size=1",
+        f"{rollout}.gpu_memory_utilization=0.4",
+        *((f"{rollout}.enforce_eager=true",) if is_small else (f"{fsdp}.{each}_offload=true" for each in OFFLOADED)),
         f"trainer.n_gpus_per_node={num_used}",
         "trainer.nnodes=1",
     )

@@ -10,7 +10,7 @@ import torch
 
 from verl_gradalign.bench.agreement import HALF_RMS, largest_difference
 from verl_gradalign.bench.cases import QWEN_15B, Case, tiny
-from verl_gradalign.bench.device import chosen_device, one_rank
+from verl_gradalign.bench.device import chosen_device, free_cache, one_rank
 from verl_gradalign.bench.options import Options, Record, Skipped
 from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.bench.ranks import on_ranks
@@ -51,6 +51,7 @@ def on_one(device: torch.device, case: Case) -> Iterator[Record]:
     scores = PlainBench(case, device).score(ESTIMATOR)
     assert scores.norm_P is not None
     yield {"table": SCORES, "dots": scores.dot_P.tolist(), "norms": scores.norm_P.tolist()}
+    free_cache(device)
     yield from measured(case, device)
 
 
