@@ -2,8 +2,8 @@
 """Ten steps of real GRPO with and without selection: verl's own entry point, started as a user would start it.
 
 The model is a tiny untrained one, or a model folder of the user's; the reward is made up, so that groups are live
-whatever the model can do. It is for the times, and no weights are saved. On a GPU responses come from vLLM. On a CPU both
-runs are started at once.
+whatever the model can do: it is for the times, and no weights are saved. On a GPU responses come from vLLM. On a CPU
+both runs are started at once.
 """
 
 from __future__ import annotations
