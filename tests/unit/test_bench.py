@@ -160,7 +160,7 @@ def model(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "quickness"], "--only quickness: unknown; known are environment, exactness, .* write for example --only"),
+        (["--only", "quickness"], "--only quickness: unknown; known are environment, exactness, .* write for example"),
         (["--only", ","], "--only names no part. Remedy: leave it out"),
         (["--only", "model"], "--only model: .* none was given. Remedy: add --model FOLDER"),
         (["--minutes", "0"], "--minutes 0.0: must be above 0. Remedy: leave it out for 40"),

@@ -29,6 +29,7 @@ WARM_UP = 2
 """Steps that are not timed, where there are more: kernels are chosen and caches filled in them."""
 POLL_S = 0.5
 LINES_OF_LOG = 30
+OVERSAMPLE = 2
 WITH, WITHOUT = "with selection", "without"
 
 
@@ -53,9 +54,8 @@ def tiny_model(options: Options) -> Iterator[Record]:
     sizes: dict[str, Any] = {"hidden_size": 256, "num_layers": 4, "intermediate_size": 768}
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if options.is_dry_run else sizes
     model = build_tiny_model(options.folder / "tiny-model", tie_word_embeddings=False, **sizes)
-    yield from _with_and_without(
-        options, "tiny", Problems(model, "first_byte", 64, 12 if options.is_dry_run else 256, True)
-    )
+    longest = 12 if options.is_dry_run else 256
+    yield from _with_and_without(options, "tiny", Problems(model, "first_byte", 64, longest, True))
 
 
 def own_model(options: Options) -> Iterator[Record]:
@@ -71,23 +71,20 @@ def _with_and_without(options: Options, name: str, problems: Problems) -> Iterat
     folder = options.folder / f"grpo-{name}"
     files = write_task_files(folder / "data", num_pool=640, num_trusted=16, num_test=16)
     num_steps = NUM_DRY_STEPS if options.is_dry_run else NUM_STEPS
-    runs = {
-        which: [*overrides_of(options, problems, files, folder / which.split()[0], num_steps), *words]
-        for which, words in {WITH: selection(files), WITHOUT: []}.items()
-    }
+    folders, words = {WITH: folder / "with", WITHOUT: folder / "without"}, {WITH: selection(files), WITHOUT: []}
     measured: dict[str, Record] = {}
     # Side by side on a CPU, where starting takes longest and on one core; GPUs belong to one run at a time.
-    for together in [list(runs)] if options.is_dry_run else [[which] for which in runs]:
-        launches = {which: _launch(runs[which], folder / which.split()[0], options) for which in together}
+    for together in [[WITH, WITHOUT]] if options.is_dry_run else [[WITH], [WITHOUT]]:
+        launches = {}
+        for which in together:
+            plain = overrides_of(options, problems, files, folders[which], num_steps)
+            launches[which] = _launch([*plain, *words[which]], folders[which], options)
         seconds = _wait(launches)
         for which in together:
-            measured[which] = summary(folder / which.split()[0] / "metrics.jsonl", num_steps)
+            measured[which] = summary(folders[which] / "metrics.jsonl", num_steps)
             yield {"table": "runs", "run": which, "seconds_in_all": seconds[which], **measured[which]}
     slower = measured[WITH]["step_s"] / measured[WITHOUT]["step_s"]
     yield {"table": "ratio", "step_with_over_without": slower, "oversample": OVERSAMPLE}
-
-
-OVERSAMPLE = 2
 
 
 def selection(files: Mapping[str, Path]) -> list[str]:
