@@ -94,7 +94,5 @@ def reference_scores(
         dots.append(inner(total, direction) / norm)
         norms.append(math.sqrt(inner(total, total)))
         derivatives.append(row)
-    as_tensor = torch.tensor
-    return Reference(
-        as_tensor(dots).double(), as_tensor(norms).double(), as_tensor(derivatives, dtype=torch.float64), norm
-    )
+    dot_P, norm_P, derivative_PR = (torch.tensor(each, dtype=torch.float64) for each in (dots, norms, derivatives))
+    return Reference(dot_P, norm_P, derivative_PR, norm)
