@@ -209,6 +209,7 @@ def test_without_an_accelerator_the_dry_run_is_offered(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     result = invoke("--output", tmp_path)
     assert result.exit_code == 2 and "sees no accelerator here" in result.output and "add --dry-run" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_time_is_said_before_it_starts_and_what_cannot_run(tmp_path, monkeypatch):

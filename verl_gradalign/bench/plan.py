@@ -87,13 +87,13 @@ def check_model(folder: Path) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    """Make the folder. Asked by writing: permissions know no read-only mounts."""
+    """Raise ValueError if nothing can be written there. Asked by writing: permissions know no read-only mounts."""
     remedy = "give a folder that can be written, such as --output outputs/bench"
     if folder.exists() and not folder.is_dir():
         refuse("--output", folder, "is a file", remedy)
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         refuse("--output", folder, f"cannot be written ({error.strerror})", remedy)

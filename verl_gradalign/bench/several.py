@@ -39,7 +39,8 @@ def run(options: Options) -> Iterator[Record]:
     device = chosen_device(options.is_dry_run)
     with one_rank(device):
         alone = PlainBench(replace(case, num_ranks=1), device).score(ESTIMATOR)
-    scores = replace(alone, dot_P=torch.tensor(together["dots"]), norm_P=torch.tensor(together["norms"]))
+    dot_P, norm_P = (torch.tensor(together[name], dtype=torch.float64) for name in ("dots", "norms"))
+    scores = replace(alone, dot_P=dot_P, norm_P=norm_P)
     difference = largest_difference(scores, alone)
     claim = f"scores on {num_ranks} devices are those on one"
     record = {"table": "scores", "model": case.sweep, "problem": case.shape, "ranks": num_ranks}
