@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kit starts verl with on GPUs, which no test can run: verl and the plugin accept it."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.docs.running import validate
+from verl_gradalign.bench import grpo
 from verl_gradalign.bench.grpo import NUM_STEPS, Problems, overrides_of, selection, summary
 from verl_gradalign.bench.made_up_rewards import even_length, first_byte
 from verl_gradalign.bench.options import Options
 from verl_gradalign.data.tasks import write_task_files
+from verl_gradalign.experiments.launches import start
 from verl_gradalign.toy.model import build_tiny_model
 
 
@@ -48,3 +51,25 @@ def test_a_run_that_made_fewer_steps_is_not_summed_up(tmp_path):
     assert summary(path, 1)["step_s"] == 2.0
     with pytest.raises(RuntimeError, match="holds 1 steps of 2"):
         summary(Path(path), 2)
+
+
+def test_a_launch_whose_port_was_taken_is_started_once_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "POLL_S", 0.01)
+    started = []
+
+    def launch_of(*scripts):
+        started.clear()
+
+        def launch(which):
+            started.append(which)
+            return start([sys.executable, "-c", scripts[len(started) - 1]], tmp_path / "run.log", tmp_path, {})
+
+        return launch
+
+    taken = "import sys; sys.exit('bind: EADDRINUSE')"
+    assert set(grpo._wait(["with"], launch_of(taken, "pass"))) == {"with"} and len(started) == 2
+    with pytest.raises(RuntimeError, match="(?s)verl, with, ended with 1; all it said is in .*EADDRINUSE"):
+        grpo._wait(["with"], launch_of(taken, taken))
+    with pytest.raises(RuntimeError, match="(?s)ended with 1.*no such reward"):
+        grpo._wait(["with"], launch_of("import sys; sys.exit('no such reward')"))
+    assert len(started) == 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,8 @@ NUM_DRY_STEPS = 3
 WARM_UP = 2
 """Steps that are not timed, where there are more: kernels are chosen and caches filled in them."""
 POLL_S = 0.5
+PORT_TAKEN = "EADDRINUSE"
+"""verl looks for a free port and binds it seconds later: the launch beside it may be faster. It is started once more."""
 LINES_OF_LOG = 30
 OVERSAMPLE = 2
 WITH, WITHOUT = "with selection", "without"
@@ -75,11 +77,12 @@ def _with_and_without(options: Options, name: str, problems: Problems) -> Iterat
     measured: dict[str, Record] = {}
     # Side by side on a CPU, where starting takes longest and on one core; GPUs belong to one run at a time.
     for together in [[WITH, WITHOUT]] if options.is_dry_run else [[WITH], [WITHOUT]]:
-        launches = {}
-        for which in together:
+
+        def launch(which: str) -> Launch:
             plain = overrides_of(options, problems, files, folders[which], num_steps)
-            launches[which] = _launch([*plain, *words[which]], folders[which], options)
-        seconds = _wait(launches)
+            return _launch([*plain, *words[which]], folders[which], options)
+
+        seconds = _wait(together, launch)
         for which in together:
             measured[which] = summary(folders[which] / "metrics.jsonl", num_steps)
             yield {"table": "runs", "run": which, "seconds_in_all": seconds[which], **measured[which]}
@@ -166,13 +169,18 @@ def _launch(overrides: list[str], run_dir: Path, options: Options) -> Launch:
     return start([sys.executable, "-m", ENTRY_POINT, *overrides], run_dir / "run.log", run_dir, environment)
 
 
-def _wait(launches: Mapping[str, Launch]) -> dict[str, float]:
-    """Return the seconds that each took. Raises: RuntimeError with the end of its output if one fails."""
-    started, seconds = time.monotonic(), dict[str, float]()
+def _wait(together: Sequence[str], launch: Callable[[str], Launch]) -> dict[str, float]:
+    """Launch all, and return the seconds that each took. Raises: RuntimeError with the end of its output if one fails."""
+    started, seconds, repeated = time.monotonic(), dict[str, float](), set[str]()
+    launches = {which: launch(which) for which in together}
     while len(seconds) < len(launches):
         time.sleep(POLL_S)
-        for which, (process, log) in launches.items():
+        for which, (process, log) in list(launches.items()):
             if process.poll() is None or which in seconds:
+                continue
+            if process.returncode and which not in repeated and PORT_TAKEN in log.read_text(errors="replace"):
+                repeated.add(which)
+                launches[which] = launch(which)
                 continue
             seconds[which] = time.monotonic() - started
             if process.returncode:
