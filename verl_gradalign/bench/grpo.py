@@ -29,7 +29,7 @@ WARM_UP = 2
 """Steps that are not timed, where there are more: kernels are chosen and caches filled in them."""
 POLL_S = 0.5
 PORT_TAKEN = "EADDRINUSE"
-"""verl looks for a free port and binds it seconds later: the launch beside it may be faster. It is started once more."""
+"""verl looks for a free port and binds it seconds later: the launch beside it may be faster. It is then repeated."""
 LINES_OF_LOG = 30
 OVERSAMPLE = 2
 WITH, WITHOUT = "with selection", "without"
@@ -170,7 +170,7 @@ def _launch(overrides: list[str], run_dir: Path, options: Options) -> Launch:
 
 
 def _wait(together: Sequence[str], launch: Callable[[str], Launch]) -> dict[str, float]:
-    """Launch all, and return the seconds that each took. Raises: RuntimeError with the end of its output if one fails."""
+    """Launch all, and return the seconds that each took. Raises: RuntimeError with the end of the output of a failure."""
     started, seconds, repeated = time.monotonic(), dict[str, float](), set[str]()
     launches = {which: launch(which) for which in together}
     while len(seconds) < len(launches):
