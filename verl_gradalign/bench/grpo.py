@@ -170,7 +170,7 @@ def _launch(overrides: list[str], run_dir: Path, options: Options) -> Launch:
 
 
 def _wait(together: Sequence[str], launch: Callable[[str], Launch]) -> dict[str, float]:
-    """Launch all, and return the seconds that each took. Raises: RuntimeError with the end of the output of a failure."""
+    """Launch all, and return the seconds that each took. Raises: RuntimeError with the end of what a failure said."""
     started, seconds, repeated = time.monotonic(), dict[str, float](), set[str]()
     launches = {which: launch(which) for which in together}
     while len(seconds) < len(launches):
