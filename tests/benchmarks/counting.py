@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from verl_gradalign.bench.device import peak_of
+
 
 class CountCollectives(TorchDispatchMode):
     """Counts collectives by kind."""
@@ -63,11 +65,8 @@ def count_collectives(method: Callable[[], Any]) -> dict[str, int]:
 
 def peak_bytes(method: Callable[[], Any], device: str) -> int:
     """Return the most memory that the call holds at once, beyond what was there before, on this rank."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        method()
-        return torch.cuda.max_memory_allocated() - before
+    if device != "cpu":
+        return peak_of(method, torch.device(device)).beyond
     with TrackStorage() as mode:
         method()
     return mode.peak

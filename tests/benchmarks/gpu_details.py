@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tests.benchmarks.cases import BASE, QWEN_05B
-from tests.benchmarks.on_plain import PlainBench
-from tests.benchmarks.score_vs_update import timed
+from verl_gradalign.bench.device import one_rank
+from verl_gradalign.bench.gathers import gathers_of_direction
+from verl_gradalign.bench.plain import PlainBench
+from verl_gradalign.bench.timing import timed
 from verl_gradalign.config import ProbeConfig
-from verl_gradalign.probe import direction_gather
 from verl_gradalign.probe.audit import spearman
 
 STEPS = (1e-4, 3e-4, 6e-4, 1e-3, 2.3e-3, 5e-3, 1.2e-2)
@@ -35,7 +33,7 @@ REPEATS = 7
 
 def median_seconds(method: Callable[[], Any], device: str) -> float:
     method()
-    return statistics.median(timed(method, device) for _ in range(REPEATS))
+    return statistics.median(timed(method, torch.device(device)) for _ in range(REPEATS))
 
 
 def compare_products(device: str, lengths: tuple[int, ...], width: int, num_problems: int) -> None:
@@ -61,30 +59,6 @@ def compare_products(device: str, lengths: tuple[int, ...], width: int, num_prob
         print(json.dumps({"question": "products", "tokens": length, "width": width, **seconds, "ratio": ratio}))
 
 
-def share_of_gathers(bench: PlainBench, device: str) -> None:
-    """Print the share of a scoring pass that is spent in `DirectionGather`."""
-    gather, spent = direction_gather.DirectionGather.__call__, 0.0
-
-    def measured(self: Any, placement: Any) -> Any:
-        nonlocal spent
-        result = None
-
-        def call() -> None:
-            nonlocal result
-            result = gather(self, placement)
-
-        spent += timed(call, device)
-        return result
-
-    bench.score("ghost")
-    direction_gather.DirectionGather.__call__ = measured  # type: ignore[method-assign]
-    try:
-        total = timed(lambda: bench.score("ghost"), device)
-    finally:
-        direction_gather.DirectionGather.__call__ = gather  # type: ignore[method-assign]
-    print(json.dumps({"question": "gathers", "seconds": total, "share": spent / total}))
-
-
 def sweep_steps(bench: PlainBench) -> None:
     """Print the rank correlation of finite differences with exact dot products, by relative step."""
     exact = bench.score("ghost")
@@ -98,15 +72,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     device = parser.parse_args().device
     on_gpu = device == "cuda"
-    with tempfile.TemporaryDirectory() as root:
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{root}/store", rank=0, world_size=1)
+    with one_rank(torch.device(device)):
         compare_products(device, (1024, 4096, 16384) if on_gpu else (64,), 896 if on_gpu else 64, 8)
         case = replace(QWEN_05B, num_problems=32, tokens_per_row=512) if on_gpu else replace(BASE, num_problems=16)
-        bench = PlainBench(case, Path(root), device)
-        share_of_gathers(bench, device)
+        bench = PlainBench(case, torch.device(device))
+        print(json.dumps({"question": "gathers", **gathers_of_direction(bench, torch.device(device))}))
         sweep_steps(bench)
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

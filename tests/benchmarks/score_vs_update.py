@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 
 from tests.benchmarks.cases import SWEEPS, X_AXES, Case
 from tests.benchmarks.counting import count_collectives, peak_bytes
 from tests.benchmarks.ranks import run_on_ranks
+from verl_gradalign.bench.plain import PlainBench
+from verl_gradalign.bench.timing import side_by_side
 from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.estimators import ESTIMATORS
 
@@ -41,27 +40,24 @@ BASELINE = "backward"
 
 def run_case(case: Case, root: Path, engine: str, device: str, repeats: int) -> list[dict[str, Any]]:
     """Return one record per method. Collective: every rank runs it."""
+    bench: Any
     if engine == "verl":
-        from tests.benchmarks.on_verl import VerlBench as Bench
+        from tests.benchmarks.on_verl import VerlBench
+
+        bench = VerlBench(case, root, device)
     else:
-        from tests.benchmarks.on_plain import PlainBench as Bench
-    bench = Bench(case, root, device)
+        bench = PlainBench(case, torch.device(device))
     methods: dict[str, Callable[[], Any]] = {"update": bench.update}
     for name in ESTIMATORS:
         methods[name] = partial(bench.score, name)
     methods["ghost, sums only"] = partial(bench.score, "ghost", ProbeConfig(response_derivatives=False))
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name, method in methods.items():
-            elapsed = timed(method, device)
-            if repeat:  # the first warms up
-                seconds[name].append(elapsed)
+    timings = side_by_side(methods, repeats, torch.device(device))
     records = []
     num_tokens = case.num_problems * case.rows_per_problem * case.tokens_per_row
     for name, method in methods.items():
-        ratios = sorted(a / b for a, b in zip(seconds[name], seconds["update"], strict=True))
-        speedups = [b / a for a, b in zip(seconds[name], seconds[BASELINE], strict=True)]
-        median = statistics.median(seconds[name])
+        timing = timings[name]
+        ratios, speedups = timing.ratios(timings["update"]), timings[BASELINE].ratios(timing)
+        median = timing.median
         records.append(
             {
                 **asdict(case),
@@ -79,19 +75,6 @@ def run_case(case: Case, root: Path, engine: str, device: str, repeats: int) -> 
             }
         )
     return records
-
-
-def timed(method: Callable[[], Any], device: str) -> float:
-    """Return the seconds that `method` takes from when all ranks are ready until it is done on the device."""
-    if dist.is_initialized():
-        dist.barrier()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    method()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def records_of(case: Case, root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -26,12 +25,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.multiprocessing
 
 from tests.benchmarks.cases import SWEEPS, Case
 from tests.benchmarks.counting import peak_bytes
 from tests.benchmarks.ranks import run_on_ranks
-from tests.benchmarks.score_vs_update import timed
+from verl_gradalign.bench.timing import side_by_side
 from verl_gradalign.config import ProbeConfig
 
 if not torch.cuda.is_available():
@@ -84,29 +82,20 @@ def run_case(case: Case, root: Path, device: str, repeats: int) -> list[dict[str
     """Return one record per method. Collective: every rank runs it."""
     bench = UpdateBench(case, root, device)
     methods: dict[str, Callable[[], None]] = {name: partial(bench.update, how) for name, how in METHODS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    processor: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name, method in methods.items():
-            before = time.process_time()
-            elapsed = timed(method, device)
-            if repeat:  # the first warms up
-                seconds[name].append(elapsed)
-                processor[name].append(time.process_time() - before)
+    timings = side_by_side(methods, repeats, torch.device(device))
     records = []
     for name, method in methods.items():
-        ratios = sorted(a / b for a, b in zip(seconds[name], seconds["update"], strict=True))
-        of_processor = statistics.median(a / b for a, b in zip(processor[name], processor["update"], strict=True))
+        ratios = timings[name].ratios(timings["update"])
         records.append(
             {
                 **asdict(case),
                 "device": device,
                 "num_parameters": bench.num_parameters,
                 "method": name,
-                "seconds": round(statistics.median(seconds[name]), 4),
+                "seconds": round(timings[name].median, 4),
                 "ratio": round(statistics.median(ratios), 3),
                 "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
-                "processor_ratio": round(of_processor, 3),
+                "processor_ratio": round(timings[name].processor_ratio(timings["update"]), 3),
                 "peak_bytes": peak_bytes(method, device),
             }
         )

@@ -89,6 +89,14 @@ ENTRIES = (
         ),
     ),
     Entry(
+        r"verl-gradalign bench .*",
+        accepted("verl_gradalign.bench.plan.num_devices"),
+        (
+            "tests/e2e/test_bench.py::test_the_dry_run_measures_every_part_and_every_claim_holds",
+            "tests/distributed/test_bench.py::test_the_first_half_needs_torch_and_transformers_alone",
+        ),
+    ),
+    Entry(
         r"([A-Z_]+=\S+ )*verl-gradalign score .*",
         accepted("verl_gradalign.integration.offline.run.run_scoring"),
         (

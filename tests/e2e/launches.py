@@ -18,7 +18,17 @@ from transformers import GptOssConfig
 
 from tests.distributed.setups import ULYSSES
 from tests.e2e import comparisons, offline
-from tests.e2e.runs import OWN_LOOP, REPOSITORY, SEPARATE, TIMEOUT_S, Run, Workplace, gradalign, kill_at_marker
+from tests.e2e.runs import (
+    OWN_LOOP,
+    REPOSITORY,
+    SEPARATE,
+    TIMEOUT_S,
+    Run,
+    Workplace,
+    cpu_environment,
+    gradalign,
+    kill_at_marker,
+)
 from tests.e2e.series_runs import (
     FLOAT64,
     KILLS,
@@ -262,7 +272,19 @@ def bad_configuration(workplace: Workplace) -> Run:
     return workplace.run("bad_configuration", *missing, model, TWO_STEPS, may_fail=True)
 
 
+@launch
+def bench_dry_run(workplace: Workplace) -> Path:
+    """Return the folder that a dry run of the kit has written to."""
+    return benched(workplace, "bench_dry_run")
+
+
 # What only `make test-all` starts.
+
+
+@launch
+def bench_own_model(workplace: Workplace) -> Path:
+    """Return the same of the part that trains a model of the user's."""
+    return benched(workplace, "bench_own_model", "--only", "model", "--model", str(workplace.model))
 
 
 @launch
@@ -310,6 +332,16 @@ def gsm8k(workplace: Workplace) -> Run:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
         "trainer.total_training_steps=1",
     )
+
+
+def benched(workplace: Workplace, name: str, *options: str) -> Path:
+    """Run `verl-gradalign bench --dry-run`, and return its folder."""
+    folder = workplace.root / name
+    command = [sys.executable, "-m", "verl_gradalign.cli", "bench", "--dry-run", "--output", str(folder), *options]
+    environment = cpu_environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return folder
 
 
 def killed(workplace: Workplace, schedule: str, moments: list[str]) -> Run:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.benchmarks.cases import QWEN_05B
-from tests.benchmarks.counting import peak_bytes
-from tests.benchmarks.on_plain import PlainBench
+from verl_gradalign.bench.cases import QWEN_05B
+from verl_gradalign.bench.device import one_rank, peak_of
+from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.probe.audit import spearman
 
 pytestmark = [
@@ -24,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
+DEVICE = torch.device("cuda", 0)
 # The weights of Qwen2.5-0.5B, random; fewer layers and shorter groups, so that float32 takes seconds.
 CASE = replace(QWEN_05B, num_layers=6, num_problems=32, tokens_per_row=256)
 MIN_SPEARMAN = 0.99
@@ -32,21 +31,19 @@ LAYER_BYTES = 4 * CASE.vocabulary * CASE.hidden_size  # the largest layer's grad
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def process_group() -> Iterator[None]:
+    with one_rank(DEVICE):
+        yield
 
 
 @pytest.fixture(scope="module")
 def half(process_group: None) -> PlainBench:
-    return PlainBench(CASE, Path(), "cuda")
+    return PlainBench(CASE, DEVICE)
 
 
 @pytest.fixture(scope="module")
 def single(process_group: None) -> PlainBench:
-    return PlainBench(replace(CASE, dtype="float32"), Path(), "cuda")
+    return PlainBench(replace(CASE, dtype="float32"), DEVICE)
 
 
 def test_ghost_in_bf16_ranks_as_float32_backward_passes_do(half: PlainBench, single: PlainBench) -> None:
@@ -59,9 +56,9 @@ def test_ghost_in_bf16_ranks_as_float32_backward_passes_do(half: PlainBench, sin
 
 
 def test_scoring_needs_no_more_memory_than_the_update(half: PlainBench) -> None:
-    update = peak_bytes(half.update, "cuda")
+    update = peak_of(half.update, DEVICE).beyond
     shard_bytes = 4 * half.num_parameters
-    assert peak_bytes(lambda: half.score("ghost"), "cuda") <= update + shard_bytes + LAYER_BYTES
+    assert peak_of(lambda: half.score("ghost"), DEVICE).beyond <= update + shard_bytes + LAYER_BYTES
 
 
 @pytest.mark.parametrize("estimator", ["ghost", "finite_difference"])

@@ -43,10 +43,11 @@ ALLOWED_PARTS = {
     "cost": SPINE | {"probe"},
     "integration": SPINE | {"probe", "selection", "log", "data"},
     "cpu": {"integration"},
+    "bench": SPINE | {"probe", "cost", "data", "doctor", "toy", "experiments"},
     "doctor": SPINE | {"integration", "cost", "data", "probe", "selection"},
     "report": SPINE | {"log", "selection", "experiments", "data"},
     "experiments": SPINE | {"log", "selection", "toy", "data", "report"},
-    "cli": SPINE | {"experiments", "doctor", "report", "cost", "data", "integration", "selection", "toy"},
+    "cli": SPINE | {"experiments", "doctor", "report", "cost", "data", "integration", "selection", "toy", "bench"},
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.runs import REPOSITORY, Run, Workplace, gradalign
+from tests.e2e.runs import Run, Workplace, gradalign
 from verl_gradalign.data.tasks import write_task_files
 from verl_gradalign.toy.model import build_tiny_model
 
@@ -30,7 +30,7 @@ LEAST_CHANGE = 100 * RTOL_LOG_PROB
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """An untrained model: it answers any problem with any byte, and `reward.py` likes half of them."""
+    """An untrained model: it answers any problem with any byte, and `first_byte` likes half of them."""
     root = tmp_path_factory.mktemp("vllm")
     files = write_task_files(root / "data", num_pool=64, num_trusted=8, num_test=8, seed=0)
     # Untied: a tied head at random weights repeats its last token for ever.
@@ -44,7 +44,8 @@ def run(workplace: Workplace) -> Run:
     command, environment = workplace.command(
         folder,
         *gradalign("confident_cosine", workplace.files),
-        f"reward.custom_reward_function.path={REPOSITORY / 'tests/vllm/reward.py'}",
+        "reward.custom_reward_function.path=pkg://verl_gradalign.bench.made_up_rewards",
+        "reward.custom_reward_function.name=first_byte",
         f"trainer.total_training_steps={NUM_STEPS}",
         # Large enough that the first update shows in every log-probability.
         "actor_rollout_ref.actor.optim.lr=2e-3",

@@ -11,7 +11,7 @@ import os
 # GNU OpenMP reads this when torch is imported: else its waiting threads spin, and slow a busy machine tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from verl_gradalign.cli import compare, cost, doctor, hold_out, prepare, report, score  # noqa: F401  (each registers itself)
+from verl_gradalign.cli import bench, compare, cost, doctor, hold_out, prepare, report, score  # noqa: F401  (each registers itself)
 from verl_gradalign.cli.app import app
 
 __all__ = ["app"]

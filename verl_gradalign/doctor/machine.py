@@ -111,7 +111,9 @@ def _hardware(findings: Findings) -> Machine:
             free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
             num_gpus, gpu_gb = len(free_and_total), min(total for _, total in free_and_total) / 1e9
             name = torch.cuda.get_device_name(0)
-            findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_gb:.0f} GB{_driver()}")
+            version = driver_version()
+            driver = f", driver {version}" if version else ""
+            findings.add("hardware", "ok", f"{num_gpus} x {name}, {gpu_gb:.0f} GB{driver}")
             for index, (free, total) in enumerate(free_and_total):
                 if free < FREE_SHARE * total:
                     text = f"GPU {index}: {free / 1e9:.0f} of {total / 1e9:.0f} GB are free"
@@ -186,12 +188,12 @@ def _writable(what: str, path: Path, remedy: str, findings: Findings) -> None:
         findings.add("folders", "warning", f"{what}: {free_gb:.1f} GB are free at {there}", remedy)
 
 
-def _driver() -> str:
-    """Return the driver's version as the vendor's tool tells it, or nothing."""
+def driver_version() -> str | None:
+    """Return the driver's version as the vendor's tool tells it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ""
+        return None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     lines = done.stdout.split()
-    return f", driver {lines[0]}" if done.returncode == 0 and lines else ""
+    return lines[0] if done.returncode == 0 and lines else None

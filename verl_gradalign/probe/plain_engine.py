@@ -7,7 +7,7 @@ Shape legend: R rows of a pass, S tokens of prompt and response (padded), T resp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -22,6 +22,9 @@ from verl_gradalign.probe.layout import Layout, padded_layout
 from verl_gradalign.probe.passes import pack, power_of_two, weighed_sums
 from verl_gradalign.probe.ranks import largest
 from verl_gradalign.types import ProblemRows, TokenRow
+
+OnPass = Callable[[Sequence[int], Layout], None]
+"""Called between the forward and the backward pass of a micro-batch, with its rows and their layout."""
 
 
 class PlainEngine:
@@ -114,26 +117,29 @@ class PlainEngine:
                     sums_2R[:, i] = weighed_sums(log_prob_T, *self.coefficients(rows[i]))
         return sums_2R
 
-    def backward(self, problems: Sequence[ProblemRows]) -> None:
+    def backward(self, problems: Sequence[ProblemRows], on_pass: OnPass | None = None) -> None:
         """Add the gradient of the problems' loss, over `gradient_scale`, to `.grad`. Collective.
 
-        See `GradientEngine.backward`.
+        See `GradientEngine.backward`. With `on_pass` the passes form logits, as those of training do, for taps on all
+        layers to measure them (`update.measuring`); a pass that this rank only runs along with others is not told.
         """
         rows = [(row, problem.scale) for problem in problems for row in problem.rows]
         # FSDP averages gradients over the group; this undoes it.
         num_ranks = 1 if self.data_group is None else self.data_group.size()
         for members in self._batches([row for row, _ in rows]):
-            log_prob_RT, _ = self._pass([rows[i][0] for i in members])
+            log_prob_RT, layout = self._pass([rows[i][0] for i in members], whole_logits=on_pass is not None)
             coefficient_RT = torch.zeros_like(log_prob_RT)
             for index, (row, scale) in enumerate(rows[i] for i in members):
                 coefficient_T = self._rows[row].coefficient
                 coefficient_RT[index, : len(coefficient_T)] = coefficient_T * scale
+            if on_pass is not None and members:
+                on_pass([rows[i][0] for i in members], layout)
             loss = (coefficient_RT / self.gradient_scale * log_prob_RT).sum() * num_ranks
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def _pass(self, rows: Sequence[int]) -> tuple[Tensor, Layout]:
+    def _pass(self, rows: Sequence[int], whole_logits: bool = False) -> tuple[Tensor, Layout]:
         # A rank without rows left runs the spare one, whose coefficients stay zero: every pass is collective.
-        return self.forward(list(rows) or [self.spare_row], (max(1, len(rows)),))
+        return self.forward(list(rows) or [self.spare_row], (max(1, len(rows)),), whole_logits=whole_logits)
 
     def _batches(self, rows: Sequence[int]) -> list[list[int]]:
         """Return places in `rows` by micro-batch, equally many micro-batches on every rank. Collective."""
