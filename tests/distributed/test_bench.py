@@ -87,7 +87,7 @@ def test_update_estimators_and_measuring_in_it_stand_side_by_side(
     # `backward` puts parameters together for every problem; one rank alone has nothing to wait for.
     assert (found["backward"]["in_collectives"] > 0.01) == (ranks > 1)
     (gathers,) = rows(records, part, "gathers of the direction")
-    assert 0 < gathers["share"] < 1 and gathers["layer_by_layer_s"] < gathers["pass_s"]
+    assert 0 < gathers["share"] < 1 and gathers["by_unit_s"] < gathers["pass_s"]
 
 
 def test_what_is_computed_stands_beside_what_is_measured(records: list[dict[str, Any]]) -> None:

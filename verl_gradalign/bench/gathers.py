@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from verl_gradalign.bench.options import Record
 from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.bench.timing import timed
-from verl_gradalign.probe.direction_gather import DirectionGather
+from verl_gradalign.probe.direction_gather import DirectionGather, UnitGather
 from verl_gradalign.probe.estimators.ghost import tapped_scores
 from verl_gradalign.probe.fsdp import Placement
 from verl_gradalign.probe.gradient import leave_no_trace
@@ -45,7 +45,7 @@ def share_in_collectives(method: Callable[[], Any], device: torch.device) -> flo
 
 
 def gathers_of_direction(bench: PlainBench, device: torch.device) -> Record:
-    """Return what `ghost` spends in gathers of the direction, made once, and layer by layer in every pass. Collective.
+    """Return what `ghost` spends in gathers of the direction, made once, and by FSDP unit in every pass. Collective.
 
     Once is what it does where the whole direction fits beside a pass. Each gather is waited for, so the second share is
     an upper bound.
@@ -54,14 +54,14 @@ def gathers_of_direction(bench: PlainBench, device: torch.device) -> Record:
     with leave_no_trace(bench.module):
         gather = DirectionGather(bench.module, bench.direction, device)
         once = timed(lambda: gather.all({use.identity: use for p in points for use in p.placements}.values()), device)
-        clock = Clock(gather, device)
+        clock = Clock(UnitGather(gather, bench.module, [use for p in points for use in p.placements]), device)
 
         def score() -> None:
             problems = bench.whole
             tapped_scores(bench.engine, problems, bench.direction.norm, points, clock, per_response=False)
 
         total = timed(score, device)
-    return {"gathered_once_s": once, "layer_by_layer_s": clock.seconds, "pass_s": total, "share": clock.seconds / total}
+    return {"gathered_once_s": once, "by_unit_s": clock.seconds, "pass_s": total, "share": clock.seconds / total}
 
 
 class Clock:
