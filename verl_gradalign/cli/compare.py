@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verl-gradalign compare`: every way of choosing problems, side by side."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from typer import Argument, Option
 
 from verl_gradalign.cli.app import command, say, whole_numbers
 from verl_gradalign.errors import refuse
+
+if TYPE_CHECKING:
+    from verl_gradalign.experiments.tuned import Tuning
 
 WAYS = {
     "random": "the pool, uniformly",
@@ -67,18 +73,18 @@ def compare(
     overrides: Annotated[list[str] | None, Argument(help="Further verl overrides of every run.")] = None,
 ) -> None:
     """Train with every way of choosing problems, over seeds, and write one table and figures. Resumable."""
-    from verl_gradalign.experiments.budget import given_budget
     from verl_gradalign.experiments.compare import Comparison
     from verl_gradalign.experiments.compare import compare as run_comparison
     from verl_gradalign.experiments.methods import DEFAULT_METHODS
     from verl_gradalign.experiments.plan import METHODS
-    from verl_gradalign.experiments.tuned import FRESH_SEEDS, Tuning, compare_tuned
+    from verl_gradalign.experiments.tuned import FRESH_SEEDS, compare_tuned
     from verl_gradalign.toy.regimes import WARM_UP_STEPS
 
-    budgets = {"responses": budget_responses, "tokens": budget_tokens, "seconds": budget_seconds}
-    of_tuning = {"--rates": rates, "--tuning-seed": tuning_seed, "--tuning-budget": tuning_budget}
-    of_tuning |= {f"--budget-{unit}": amount for unit, amount in budgets.items()} | {"--threshold": threshold}
-    if not tune and (given := {option: value for option, value in of_tuning.items() if value is not None}):
+    of_tuning: dict[str, Any] = {"--rates": rates, "--tuning-seed": tuning_seed, "--tuning-budget": tuning_budget}
+    of_tuning |= {"--budget-responses": budget_responses, "--budget-tokens": budget_tokens}
+    of_tuning |= {"--budget-seconds": budget_seconds, "--threshold": threshold}
+    given = {option: value for option, value in of_tuning.items() if value is not None}
+    if given and not tune:
         refuse(*next(iter(given.items())), "is for --tune", "add --tune")
     usual, usual_seeds = (DEFAULT_METHODS, FRESH_SEEDS) if tune else (METHODS, (0, 1, 2))
     comparison = Comparison(
@@ -93,14 +99,23 @@ def compare(
         overrides=tuple(overrides or ()),
     )
     console = Console()
-    if tune:
-        budget, to_try = given_budget(budgets), _rates(rates) if rates is not None else None
-        tuning = Tuning(tuning_seed or 0, to_try, budget, tuning_budget, threshold)
-        summary = compare_tuned(comparison, tuning, console)
-    else:
-        summary = run_comparison(comparison, console)
+    summary = compare_tuned(comparison, _tuning(given), console) if tune else run_comparison(comparison, console)
     say(console, summary.read_text(encoding="utf-8"))
     say(console, f"wrote {output}")
+
+
+def _tuning(given: Mapping[str, Any]) -> Tuning:
+    """Return what the options that were given say of a tuned comparison. Raises: ValueError for two budgets."""
+    from verl_gradalign.experiments.budget import UNITS, given_budget
+    from verl_gradalign.experiments.tuned import Tuning
+
+    return Tuning(
+        seed=given.get("--tuning-seed", 0),
+        learning_rates=_rates(given["--rates"]) if "--rates" in given else None,
+        budget=given_budget({unit: given.get(f"--budget-{unit}") for unit in UNITS}),
+        tuning_amount=given.get("--tuning-budget"),
+        threshold=given.get("--threshold"),
+    )
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -39,6 +39,11 @@ def shown(amount: float) -> str:
     return f"{amount:,.0f}" if amount == round(amount) else f"{amount:,}"
 
 
+def as_given(amount: float) -> str:
+    """Return a number as one writes it for a program."""
+    return str(int(amount) if amount == round(amount) else amount)
+
+
 def given_budget(amounts: Mapping[str, float | None]) -> Budget | None:
     """Return the budget of the one option that was given, by unit; None: none was.
 
@@ -47,7 +52,9 @@ def given_budget(amounts: Mapping[str, float | None]) -> Budget | None:
     given = [Budget(amount, unit) for unit, amount in amounts.items() if amount is not None]
     if len(given) > 1:
         first, second = given[:2]
-        refuse(second.option, shown(second.amount), f"{first.option} is given too, and a run ends by one", "give one")
+        refuse(
+            second.option, as_given(second.amount), f"{first.option} is given too, and a run ends by one", "give one"
+        )
     return given[0] if given else None
 
 
@@ -61,5 +68,5 @@ def check_budget(budget: Budget, option: str, num_responses: int, of_what: str) 
         why = f"is less than a step of {of_what}, which generates {num_responses:,} responses"
         why += " of a token at least" if budget.unit == TOKENS else ""
     if not (budget.amount > 0 and budget.amount >= least):
-        enough = f"give {option} {num_responses}, or more" if least else f"give {option} a number above 0"
-        refuse(option, shown(budget.amount), why, enough)
+        enough = f"give {option} {num_responses} or more, or leave {of_what} out" if least else "give a number above 0"
+        refuse(option, as_given(budget.amount), why, enough)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from verl_gradalign.errors import refuse
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TUNING_OPTION, Budget, check_budget, shown
+from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TUNING_OPTION, Budget, as_given, check_budget
 from verl_gradalign.experiments.compare import COLUMNS, Comparison, check_same, data_of, policy_of
 from verl_gradalign.experiments.launches import run_series
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, read_curve
@@ -59,7 +59,7 @@ class Tuning:
     def budgets(self, miniature: Miniature) -> tuple[Budget, Budget]:
         """Return the budget of a run that a rate is tried in, and of one of a fresh seed."""
         budget = self.budget or Budget(miniature.num_responses)
-        usual = miniature.num_tuning_responses
+        usual = float(miniature.num_tuning_responses)
         if budget.unit != RESPONSES:
             usual = budget.amount * miniature.num_tuning_responses / miniature.num_responses
         amount = min(usual, budget.amount) if self.tuning_amount is None else self.tuning_amount
@@ -83,6 +83,10 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     left = _time_left(comparison, tried, to_try, budget, tuning.num_tests)
     policy = policy_folder(comparison.policy or output / "policy", miniature.policy)
     _say(console, left.said((policy / "config.json").exists()))
+    if budget.unit == SECONDS and comparison.num_jobs > 1:
+        _say(
+            console, f"--jobs {comparison.num_jobs}: series side by side slow each other down, and seconds are compared"
+        )
     with Progress(*COLUMNS, console=console) as progress:
         policy = policy_of(comparison, output, progress)
         run = partial(_run, comparison, policy, tuning.num_tests, progress, lambda: _say(console, left.said()))
@@ -123,7 +127,7 @@ def _check(comparison: Comparison, tuning: Tuning) -> None:
     check_budget(budget, budget.option, METHODS[method].num_responses, method)
     check_budget(to_try, TUNING_OPTION, METHODS[method].num_responses, method)
     if to_try.amount > budget.amount:
-        refuse(TUNING_OPTION, shown(to_try.amount), f"is more than a run's budget of {budget}", "give at most that")
+        refuse(TUNING_OPTION, as_given(to_try.amount), f"is more than a run's budget of {budget}", "give at most that")
 
 
 def _settings(tuning: Tuning, rates: Sequence[float], to_try: Budget, budget: Budget) -> dict[str, Any]:

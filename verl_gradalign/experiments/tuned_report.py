@@ -116,14 +116,14 @@ def _reading(methods: Mapping[str, BySeed], budget: Budget) -> str:
     amount = {
         RESPONSES: f"{budget.amount:,.0f} generated responses a run, trusted ones and candidates included.",
         TOKENS: f"{budget.amount:,.0f} generated tokens a run, those of trusted problems and candidates included.",
-        SECONDS: f"{shown(budget.amount)} seconds of training a run, with all that trusted problems and candidates take.",
+        SECONDS: f"{shown(budget.amount)} seconds of training a run, with what trusted problems and candidates take.",
     }[budget.unit]
     return (
         f"{amount} Seeds: "
         f"{', '.join(map(str, seeds))}, none of which the learning rate was chosen by. Area: mean accuracy over these "
         f"{budget.unit}, on the trusted set's families. The difference to {BASELINE} is paired by seed, with its 95% "
-        "interval (Student's t), bold where that lies above 0. All: means of what whole runs generated, and of the time "
-        "of their training, without tests."
+        "interval (Student's t), bold where that lies above 0. All: means of what whole runs generated, and of the "
+        "time of their training, without tests."
     )
 
 
@@ -155,9 +155,8 @@ def threshold_remarks(
 ) -> list[str]:
     """Return the sentences on the threshold: where it comes from, and who never reaches it or began above it."""
     if np.isnan(to_reach):
-        return [
-            f"No threshold: none was given, and {BASELINE} was not run. Remedy: give --threshold, or run {BASELINE}."
-        ]
+        remedy = f"give --threshold, or run {BASELINE} too"
+        return [f"There is no accuracy to reach: none was given, and {BASELINE} was not run. Remedy: {remedy}."]
     remarks = [f"{to_reach:.3f} is the accuracy that {BASELINE} has after three quarters of the budget."]
     if given.accuracy is not None:
         remarks = [f"{to_reach:.3f} was given (--threshold), before the first run was started."]
