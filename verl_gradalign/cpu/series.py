@@ -69,8 +69,8 @@ PROCESSES = (
 # What runs of a series may differ in, by the beginnings of `<key>:`. All else is given to processes when they start.
 PER_RUN = (
     *("data.", "trainer.", "algorithm.", "gradalign.", "actor_rollout_ref.actor.optim.lr:"),
-    # The trainer tells the worker with every batch; the worker's own copy is read by nobody.
-    "actor_rollout_ref.actor.ppo_mini_batch_size:",
+    # The trainer tells the worker with every batch; the worker's own copy is read by nobody. There is no critic.
+    *("actor_rollout_ref.actor.ppo_mini_batch_size:", "critic.ppo_mini_batch_size:"),
 )
 # A manager that lives in the trainer's process is made anew for every run, so these may differ as well. No worker of
 # verl reads the copies of rollout.n that its configuration gives to them.
