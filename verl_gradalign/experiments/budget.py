@@ -9,6 +9,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from verl_gradalign.errors import refuse
 
@@ -41,7 +42,7 @@ def shown(amount: float) -> str:
 
 def as_given(amount: float) -> str:
     """Return a number as one writes it for a program."""
-    return str(int(amount) if amount == round(amount) else amount)
+    return str(int(amount) if isfinite(amount) and amount == round(amount) else amount)
 
 
 def given_budget(amounts: Mapping[str, float | None]) -> Budget | None:
@@ -52,21 +53,21 @@ def given_budget(amounts: Mapping[str, float | None]) -> Budget | None:
     given = [Budget(amount, unit) for unit, amount in amounts.items() if amount is not None]
     if len(given) > 1:
         first, second = given[:2]
-        refuse(
-            second.option, as_given(second.amount), f"{first.option} is given too, and a run ends by one", "give one"
-        )
+        refuse(second.option, as_given(second.amount), f"{first.option} ends the runs already", "give one of them")
     return given[0] if given else None
 
 
-def check_budget(budget: Budget, option: str, num_responses: int, of_what: str) -> None:
-    """Raise ValueError if a budget is smaller than a step, of which only the number of responses is known before."""
-    if budget.unit == SECONDS:
-        least, why = 0.0, "is no time"
-    else:
-        # A response has a token at least.
+def check_budget(budget: Budget, option: str, num_responses: int, of_what: str, instead: str = "") -> None:
+    """Raise ValueError if a budget is smaller than a step, of which only the number of responses is known before.
+
+    `instead`: what else can be done than to give more.
+    """
+    least, why, remedy = 0, "must be a number of seconds above 0", "give for instance 60"
+    if budget.unit != SECONDS:
         least = num_responses
         why = f"is less than a step of {of_what}, which generates {num_responses:,} responses"
+        # A response has a token at least.
         why += " of a token at least" if budget.unit == TOKENS else ""
-    if not (budget.amount > 0 and budget.amount >= least):
-        enough = f"give {option} {num_responses} or more, or leave {of_what} out" if least else "give a number above 0"
-        refuse(option, as_given(budget.amount), why, enough)
+        remedy = f"give {option} {num_responses} or more{instead}"
+    if not (isfinite(budget.amount) and budget.amount > 0 and budget.amount >= least):
+        refuse(option, as_given(budget.amount), why, remedy)

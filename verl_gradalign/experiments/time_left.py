@@ -77,8 +77,9 @@ class TimeLeft:
         runs = " and ".join(f"{count} run{'s' * (count > 1)} of {budget}" for budget, count in counts.items())
         num_done = len(self._runs) - len(todo)
         done = f" ({num_done} of {len(self._runs)} are done)" if num_done else ""
-        side_by_side = min(self._num_series, len(todo))
-        about = f"about {duration(self.seconds(is_policy_made))}, {side_by_side} side by side"
+        num_series = min(self._num_series, len(todo))
+        order = f"{num_series} side by side" if num_series > 1 else "one after the other"
+        about = f"about {duration(self.seconds(is_policy_made))}, {order}"
         return f"to do: {runs}{done}: {about}; {self._grounds(todo[0].budget.unit)}"
 
     def _grounds(self, unit: str) -> str:

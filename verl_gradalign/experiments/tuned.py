@@ -84,9 +84,7 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     policy = policy_folder(comparison.policy or output / "policy", miniature.policy)
     _say(console, left.said((policy / "config.json").exists()))
     if budget.unit == SECONDS and comparison.num_jobs > 1:
-        _say(
-            console, f"--jobs {comparison.num_jobs}: series side by side slow each other down, and seconds are compared"
-        )
+        _say(console, f"--jobs {comparison.num_jobs}: seconds are compared, and series side by side take more of them")
     with Progress(*COLUMNS, console=console) as progress:
         policy = policy_of(comparison, output, progress)
         run = partial(_run, comparison, policy, tuning.num_tests, progress, lambda: _say(console, left.said()))
@@ -123,9 +121,11 @@ def _check(comparison: Comparison, tuning: Tuning) -> None:
     if tuning.threshold is not None and not 0 < tuning.threshold < 1:
         refuse("--threshold", tuning.threshold, "must be an accuracy between 0 and 1", "give for instance 0.8")
     to_try, budget = tuning.budgets(MINIATURES[comparison.regime])
-    method = max(comparison.methods, key=lambda method: METHODS[method].num_responses)
-    check_budget(budget, budget.option, METHODS[method].num_responses, method)
-    check_budget(to_try, TUNING_OPTION, METHODS[method].num_responses, method)
+    num_responses = {method: METHODS[method].num_responses for method in comparison.methods}
+    largest = max(num_responses, key=lambda method: num_responses[method])
+    instead = f", or leave out {largest}" if len(set(num_responses.values())) > 1 else ""
+    for own, option in ((budget, budget.option), (to_try, TUNING_OPTION)):
+        check_budget(own, option, num_responses[largest], largest, instead)
     if to_try.amount > budget.amount:
         refuse(TUNING_OPTION, as_given(to_try.amount), f"is more than a run's budget of {budget}", "give at most that")
 
