@@ -61,9 +61,9 @@ def test_a_seeds_methods_stand_together_and_folders_tell_runs_apart(tmp_path):
     ("regime", "methods", "seeds", "message"),
     [
         ("unreliabel", ["cosine"], [0], "regime=unreliabel is unknown"),
-        ("unreliable_mini", ["cosin"], [0], "method=cosin is unknown"),
-        ("unreliable_mini", [], [0], "methods="),
-        ("unreliable_mini", ["cosine"], [0, 0], "seeds="),
+        ("unreliable_mini", ["cosin"], [0], "--methods cosin: is unknown"),
+        ("unreliable_mini", [], [0], "--methods : names"),
+        ("unreliable_mini", ["cosine"], [0, 0], "--seeds 0,0: names one twice"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, regime, methods, seeds, message):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons at equal generated responses: what is run, which learning rate is taken, and what the tables say."""
+"""Comparisons on one budget: what is run, which learning rate is taken, and what the tables say."""
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,57 +11,44 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from typer.testing import CliRunner
 
+from tests.unit.curves import BUDGET, REGIME, curve_of, write_run
 from verl_gradalign import configs
-from verl_gradalign.cli import app
 from verl_gradalign.config import ScoreOptions
-from verl_gradalign.experiments import shuffled_scores, tuned
+from verl_gradalign.experiments import curve_files, shuffled_scores
+from verl_gradalign.experiments.budget import Budget
 from verl_gradalign.experiments.compare import Comparison
-from verl_gradalign.experiments.learning_curves import LearningCurve, area, paired, read_curve, responses_to
-from verl_gradalign.experiments.methods import BATCH_SIZE, DEFAULT_METHODS, METHODS, overrides_of
-from verl_gradalign.experiments.plan import DONE, RunPlan
+from verl_gradalign.experiments.learning_curves import AXES, area, by_method, paired, read_curve, spent_to
+from verl_gradalign.experiments.methods import BATCH_SIZE, METHODS, overrides_of
+from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.tuned import Tuning, choose_rates, compare_tuned
-from verl_gradalign.experiments.tuned_report import by_method, summary_table, threshold, write_report
+from verl_gradalign.experiments.tuned_report import (
+    GivenThreshold,
+    spent_table,
+    summary_table,
+    threshold,
+    threshold_remarks,
+    write_report,
+)
 from verl_gradalign.selection.own_scores import made_up
 from verl_gradalign.selection.scores import SCORES, score_of
 from verl_gradalign.toy.regimes import MINIATURES, write_miniature
 from verl_gradalign.toy.train_files import write_mixed, write_oracle
 
-BUDGET = 1000
 LEARNING_RATE_KEY = "actor_rollout_ref.actor.optim.lr"
-REGIME = "imbalance_mini"
 
 
-def curve_of(method, seed, accuracy, learning_rate=4e-4):
-    """A curve with tests at equal distances; the audit set is a point worse, and a tenth of the training is watched."""
-    run = RunPlan(REGIME, method, seed, None, learning_rate)
-    responses = np.linspace(0, BUDGET, len(accuracy))
-    return LearningCurve(run, responses, np.array(accuracy), np.array(accuracy) - 0.01, 40, 60.0 + seed, 0.1)
-
-
-def write_run(run, tests, learning_rate=None):
-    """Leave what a run leaves, with a step of 256 responses for every test after the first."""
-    run.folder.mkdir(parents=True)
-    with (run.folder / "metrics.jsonl").open("w") as file:
-        for step, accuracy in enumerate(tests):
-            data = {f"val-core/gradalign/tasks/{name}/acc/mean@1": accuracy for name in ("rotation", "audit")}
-            data["val-core/gradalign/tasks/sorting/acc/mean@1"] = 0.0
-            if step:
-                data |= {"timing_s/step": 2.0, "actor/lr": learning_rate or run.learning_rate}
-                data |= {"experiment/share/gradalign/tasks/rotation": 0.25, "experiment/num_responses": 256.0 * step}
-            file.write(json.dumps({"step": step, "data": data}) + "\n")
-    (run.folder / DONE).touch()
-
-
-def test_a_curve_counts_responses_and_is_of_the_trusted_families_alone(tmp_path):
+def test_a_curve_counts_all_that_is_spent_and_is_of_the_trusted_families_alone(tmp_path):
     run = RunPlan(REGIME, "random", 1, tmp_path / "run", 2e-4)
     write_run(run, [0.5, 0.6, 0.8])
     curve = read_curve(run)
-    np.testing.assert_allclose(curve.responses, [0, 256, 512])
+    counted = {"responses": [0, 256, 512], "tokens": [0, 1280, 2560], "seconds": [0, 2, 4], "updates": [0, 1, 2]}
+    assert list(curve.spent) == list(counted)
+    for axis, spent in counted.items():
+        np.testing.assert_allclose(curve.spent[axis], spent)
     np.testing.assert_allclose(curve.accuracy, [0.5, 0.6, 0.8])
     np.testing.assert_allclose(curve.audit, [0.5, 0.6, 0.8])
-    assert (curve.num_steps, curve.seconds, curve.share) == (2, 4.0, 0.25)
+    assert curve.share == 0.25
 
 
 def test_a_run_that_was_made_with_another_learning_rate_is_refused(tmp_path):
@@ -72,19 +58,26 @@ def test_a_run_that_was_made_with_another_learning_rate_is_refused(tmp_path):
         read_curve(run)
 
 
-def test_the_area_is_the_mean_accuracy_of_the_budget():
+def test_the_area_is_the_mean_accuracy_of_the_budget_in_its_own_unit():
+    half, twice = Budget(BUDGET.amount / 2), Budget(2 * BUDGET.amount)
     assert area(curve_of("random", 1, [0.4, 0.8]), BUDGET) == pytest.approx(0.6)
-    assert area(curve_of("random", 1, [0.4, 0.8]), BUDGET / 2) == pytest.approx(0.5)
+    assert area(curve_of("random", 1, [0.4, 0.8]), half) == pytest.approx(0.5)
     # What lies beyond the budget does not count; what is missing goes on as it ended.
-    assert area(curve_of("random", 1, [0.4, 0.8, 0.0]), BUDGET / 2) == pytest.approx(0.6)
-    assert area(curve_of("random", 1, [0.4, 0.8]), 2 * BUDGET) == pytest.approx(0.7)
+    assert area(curve_of("random", 1, [0.4, 0.8, 0.0]), half) == pytest.approx(0.6)
+    assert area(curve_of("random", 1, [0.4, 0.8]), twice) == pytest.approx(0.7)
+    assert area(curve_of("random", 1, [0.4, 0.8]), Budget(30.5, "seconds")) == pytest.approx(0.5)
+    assert area(curve_of("random", 1, [0.4, 0.8]), Budget(2500, "tokens")) == pytest.approx(0.5)
 
 
-def test_responses_to_an_accuracy_are_interpolated_up_to_the_first_time_it_is_reached():
+def test_what_an_accuracy_takes_is_interpolated_up_to_the_first_time_it_is_reached():
     curve = curve_of("random", 1, [0.4, 0.6, 0.5, 0.9])
-    assert responses_to(curve, 0.55) == pytest.approx(BUDGET / 4)
-    assert responses_to(curve, 0.4) == 0 and responses_to(curve, 0.7) == pytest.approx(BUDGET * (2 + 0.5) / 3)
-    assert responses_to(curve, 0.95) == float("inf")
+    spent = spent_to(curve, 0.55, BUDGET)
+    assert spent == pytest.approx({"responses": 250, "tokens": 1250, "seconds": 61 / 4, "updates": 10})
+    assert spent_to(curve, 0.4, BUDGET)["seconds"] == 0
+    assert spent_to(curve, 0.7, BUDGET)["responses"] == pytest.approx(1000 * (2 + 0.5) / 3)
+    assert set(spent_to(curve, 0.95, BUDGET).values()) == {float("inf")}
+    # A last step may go beyond the budget; what is reached there is not reached within it.
+    assert set(spent_to(curve, 0.7, Budget(700)).values()) == {float("inf")}
 
 
 def test_the_paired_interval_is_students_of_the_differences():
@@ -113,24 +106,83 @@ def test_the_table_pairs_every_method_with_random_and_marks_what_is_surely_bette
     assert threshold(by_method(curves), BUDGET) == pytest.approx(0.71)
     assert "| random | 0.0004 | 0.500 0.600 0.710 0.820 | 0.605 |  |" in random
     assert "**+0.026 ± " in oracle and "**" not in filtered
-    assert "3 of 3" in oracle and "2 of 3" in filtered and "| 0.913 | 0.10 | 40 | 62 |" in oracle
+    assert oracle.endswith("| 0.913 | 0.10 | 1,000 | 5,000 | 62 | 40 |")
+
+
+def test_what_a_threshold_takes_is_said_in_responses_tokens_seconds_and_updates(curves):
+    table = spent_table(by_method(curves), 0.71, BUDGET).splitlines()
+    assert table[0] == "| method | seeds that reach it | responses | tokens | seconds | updates |"
+    oracle, filtered = table[3:]
+    # Medians over seeds of 0.667, 0.662 and 0.667 of the run.
+    assert oracle == "| oracle | 3 of 3 | 667 | 3,333 | 42 | 27 |"
+    assert "| filter_groups | 2 of 3 | 775 | 3,875 |" in filtered
 
 
 def test_the_median_of_seeds_that_mostly_miss_the_mark_is_more_than_the_budget(curves):
     low = [curve_of("low", seed, [0.4, 0.5, 0.6]) for seed in (1, 2)]
-    table = summary_table(by_method([*curves, *low]), "target", BUDGET)
-    assert "| > 1,000 (0 of 2) |" in table.splitlines()[-1]
+    table = spent_table(by_method([*curves, *low]), 0.71, BUDGET)
+    # In seconds, of which runs take different numbers, more than what the quickest of them took.
+    assert table.splitlines()[-1] == "| low | 0 of 2 | > 1,000 | > 5,000 | > 61 | > 40 |"
+    remarks = " ".join(threshold_remarks(by_method([*curves, *low]), 0.71, GivenThreshold(), BUDGET))
+    assert "accuracy that random has after three quarters" in remarks
+    assert "No seed reaches it within 1,000 responses with low." in remarks
 
 
-def test_the_report_shows_every_seed_what_was_tried_and_a_figure(curves, tmp_path):
-    tried = [curve_of("random", 0, [0.4, 0.6], rate) for rate in (1e-4, 2e-4)]
-    write_report(curves, tried, MINIATURES[REGIME], BUDGET, BUDGET, tmp_path)
+def test_a_threshold_that_no_run_reaches_is_said_with_the_remedy(curves, tmp_path):
+    write_report(curves, [], MINIATURES[REGIME], (BUDGET, BUDGET), GivenThreshold(0.99, 0.99), tmp_path)
     summary = (tmp_path / "summary.md").read_text()
-    assert "| oracle | 0.625 | 0.635 | 0.632 |" in summary and "Seeds: 1, 2, 3," in summary
+    assert "**No run reaches 0.990 within 1,000 responses.** Remedy: a lower --threshold" in summary
+    assert summary.count("| 0 of 3 | > 1,000 | > 5,000 | > 61 | > 40 |") == 3
+    assert "0.990 was given (--threshold), before the first run" in summary
+
+
+def test_a_threshold_that_was_given_when_runs_were_there_is_said_to_be(curves):
+    later = [threshold_remarks(by_method(curves), 0.8, GivenThreshold(0.8, first), BUDGET)[0] for first in (None, 0.9)]
+    assert "**0.800 was given (--threshold) later**: the comparison was begun without one." in later[0]
+    assert "begun with 0.9." in later[1]
+
+
+def test_a_threshold_that_the_untrained_policy_reaches_is_said_to_mean_little(curves):
+    assert "has up to 0.400" in " ".join(threshold_remarks(by_method(curves), 0.35, GivenThreshold(0.35, 0.35), BUDGET))
+
+
+def test_without_random_and_without_a_threshold_the_summary_says_that_there_is_none(curves, tmp_path):
+    oracles = [curve for curve in curves if curve.run.method == "oracle"]
+    write_report(oracles, [], MINIATURES[REGIME], (BUDGET, BUDGET), GivenThreshold(), tmp_path)
+    summary = (tmp_path / "summary.md").read_text()
+    assert "Remedy: give --threshold, or run random too." in summary and "nan" not in summary
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        (Budget(1000), "1,000 generated responses a run"),
+        (Budget(5000, "tokens"), "5,000 generated tokens a run"),
+        (Budget(60.5, "seconds"), "60.5 seconds of training a run"),
+    ],
+)
+def test_the_report_shows_every_seed_what_was_tried_and_a_figure_over_all_that_is_spent(curves, tmp_path, budget, says):
+    tried = [curve_of("random", 0, [0.4, 0.6], rate) for rate in (1e-4, 2e-4)]
+    write_report(curves, tried, MINIATURES[REGIME], (budget, budget), GivenThreshold(), tmp_path)
+    summary = (tmp_path / "summary.md").read_text()
+    assert says in summary and "Seeds: 1, 2, 3," in summary
+    if budget.unit != "seconds":
+        assert "| oracle | 0.625 | 0.635 | 0.632 |" in summary
     assert "| method | 0.0001 | 0.0002 |" in (tmp_path / "tuning.md").read_text()
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "curves.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 9 * 3 + 2 * 2
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 * 3 + 2 * 2
+    assert [rows[2][axis] for axis in AXES] == ["1000.0", "5000.0", "61.0", "40.0"]
+
+
+def test_the_figure_has_a_panel_for_everything_that_is_spent(curves, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curve_files.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    curve_files.draw_curves(by_method(curves), tmp_path / "curves.png")
+    assert [panel.get_xlabel() for panel in figures[0].axes] == list(AXES.values())
+    # Thin lines for three seeds of three methods, and their means.
+    assert all(len(panel.lines) == 9 + 3 for panel in figures[0].axes)
 
 
 def test_a_comparison_that_is_done_is_tuned_and_summed_up_without_starting_anything(tmp_path):
@@ -145,19 +197,25 @@ def test_a_comparison_that_is_done_is_tuned_and_summed_up_without_starting_anyth
                 RunPlan(REGIME, method, seed, tmp_path / f"runs/{method}/lr-0.0004/seed-{seed}", 4e-4), [0.5, 0.8]
             )
     comparison = Comparison(REGIME, tmp_path, ("random", "oracle"), (1, 2), python="/no/such/python")
-    summary = compare_tuned(comparison, Tuning(num_responses=256), Console(file=io.StringIO()))
+    summary = compare_tuned(comparison, Tuning(budget=Budget(256)), Console(file=io.StringIO()))
     assert "| oracle | 0.0004 |" in summary.read_text()
     assert not list(tmp_path.glob("series-*"))
-    with pytest.raises(ValueError, match="choose another --output"):
-        compare_tuned(comparison, Tuning(num_responses=512), Console(file=io.StringIO()))
+    said = io.StringIO()
+    compare_tuned(comparison, Tuning(budget=Budget(256), threshold=0.7), Console(file=said))
+    assert "all 10 runs are done" in said.getvalue()
+    assert "**0.700 was given (--threshold) later**" in summary.read_text()
+    with pytest.raises(ValueError, match="--budget-responses was 256, now it is 512.*choose another --output"):
+        compare_tuned(comparison, Tuning(budget=Budget(512)), Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize(
     ("regime", "methods", "tuning", "message"),
     [
         ("unreliable", ("random",), Tuning(), "only miniatures are tuned"),
-        (REGIME, ("cosine",), Tuning(), "methods=.*unknown here"),
-        (REGIME, ("random",), Tuning(seed=2), "tuning seed 2 is among"),
+        (REGIME, ("cosine",), Tuning(), "--methods cosine: is unknown with --tune. Remedy: choose among random"),
+        (REGIME, ("random", "random"), Tuning(), "--methods random,random: names one twice"),
+        (REGIME, ("random",), Tuning(seed=2), "--tuning-seed 2: is among --seeds 1,2"),
+        (REGIME, ("random",), Tuning(threshold=80.0), "--threshold 80.0: must be an accuracy .* give for instance 0.8"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(tmp_path, regime, methods, tuning, message):
@@ -217,14 +275,6 @@ def test_shuffled_scores_are_the_same_scores_of_other_problems(name):
     assert shuffled_scores.dot.needs_norm is False
 
 
-def test_a_budget_tests_after_equal_parts_and_ends_when_it_is_spent():
-    from verl_gradalign.cpu.series import Budget
-
-    budget = Budget(num_responses=1024, num_tests=4)
-    said = [budget.note(generated) for generated in (256, 300, 511, 800, 1023, 1100)]
-    assert said == [(True, False), (False, False), (False, False), (True, False), (False, False), (True, True)]
-
-
 def test_runs_of_all_methods_and_learning_rates_compose_and_share_processes(tmp_path):
     from verl_gradalign.cpu.series import check_series
     from verl_gradalign.integration.checks import read_config
@@ -237,7 +287,10 @@ def test_runs_of_all_methods_and_learning_rates_compose_and_share_processes(tmp_
             configs[method] = compose_run(overrides_of(run, tmp_path, tmp_path))
     check_series(configs)
     for method, config in configs.items():
-        assert config.data.train_batch_size == BATCH_SIZE and config.actor_rollout_ref.rollout.n == 8, method
+        batch_size = 4 * BATCH_SIZE if method == "random_large_batch" else BATCH_SIZE
+        assert config.data.train_batch_size == batch_size and config.actor_rollout_ref.rollout.n == 8, method
+        # One update a step, of all that is trained on.
+        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == batch_size, method
         assert config.reward.custom_reward_function.reward_kwargs.corruption == "inverted"
         is_plugin = config.trainer.v1.trainer_mode == "gradalign"
         assert is_plugin == (METHODS[method].group is not None)
@@ -246,6 +299,10 @@ def test_runs_of_all_methods_and_learning_rates_compose_and_share_processes(tmp_
             # 64 trusted problems x 4 in ten steps; where these are trained on, x 8 in twenty.
             trusted = own.direction.refresh_interval, own.validation.n
             assert trusted == ((20, 8) if own.direction.train_on_trusted else (10, 4)), method
+    after_rollout = configs["confident_cosine"]
+    num_candidates = after_rollout.data.train_batch_size * read_config(after_rollout).oversample
+    assert num_candidates == configs["random_large_batch"].data.train_batch_size
+    assert METHODS["confident_cosine"].num_responses == METHODS["random_large_batch"].num_responses == 1024
     assert read_config(configs["forecast"]).measures_in_update
     assert read_config(configs["difficulty_forecast"]).is_forecast
 
@@ -255,50 +312,3 @@ def test_the_learning_rate_of_a_regimes_file_is_the_middle_one_that_is_tried(nam
     own, shared = (OmegaConf.load(Path(configs.__path__[0]) / "regime" / f"{file}.yaml") for file in (name, "mini"))
     rate = OmegaConf.select(own, LEARNING_RATE_KEY) or OmegaConf.select(shared, LEARNING_RATE_KEY)
     assert rate == MINIATURES[name].learning_rates[1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--rates", "1e-4"], "--rates 1e-4: is for --tuned"),
-        (["--responses", "512"], "--responses 512: is for --tuned"),
-        (["--tuning-responses", "512"], "--tuning-responses 512: is for --tuned"),
-        (["--tuned", "--rates", "high,low"], "--rates high,low: must be numbers above 0"),
-        (["--tuned", "--rates", "1e-4,1e-4"], "none twice"),
-    ],
-)
-def test_options_of_tuned_comparisons_are_refused_elsewhere_and_where_they_are_no_numbers(tmp_path, options, message):
-    done = CliRunner().invoke(app, ["compare", REGIME, "--output", str(tmp_path), *options])
-    assert done.exit_code == 2 and message in done.output
-
-
-def test_the_command_hands_on_what_is_tuned_and_knows_the_usual_methods_and_seeds(tmp_path, monkeypatch):
-    given = []
-
-    def note(*arguments):
-        given.extend(arguments)
-        raise ValueError("noted")
-
-    monkeypatch.setattr(tuned, "compare_tuned", note)
-    options = [
-        "--tuned",
-        "--rates",
-        "1e-4,2e-4",
-        "--tuning-seed",
-        "7",
-        "--responses",
-        "512",
-        "--tuning-responses",
-        "256",
-    ]
-    CliRunner().invoke(app, ["compare", REGIME, "--output", str(tmp_path), *options])
-    comparison, tuning, _ = given
-    assert (comparison.methods, comparison.seeds) == (DEFAULT_METHODS, (1, 2, 3, 4, 5))
-    assert tuning == Tuning(seed=7, learning_rates=(1e-4, 2e-4), num_responses=512, num_tuning_responses=256)
-
-
-def test_a_learning_rate_is_tried_in_a_quarter_of_a_long_run_and_never_in_more_than_a_run():
-    long, short = MINIATURES["skill_mini"], MINIATURES[REGIME]
-    assert [b["num_responses"] for b in Tuning().budgets(long)] == [10_240, 40_960]
-    assert [b["num_responses"] for b in Tuning().budgets(short)] == [10_240, 10_240]
-    assert [b["num_responses"] for b in Tuning(num_responses=512).budgets(short)] == [512, 512]

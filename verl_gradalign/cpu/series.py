@@ -11,8 +11,8 @@ alone (tests/e2e/test_series.py).
 The file holds a list of {"folder": ..., "done": ..., "seed": ..., "overrides": [...]}: the overrides are those of
 `python -m verl.trainer.main_ppo`. A run's metrics go to <folder>/metrics.jsonl; when it has ended, the file `done` is
 written. Runs that are done are not run again. A run with `"may_fail": true` leaves its error in <folder>/failed.txt and
-does not end the series; it must not be the first one. With `"budget": {"num_responses": ..., "num_tests": ...}` a run
-ends when it has generated so many responses, however many steps that takes (`Budget`).
+does not end the series; it must not be the first one. With `"budget": {"amount": ..., "unit": ..., "num_tests": ...}` a
+run ends when it has generated so many responses or tokens, or taken so many seconds, in however many steps (`Meter`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from verl.trainer.ppo.utils import need_critic
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, get_trainer_cls
 from verl.utils.import_utils import load_class_from_fqn
 
+from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.worker import use_own_workers
 
@@ -65,7 +67,11 @@ PROCESSES = (
 )
 
 # What runs of a series may differ in, by the beginnings of `<key>:`. All else is given to processes when they start.
-PER_RUN = ("data.", "trainer.", "algorithm.", "gradalign.", "actor_rollout_ref.actor.optim.lr:")
+PER_RUN = (
+    *("data.", "trainer.", "algorithm.", "gradalign.", "actor_rollout_ref.actor.optim.lr:"),
+    # The trainer tells the worker with every batch; the worker's own copy is read by nobody. There is no critic.
+    *("actor_rollout_ref.actor.ppo_mini_batch_size:", "critic.ppo_mini_batch_size:"),
+)
 # A manager that lives in the trainer's process is made anew for every run, so these may differ as well. No worker of
 # verl reads the copies of rollout.n that its configuration gives to them.
 PER_MANAGER = (
@@ -82,16 +88,17 @@ NEVER = 1_000_000_000
 """A number of steps that no run makes."""
 
 
-class Budget:
-    """Ends a run when it has generated so many responses, and has it tested whenever another equal part is through."""
+class Meter:
+    """Ends a run when its budget is spent, and has it tested whenever another equal part of that is through."""
 
-    def __init__(self, num_responses: int, num_tests: int) -> None:
-        self._num_responses, self._num_tests = num_responses, num_tests
+    def __init__(self, amount: float, unit: str, num_tests: int) -> None:
+        self.unit = unit
+        self._amount, self._num_tests = amount, num_tests
         self._num_passed = 0
 
-    def note(self, num_generated: int) -> tuple[bool, bool]:
-        """Return whether to test after a step that ended with so many responses, and whether it is the last step."""
-        num_passed = num_generated * self._num_tests // self._num_responses
+    def note(self, spent: float) -> tuple[bool, bool]:
+        """Return whether to test after a step by whose end so much was spent, and whether it is the last step."""
+        num_passed = int(spent * self._num_tests // self._amount)
         is_test, self._num_passed = num_passed > self._num_passed, num_passed
         return is_test, num_passed >= self._num_tests
 
@@ -100,8 +107,10 @@ class SharesProcesses(_Trainer):
     """Mixed into a trainer of verl: takes over the processes of the run before, if there was one."""
 
     predecessor: SharesProcesses | None = None
-    budget: Budget | None = None
+    meter: Meter | None = None
     """Ends the run before the configuration's number of steps does, and says after which steps it is tested."""
+    _seconds = 0.0
+    _step_began = 0.0
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -121,16 +130,29 @@ class SharesProcesses(_Trainer):
         self.checkpoint_manager.sleep_replicas()
         self._load_checkpoint()
 
-    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """Make verl's step, and have it tested and be the last one if the budget says so."""
-        batch: KVBatchMeta = super().step(metrics, timing_raw)
-        if self.budget is not None:
-            is_test, is_over = self.budget.note(self.agent_loop_manager.num_responses)
+    def on_step_begin(self) -> None:
+        """Begin verl's step, and to count its seconds."""
+        self._step_began = time.perf_counter()
+        super().on_step_begin()
+
+    def on_step_end(self) -> None:
+        """End verl's step, and have it tested and be the last one if the budget says so.
+
+        Between this and the beginning lies what verl logs as timing_s/step; tests come after it.
+        """
+        super().on_step_end()
+        self._seconds += time.perf_counter() - self._step_began
+        if self.meter is not None:
+            is_test, is_over = self.meter.note(self._spent(self.meter.unit))
             # verl looks at both after a step: whether its number is a multiple of the one, and exceeds the other.
             self.config.trainer.test_freq = 1 if is_test else NEVER
             if is_over:
                 self.total_training_steps = self.global_steps
-        return batch
+
+    def _spent(self, unit: str) -> float:
+        if unit == SECONDS:
+            return self._seconds
+        return {RESPONSES: self.agent_loop_manager.num_responses, TOKENS: self.agent_loop_manager.num_tokens}[unit]
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **kwargs: Any
@@ -176,7 +198,7 @@ class SeriesRunner:
         base = get_trainer_cls(config.trainer.v1.trainer_mode)
         trainer = type(base.__name__, (SharesProcesses, base), {})(config=config)
         trainer.predecessor = self._ready
-        trainer.budget = Budget(**run.budget) if run.get("budget") else None
+        trainer.meter = Meter(**run.budget) if run.get("budget") else None
         trainer.init()
         trainer.predecessor = None
         self._ready = trainer
@@ -212,7 +234,7 @@ def check_series(configs: Mapping[str, DictConfig]) -> None:
     (first, config), *others = configs.items()
     if need_critic(config):
         raise ValueError("algorithm.adv_estimator=gae: a series does not reset a critic; start these runs one by one")
-    wanted, allowed = _given_to_processes(config), ", ".join(PER_RUN).replace(".", "")
+    wanted, allowed = _given_to_processes(config), ", ".join(key.strip(".:") for key in PER_RUN)
     for folder, other in others:
         given = _given_to_processes(other)
         key = min((key for key in wanted.keys() | given.keys() if given.get(key) != wanted.get(key)), default=None)

@@ -73,17 +73,60 @@ def compare(comparison: Comparison, console: Console) -> Path:
     return output / "summary.md"
 
 
-def check_same(comparison: Comparison, output: Path, **further: Any) -> None:
-    """Refuse to continue with other settings than the runs that are there were made with."""
+def check_same(comparison: Comparison, output: Path, **further: Any) -> dict[str, Any]:
+    """Return the settings that the folder was begun with; refuse to continue with others.
+
+    Settings of MAY_CHANGE are kept as they were at first.
+    """
     c = comparison
     settings: dict[str, Any] = {"regime": c.regime, "overrides": list(c.overrides), "data": str(c.data), **further}
     settings |= {"policy": str(c.policy), "warm_up_steps": c.warm_up_steps}
     path = output / "comparison.json"
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        why = f"the runs here were made with {before}, this comparison asks for {settings}"
-        raise ValueError(f"{path}: {why}. Remedy: choose another --output, or delete this one")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        return settings
+    try:
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(
+            f"{path}: cannot be read as JSON. Remedy: delete it, if the runs beside it are these"
+        ) from None
+    if why := difference(before, settings):
+        raise ValueError(f"{path}: {why}, or choose another --output, or delete the folder {output}")
+    return before
+
+
+MAY_CHANGE = ("threshold",)
+"""Settings that no run depends on."""
+
+
+def difference(before: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Return in what the runs of a folder were made otherwise, and the remedy; None: in nothing."""
+    before, settings = ({k: v for k, v in given.items() if k not in MAY_CHANGE} for given in (before, settings))
+    if before == settings:
+        return None
+    if "num_responses" in before:
+        return (
+            "the runs here are of an earlier version, which compared by responses alone "
+            f"(num_responses={before['num_responses']}). Remedy: go on with that version"
+        )
+    for one, other, how in ((before, settings, "with"), (settings, before, "without")):
+        if "tuning_seed" in one and "tuning_seed" not in other:
+            return f"the runs here were made {how} --tune, this comparison is of the other kind. Remedy: run it {how}"
+    keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    changes = [f"{_option(k)} was {_shown(before.get(k))}, now it is {_shown(settings.get(k))}" for k in keys]
+    return f"the runs here were made with other settings: {'; '.join(changes)}. Remedy: give what they were made with"
+
+
+def _option(key: str) -> str:
+    return key if key in ("regime", "overrides", "num_tests") else f"--{key.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    if value in (None, "None", []):
+        return "not given"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:

@@ -46,10 +46,12 @@ def run_series(
     num_series: int,
     python: str,
     progress: Progress,
+    on_done: Callable[[], object] | None = None,
 ) -> None:
     """Run what is not done yet in at most `num_series` series of processes (`verl_gradalign.cpu.series`).
 
-    `specification_of` gives a run's overrides, and whatever else a series is told of it.
+    `specification_of` gives a run's overrides, and whatever else a series is told of it. `on_done` is called when
+    another run has ended.
     Raises: RuntimeError with the end of the output if a run fails; what is done stays done.
     """
     todo = [run for run in runs if not run.is_done]
@@ -63,7 +65,7 @@ def run_series(
         path, log = output / f"series-{number}.json", output / f"series-{number}.log"
         path.write_text(json.dumps(specifications), encoding="utf-8")
         launches.append(start([python, "-m", "verl_gradalign.cpu.series", str(path)], log, output, cpu_environment()))
-    watch(launches, runs, progress)
+    watch(launches, runs, progress, on_done)
 
 
 def start(command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str]) -> Launch:
@@ -73,18 +75,27 @@ def start(command: Sequence[str], log: Path, folder: Path, environment: Mapping[
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=whole), log
 
 
-def watch(launches: Sequence[Launch], runs: Sequence[RunPlan], progress: Progress) -> None:
+def watch(
+    launches: Sequence[Launch],
+    runs: Sequence[RunPlan],
+    progress: Progress,
+    on_done: Callable[[], object] | None = None,
+) -> None:
     """Wait for the processes, showing every run that has begun; end the others when one fails.
 
     Raises: RuntimeError with the end of the output of the one that failed.
     """
     processes = [process for process, _ in launches]
     total = progress.add_task("runs", total=len(runs))
+    num_done = sum(run.is_done for run in runs)
     bars = [progress.add_task(f"  {run.title}", total=None, visible=False) for run in runs]
     try:
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_S)
-            progress.update(total, completed=sum(run.is_done for run in runs))
+            num_before, num_done = num_done, sum(run.is_done for run in runs)
+            progress.update(total, completed=num_done)
+            if num_done > num_before and on_done:
+                on_done()
             for run, bar in zip(runs, bars, strict=True):
                 path = run.folder / "metrics.jsonl"
                 is_running = path.exists() and not run.is_done

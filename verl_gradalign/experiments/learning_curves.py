@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How accuracy grows with the responses that a run has generated, and how runs compare by it.
+"""How accuracy grows with what a run has generated and taken, and how runs compare by it.
 
 curve = read_curve(run)
-area(curve, num_responses=10_240), responses_to(curve, 0.9)
+area(curve, Budget(10_240, "responses")), spent_to(curve, 0.9, Budget(10_240, "responses"))["seconds"]
 difference, half_width = paired([...], [...])
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from verl_gradalign.data.tasks import AUDIT
+from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS, Budget
 from verl_gradalign.experiments.metrics_file import accuracies, metrics_by_step
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.results import SHARE, family
@@ -20,6 +21,14 @@ from verl_gradalign.toy.regimes import MINIATURES
 
 LEARNING_RATE = "actor/lr"
 """verl's metric."""
+UPDATES = "updates"
+AXES = {
+    RESPONSES: "generated responses, trusted ones and candidates included",
+    TOKENS: "generated tokens, those of trusted problems and candidates included",
+    SECONDS: "seconds of training, tests excluded",
+    UPDATES: "updates",
+}
+"""What a curve is over."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,25 @@ class LearningCurve:
     """A run's tests, the untrained policy's first. Arrays have one entry per test."""
 
     run: RunPlan
-    responses: np.ndarray
-    """Generated so far, trusted ones and candidates included, tests excluded."""
+    spent: Mapping[str, np.ndarray]
+    """So far, by name of AXES."""
     accuracy: np.ndarray
     """From 0 to 1, mean over the families that the trusted set is of; problems of the test."""
     audit: np.ndarray
     """The same, of the audit set; nan if it was not tested."""
-    num_steps: int
-    seconds: float
-    """Of training, tests excluded."""
     share: float
     """Mean watched share (`Miniature.label`) of what was trained on; nan if not known."""
+
+
+BySeed = dict[int, LearningCurve]
+
+
+def by_method(curves: Sequence[LearningCurve]) -> dict[str, BySeed]:
+    """Return the curves by method, in order of appearance, and by seed."""
+    methods: dict[str, BySeed] = {}
+    for curve in curves:
+        methods.setdefault(curve.run.method, {})[curve.run.seed] = curve
+    return methods
 
 
 def read_curve(run: RunPlan) -> LearningCurve:
@@ -46,10 +63,12 @@ def read_curve(run: RunPlan) -> LearningCurve:
     Raises: ValueError if the run was not made with the learning rate that it stands for, or was never tested.
     """
     miniature = MINIATURES[run.regime]
-    tests, shares, seconds, rates = list[tuple[float, float, float]](), list[float](), 0.0, set[float]()
+    tests, shares, rates = list[tuple[float, ...]](), list[float](), set[float]()
+    seconds = num_updates = 0.0
     path = run.folder / "metrics.jsonl"
     for metrics in metrics_by_step(path).values():
         seconds += metrics.get("timing_s/step", 0.0)
+        num_updates += "timing_s/step" in metrics
         rates |= {value for name, value in metrics.items() if name == LEARNING_RATE}
         of_family = {family(name): value for name, value in metrics.items() if name.startswith(SHARE)}
         if of_family:
@@ -57,41 +76,45 @@ def read_curve(run: RunPlan) -> LearningCurve:
         of_source = {family(source): accuracy for source, accuracy in accuracies(metrics).items()}
         tested = [accuracy for name, accuracy in of_source.items() if name in miniature.trusted]
         if tested:
-            responses = metrics.get("experiment/num_responses", 0.0)
-            tests.append((responses, float(np.mean(tested)), of_source.get(AUDIT, np.nan)))
+            generated = (metrics.get(f"experiment/num_{name}", 0.0) for name in (RESPONSES, TOKENS))
+            tests.append((*generated, seconds, num_updates, float(np.mean(tested)), of_source.get(AUDIT, np.nan)))
     if run.learning_rate is not None and rates and not np.allclose(list(rates), run.learning_rate):
         raise ValueError(f"{path}: {LEARNING_RATE}={sorted(rates)}, not {run.learning_rate}. Remedy: delete the run")
     if not tests:
         raise ValueError(f"{path}: no test of {', '.join(miniature.trusted)}. Remedy: delete the run")
-    responses, accuracy, audit = np.array(tests).T
+    *spent, accuracy, audit = np.array(tests).T
     share = float(np.mean(shares)) if shares else np.nan
-    return LearningCurve(run, responses, accuracy, audit, len(shares), seconds, share)
+    return LearningCurve(run, dict(zip(AXES, spent, strict=True)), accuracy, audit, share)
 
 
-def accuracy_at(curve: LearningCurve, responses: float | np.ndarray) -> np.ndarray:
-    """Return the accuracy after so many responses, interpolated between the tests."""
-    return np.interp(responses, curve.responses, curve.accuracy)
+def accuracy_at(curve: LearningCurve, axis: str, at: float | np.ndarray) -> np.ndarray:
+    """Return the accuracy where so much was spent, interpolated between the tests."""
+    return np.interp(at, curve.spent[axis], curve.accuracy)
 
 
-def area(curve: LearningCurve, num_responses: float) -> float:
-    """Return the mean accuracy from the first to the `num_responses`th response: the area under the curve, from 0 to 1.
+def area(curve: LearningCurve, budget: Budget) -> float:
+    """Return the mean accuracy until the budget is spent: the area under the curve, from 0 to 1.
 
     A curve that ends earlier goes on at its last accuracy.
     """
-    x = np.unique([0.0, *curve.responses[curve.responses < num_responses], num_responses])
-    y = accuracy_at(curve, x)
-    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / num_responses)
+    spent = curve.spent[budget.unit]
+    x = np.unique([0.0, *spent[spent < budget.amount], budget.amount])
+    y = accuracy_at(curve, budget.unit, x)
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / budget.amount)
 
 
-def responses_to(curve: LearningCurve, accuracy: float) -> float:
-    """Return after how many responses the accuracy is first reached, interpolated between the tests; inf: never."""
+def spent_to(curve: LearningCurve, accuracy: float, budget: Budget) -> dict[str, float]:
+    """Return what was spent when the accuracy was first reached, by name of AXES, interpolated between the tests.
+
+    All of it is inf if it was not reached within the budget.
+    """
+    never = dict.fromkeys(curve.spent, float("inf"))
     reached = np.flatnonzero(curve.accuracy >= accuracy)
     if not len(reached):
-        return float("inf")
-    if reached[0] == 0:
-        return float(curve.responses[0])
-    around = slice(reached[0] - 1, reached[0] + 1)
-    return float(np.interp(accuracy, curve.accuracy[around], curve.responses[around]))
+        return never
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    at = {axis: float(np.interp(accuracy, curve.accuracy[around], x[around])) for axis, x in curve.spent.items()}
+    return at if at[budget.unit] <= budget.amount else never
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:

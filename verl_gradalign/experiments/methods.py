@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to choose what is trained on that are compared at equal generated responses, as overrides of verl.
+"""Ways to choose what is trained on that are compared on one budget, as overrides of verl.
 
     METHODS["forecast"].overrides
     miniature_overrides(run, data, policy)
 
-A step trains on 32 problems x 8 responses in all of them. Where gradients are measured, 64 trusted problems x 4
-responses are rolled out in ten steps.
+A step trains on 32 problems x 8 responses in all of them but `random_large_batch`. Where gradients are measured, 64
+trusted problems x 4 responses are rolled out in ten steps.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from verl_gradalign.experiments.plan import RunPlan
 
 BATCH_SIZE = 32
 NUM_RESPONSES_PER_PROBLEM = 8
+NUM_CANDIDATES = 4 * BATCH_SIZE
+"""Problems rolled out in a step of selection after rollout, and trained on in one of the large batch."""
 NEVER = 1_000_000
-# Of all runs. However many steps a run makes, its budget of responses ends it.
+# Of all runs. However many steps a run makes, its budget ends it.
 SETTING = (
     f"data.train_batch_size={BATCH_SIZE}",
     f"actor_rollout_ref.rollout.n={NUM_RESPONSES_PER_PROBLEM}",
@@ -38,6 +40,18 @@ class Method:
     overrides: tuple[str, ...] = ()
     train_file: str = "pool"
     """pool | oracle | mixed (`toy.train_files`)."""
+    num_problems: int = BATCH_SIZE
+    """Rolled out in a step, trusted ones excluded: at least so many."""
+
+    @property
+    def num_responses(self) -> int:
+        """Return what a step generates at least."""
+        return self.num_problems * NUM_RESPONSES_PER_PROBLEM
+
+
+def _after_rollout(*overrides: str) -> Method:
+    share = f"gradalign.oversample={NUM_CANDIDATES // BATCH_SIZE}"
+    return Method("confident_cosine", (share, *overrides), num_problems=NUM_CANDIDATES)
 
 
 def _forecast(*overrides: str) -> Method:
@@ -46,6 +60,9 @@ def _forecast(*overrides: str) -> Method:
 
 METHODS: dict[str, Method] = {
     "random": Method("random"),
+    # As many problems in an update as selection after rollout looks at: a quarter of the updates. The mini-batch is the
+    # batch in all miniatures, so that it is one update.
+    "random_large_batch": Method(None, (f"data.train_batch_size={NUM_CANDIDATES}",), num_problems=NUM_CANDIDATES),
     # Problems chosen by a forecast of their dot product with the direction, measured in the update.
     "forecast": _forecast("gradalign.oversample=8"),
     # Groups of a batch have one size, so trusted problems are answered twice as often, and half as often rolled out.
@@ -67,8 +84,8 @@ METHODS: dict[str, Method] = {
     # DAPO: groups that are all right or all wrong are thrown away, and others generated in their place.
     "filter_groups": Method(None, ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=reward")),
     # Four times as many problems are rolled out as are trained on.
-    "confident_cosine": Method("confident_cosine", ("gradalign.oversample=4",)),
-    "confident_cosine_shuffled": Method("confident_cosine", ("gradalign.oversample=4", f"{SHUFFLED}:confident_cosine")),
+    "confident_cosine": _after_rollout(),
+    "confident_cosine_shuffled": _after_rollout(f"{SHUFFLED}:confident_cosine"),
     # The pool's useful problems alone, at random.
     "oracle": Method("random", (), "oracle"),
 }

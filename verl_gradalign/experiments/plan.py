@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_gradalign.errors import refuse
 from verl_gradalign.selection.scores import SCORES
 from verl_gradalign.toy.regimes import MINIATURES
 
@@ -55,11 +56,16 @@ def plan_runs(regime: str, methods: Sequence[str], seeds: Sequence[int], output:
         raise ValueError(f"regime={regime} is unknown; choose one of {', '.join(regimes)}")
     for method in methods:
         if method not in known:
-            raise ValueError(f"method={method} is unknown; choose among {', '.join(known)}")
-    for name, values in (("methods", list(methods)), ("seeds", list(seeds))):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}={values}: name at least one, and none twice")
+            refuse("--methods", method, "is unknown without --tune", f"add --tune, or choose among {', '.join(known)}")
+    check_unique(methods, seeds)
     return [RunPlan(regime, m, seed, output / "runs" / m / f"seed-{seed}") for seed in seeds for m in methods]
+
+
+def check_unique(methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there are some of both, and none twice."""
+    for option, values in (("--methods", list(map(str, methods))), ("--seeds", list(map(str, seeds)))):
+        if not values or len(set(values)) < len(values):
+            refuse(option, ",".join(values), "names one twice, or none", "name at least one, and each once")
 
 
 def miniature_overrides(run: RunPlan, data: Path, policy: Path) -> list[str]:

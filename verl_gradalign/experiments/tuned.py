@@ -1,38 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods compared on a miniature at equal generated responses, each with a learning rate that was tuned for it.
+"""Runs a miniature's comparison on one budget, every method with a learning rate of its own.
 
-    verl-gradalign compare imbalance_mini --tuned --output outputs/imbalance
+    verl-gradalign compare imbalance_mini --tune --budget-responses 10240 --output outputs/imbalance
 
 For every method a run with each of a few learning rates, on one seed; then fresh seeds with the rate whose area under
-the curve was largest. All of these generate the same number of responses, trusted ones and candidates included, and are
-tested after every eighth of them; so do all that a rate is tried in, which may be shorter. Leaves in the output folder:
-summary.md, tuning.md, curves.csv, curves.png, and runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was
-interrupted.
+the curve was largest. All of these generate the same number of responses, or of tokens, or train for the same time,
+with what trusted problems and candidates take, and are tested after every eighth of it; so do all that a rate is tried
+in, which may be shorter. Leaves in the output folder: summary.md, tuning.md, curves.csv, curves.png, and
+runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was interrupted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from verl_gradalign.errors import refuse
+from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TUNING_OPTION, Budget, as_given, check_budget
 from verl_gradalign.experiments.compare import COLUMNS, Comparison, check_same, data_of, policy_of
 from verl_gradalign.experiments.launches import run_series
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, read_curve
-from verl_gradalign.experiments.methods import (
-    BATCH_SIZE,
-    METHODS,
-    NUM_RESPONSES_PER_PROBLEM,
-    overrides_of,
-)
-from verl_gradalign.experiments.plan import RunPlan
-from verl_gradalign.experiments.tuned_report import write_report
-from verl_gradalign.toy.regimes import MINIATURES, Miniature
+from verl_gradalign.experiments.methods import BATCH_SIZE, METHODS, NUM_RESPONSES_PER_PROBLEM, overrides_of
+from verl_gradalign.experiments.plan import RunPlan, check_unique
+from verl_gradalign.experiments.time_left import PlannedRun, TimeLeft
+from verl_gradalign.experiments.tuned_report import GivenThreshold, write_report
+from verl_gradalign.toy.regimes import MINIATURES, Miniature, policy_folder
 from verl_gradalign.toy.train_files import write_mixed, write_oracle
 
 FRESH_SEEDS = (1, 2, 3, 4, 5)
+STEPS_PER_SECOND = 2
+"""More than a miniature makes. A run that did would read the mixed file again from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,26 @@ class Tuning:
     """Of the runs that the learning rate is chosen by."""
     learning_rates: tuple[float, ...] | None = None
     """None: the miniature's. One alone is taken as it is."""
-    num_responses: int | None = None
-    """What every run generates. None: the miniature's."""
-    num_tuning_responses: int | None = None
-    """What a run generates that a learning rate is tried in. None: the miniature's, and at most `num_responses`."""
-    num_tests: int = 8
-    """Tests of a run, after equal numbers of responses, besides that of the untrained policy."""
+    budget: Budget | None = None
+    """Of every run. None: the miniature's, in responses."""
+    tuning_amount: float | None = None
+    """What a run spends that a learning rate is tried in, in the budget's unit, and at most that.
 
-    def budgets(self, miniature: Miniature) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the arguments of `cpu.series.Budget`: of a run that a rate is tried in, and of one of a fresh seed."""
-        num_responses = self.num_responses or miniature.num_responses
-        num_tuning = min(self.num_tuning_responses or miniature.num_tuning_responses, num_responses)
-        tried, fresh = ({"num_responses": num, "num_tests": self.num_tests} for num in (num_tuning, num_responses))
-        return tried, fresh
+    None: of responses the miniature's number, of another unit the same share of the budget.
+    """
+    threshold: float | None = None
+    """Accuracy that the methods are to reach. None: what `random` has after three quarters of the budget."""
+    num_tests: int = 8
+    """Tests of a run, after equal parts of the budget, besides that of the untrained policy."""
+
+    def budgets(self, miniature: Miniature) -> tuple[Budget, Budget]:
+        """Return the budget of a run that a rate is tried in, and of one of a fresh seed."""
+        budget = self.budget or Budget(miniature.num_responses)
+        usual = float(miniature.num_tuning_responses)
+        if budget.unit != RESPONSES:
+            usual = budget.amount * miniature.num_tuning_responses / miniature.num_responses
+        amount = min(usual, budget.amount) if self.tuning_amount is None else self.tuning_amount
+        return Budget(amount, budget.unit), budget
 
 
 def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> Path:
@@ -68,42 +76,69 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     output, miniature = comparison.output.resolve(), MINIATURES[comparison.regime]
     rates = tuning.learning_rates or miniature.learning_rates
     to_try, budget = tuning.budgets(miniature)
-    num_tuning_responses, num_responses = to_try["num_responses"], budget["num_responses"]
-    check_same(
-        comparison,
-        output,
-        **budget,
-        num_tuning_responses=num_tuning_responses,
-        tuning_seed=tuning.seed,
-        learning_rates=list(rates),
-    )
+    begun_with = check_same(comparison, output, **_settings(tuning, rates, to_try, budget))
+    given = GivenThreshold(tuning.threshold, begun_with["threshold"])
     tried = [_plan(comparison, m, tuning.seed, rate) for m in comparison.methods for rate in rates]
     tried = tried if len(rates) > 1 else []
+    left = _time_left(comparison, tried, to_try, budget, tuning.num_tests)
+    policy = policy_folder(comparison.policy or output / "policy", miniature.policy)
+    _say(console, left.said((policy / "config.json").exists()))
+    if budget.unit == SECONDS and comparison.num_jobs > 1:
+        _say(console, f"--jobs {comparison.num_jobs}: seconds are compared, and series side by side take more of them")
     with Progress(*COLUMNS, console=console) as progress:
         policy = policy_of(comparison, output, progress)
-        _run(comparison, tried, policy, to_try, progress)
-        chosen = choose_rates([read_curve(run) for run in tried], num_tuning_responses)
+        run = partial(_run, comparison, policy, tuning.num_tests, progress, lambda: _say(console, left.said()))
+        run(tried, to_try)
+        chosen = choose_rates([read_curve(run) for run in tried], to_try)
         fresh = [
             _plan(comparison, m, seed, chosen.get(m, rates[0])) for seed in comparison.seeds for m in comparison.methods
         ]
         try:
-            _run(comparison, fresh, policy, budget, progress)
+            run(fresh, budget)
         finally:
             curves, before = ([read_curve(run) for run in runs if run.is_done] for runs in (fresh, tried))
-            write_report(curves, before, miniature, num_responses, num_tuning_responses, output)
+            write_report(curves, before, miniature, (to_try, budget), given, output)
     return output / "summary.md"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(comparison: Comparison, tuning: Tuning) -> None:
     if comparison.regime not in MINIATURES:
         raise ValueError(
-            f"regime={comparison.regime}: only miniatures are tuned; choose one of {', '.join(MINIATURES)}"
+            f"regime={comparison.regime}: only miniatures are tuned. Remedy: choose one of {', '.join(MINIATURES)}, or "
+            "leave out --tune"
         )
-    unknown = [method for method in comparison.methods if method not in METHODS]
-    if unknown:
-        raise ValueError(f"methods={unknown}: unknown here; choose among {', '.join(METHODS)}")
+    for method in comparison.methods:
+        if method not in METHODS:
+            refuse("--methods", method, "is unknown with --tune", f"choose among {', '.join(METHODS)}")
+    check_unique(comparison.methods, comparison.seeds)
     if tuning.seed in comparison.seeds:
-        raise ValueError(f"tuning seed {tuning.seed} is among seeds={list(comparison.seeds)}; name fresh ones")
+        why = f"is among --seeds {','.join(map(str, comparison.seeds))}, which are to be fresh"
+        refuse("--tuning-seed", tuning.seed, why, "name another one")
+    if tuning.threshold is not None and not 0 < tuning.threshold < 1:
+        refuse("--threshold", tuning.threshold, "must be an accuracy between 0 and 1", "give for instance 0.8")
+    to_try, budget = tuning.budgets(MINIATURES[comparison.regime])
+    num_responses = {method: METHODS[method].num_responses for method in comparison.methods}
+    largest = max(num_responses, key=lambda method: num_responses[method])
+    instead = f", or leave out {largest}" if len(set(num_responses.values())) > 1 else ""
+    for own, option in ((budget, budget.option), (to_try, TUNING_OPTION)):
+        check_budget(own, option, num_responses[largest], largest, instead)
+    if to_try.amount > budget.amount:
+        refuse(TUNING_OPTION, as_given(to_try.amount), f"is more than a run's budget of {budget}", "give at most that")
+
+
+def _settings(tuning: Tuning, rates: Sequence[float], to_try: Budget, budget: Budget) -> dict[str, Any]:
+    return {
+        f"budget_{budget.unit}": budget.amount,
+        "tuning_budget": to_try.amount,
+        "tuning_seed": tuning.seed,
+        "rates": list(rates),
+        "num_tests": tuning.num_tests,
+        "threshold": tuning.threshold,
+    }
 
 
 def _plan(comparison: Comparison, method: str, seed: int, rate: float) -> RunPlan:
@@ -111,32 +146,48 @@ def _plan(comparison: Comparison, method: str, seed: int, rate: float) -> RunPla
     return RunPlan(comparison.regime, method, seed, folder, rate)
 
 
+def _time_left(
+    comparison: Comparison, tried: Sequence[RunPlan], to_try: Budget, budget: Budget, num_tests: int
+) -> TimeLeft:
+    planned = [PlannedRun(run.method, run.seed, to_try, run.learning_rate) for run in tried]
+    planned += [PlannedRun(method, seed, budget) for seed in comparison.seeds for method in comparison.methods]
+    return TimeLeft(comparison.output.resolve(), planned, num_tests, comparison.num_jobs)
+
+
 def _run(
-    comparison: Comparison, runs: Sequence[RunPlan], policy: Path, budget: Mapping[str, int], progress: Progress
+    comparison: Comparison,
+    policy: Path,
+    num_tests: int,
+    progress: Progress,
+    on_done: Callable[[], object],
+    runs: Sequence[RunPlan],
+    budget: Budget,
 ) -> None:
     output = comparison.output.resolve()
+    meter = {"amount": budget.amount, "unit": budget.unit, "num_tests": num_tests}
 
     def specify(run: RunPlan) -> dict[str, Any]:
         data = data_of(comparison, output, run.seed)
-        _write_train_files(comparison.regime, data, budget["num_responses"], run.seed)
-        return {"overrides": [*overrides_of(run, data, policy), *comparison.overrides], "budget": dict(budget)}
+        _write_train_files(comparison.regime, data, budget, run.seed)
+        return {"overrides": [*overrides_of(run, data, policy), *comparison.overrides], "budget": meter}
 
-    run_series(runs, specify, output, comparison.num_jobs, comparison.python, progress)
+    run_series(runs, specify, output, comparison.num_jobs, comparison.python, progress, on_done)
 
 
-def _write_train_files(regime: str, data: Path, num_responses: int, seed: int) -> None:
+def _write_train_files(regime: str, data: Path, budget: Budget, seed: int) -> None:
     if not (data / "oracle.parquet").exists():
-        # Nothing but the shared batch is generated where half of it is trusted, so this is how many there are.
-        num_batches = -(-num_responses // (BATCH_SIZE * NUM_RESPONSES_PER_PROBLEM))
-        write_mixed(data, num_batches, BATCH_SIZE, seed)
+        # Nothing but the shared batch is generated where half of it is trusted, so there are no more than these. A
+        # response has a token at least.
+        of_batch = 1 / STEPS_PER_SECOND if budget.unit == SECONDS else BATCH_SIZE * NUM_RESPONSES_PER_PROBLEM
+        write_mixed(data, int(-(-budget.amount // of_batch)), BATCH_SIZE, seed)
         write_oracle(MINIATURES[regime], data)
 
 
-def choose_rates(curves: Sequence[LearningCurve], num_responses: int) -> dict[str, float]:
+def choose_rates(curves: Sequence[LearningCurve], budget: Budget) -> dict[str, float]:
     """Return each method's learning rate of the largest area under the curve; the smaller one of equals."""
     best: dict[str, tuple[float, float]] = {}
     for curve in sorted(curves, key=lambda curve: curve.run.learning_rate or 0.0):
-        value, method = area(curve, num_responses), curve.run.method
+        value, method = area(curve, budget), curve.run.method
         if method not in best or value > best[method][0]:
             best[method] = (value, curve.run.learning_rate or 0.0)
     return {method: rate for method, (_, rate) in best.items()}

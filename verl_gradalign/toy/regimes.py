@@ -47,7 +47,7 @@ class Miniature:
     policy: str = TWO_STYLES
     """What is trained: a name of POLICIES."""
     num_responses: int = 10_240
-    """What a run generates where runs are compared at equal responses, trusted ones included."""
+    """What a run generates where runs are compared on one budget and none is given, trusted ones included."""
     num_tuning_responses: int = 10_240
     """What a run generates that a learning rate is tried in."""
     learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
@@ -125,6 +125,12 @@ def write_miniature(name: str, folder: str | Path, seed: int) -> dict[str, Path]
     return write_splits(folder, splits, of.corrupted_share, seed)
 
 
+def policy_folder(folder: str | Path, name: str) -> Path:
+    """Return where `prepare_policy` puts the policy of that name."""
+    folder = Path(folder)
+    return folder if name == TWO_STYLES else folder.with_name(f"{folder.name}-{name}")
+
+
 def prepare_policy(
     folder: str | Path,
     num_steps: int = WARM_UP_STEPS,
@@ -135,9 +141,7 @@ def prepare_policy(
 
     It is `folder` for the usual one, and stands beside it for another, so that comparisons may share one --policy.
     """
-    folder = Path(folder)
-    if name != TWO_STYLES:
-        folder = folder.with_name(f"{folder.name}-{name}")
+    folder = policy_folder(folder, name)
     if not (folder / "config.json").exists():
         from verl_gradalign.toy.model import build_untrained_policy
         from verl_gradalign.toy.warmup import warm_up
