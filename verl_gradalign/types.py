@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+RESPONSES, TOKENS, SECONDS = UNITS = ("responses", "tokens", "seconds")
+"""What may be counted of a run, tests excluded: all responses that it generates, trusted ones and candidates included;
+the tokens of these; the time of its training."""
+
 
 @dataclass(frozen=True)
 class TokenRow:

@@ -131,7 +131,7 @@ class Run:
         @tqbridge()
         def make(rows: TensorDict) -> list[Direction | None]:
             with scoring_mode(self.engine):
-                engine = VerlEngine(self.engine, rows, TEMPERATURE, requests[0].budget)
+                engine = VerlEngine(self.engine, rows, TEMPERATURE, requests[0].budget, requests[0].coefficients)
                 return [make_direction(engine, requests[0], None)[1]]
 
         (direction,) = make(metas[0])

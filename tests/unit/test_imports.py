@@ -42,7 +42,7 @@ ALLOWED_PARTS = {
     "toy": {"files", "data"},
     "cost": SPINE | {"probe"},
     "integration": SPINE | {"probe", "selection", "log", "data"},
-    "cpu": {"integration"},
+    "cpu": {"integration", "types"},
     "bench": SPINE | {"probe", "cost", "data", "doctor", "toy", "experiments"},
     "doctor": SPINE | {"integration", "cost", "data", "probe", "selection"},
     "report": SPINE | {"log", "selection", "experiments", "data"},

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -122,6 +122,7 @@ def test_the_garbage_collector_is_left_as_it_was():
         gc.enable()
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=12), st.data())
 def test_rows_have_the_same_place_if_and_only_if_they_are_equal(rows: list[list[int]], data: st.DataObject):
     content = RowContent(nested([torch.tensor(row, dtype=torch.int64) for row in rows]))

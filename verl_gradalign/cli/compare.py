@@ -106,8 +106,9 @@ def compare(
 
 def _tuning(given: Mapping[str, Any]) -> Tuning:
     """Return what the options that were given say of a tuned comparison. Raises: ValueError for two budgets."""
-    from verl_gradalign.experiments.budget import UNITS, given_budget
+    from verl_gradalign.experiments.budget import given_budget
     from verl_gradalign.experiments.tuned import Tuning
+    from verl_gradalign.types import UNITS
 
     return Tuning(
         seed=given.get("--tuning-seed", 0),

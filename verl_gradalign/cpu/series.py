@@ -37,9 +37,9 @@ from verl.trainer.ppo.utils import need_critic
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, get_trainer_cls
 from verl.utils.import_utils import load_class_from_fqn
 
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS
 from verl_gradalign.integration.compose import compose_run, composing, validate
 from verl_gradalign.integration.worker import use_own_workers
+from verl_gradalign.types import RESPONSES, SECONDS, TOKENS
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer as _Trainer

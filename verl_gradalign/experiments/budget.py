@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from math import isfinite
 
 from verl_gradalign.errors import refuse
+from verl_gradalign.types import RESPONSES, SECONDS, TOKENS
 
-RESPONSES, TOKENS, SECONDS = UNITS = ("responses", "tokens", "seconds")
-"""What is counted of a run, tests excluded: all responses that it generates, trusted ones and candidates included; the
-tokens of these; the time of its training."""
 TUNING_OPTION = "--tuning-budget"
 
 

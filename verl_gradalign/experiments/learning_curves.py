@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl_gradalign.data.tasks import AUDIT
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS, Budget
+from verl_gradalign.experiments.budget import Budget
 from verl_gradalign.experiments.metrics_file import accuracies, metrics_by_step
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.results import SHARE, family
 from verl_gradalign.student import student_t
 from verl_gradalign.toy.regimes import MINIATURES
+from verl_gradalign.types import RESPONSES, SECONDS, TOKENS
 
 LEARNING_RATE = "actor/lr"
 """verl's metric."""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS, Budget
+from verl_gradalign.experiments.budget import Budget
 from verl_gradalign.experiments.metrics_file import metrics_by_step
 from verl_gradalign.experiments.plan import DONE
+from verl_gradalign.types import RESPONSES, SECONDS, TOKENS
 
 # Means over all methods of clean_mini and skill_mini, five seeds.
 USUAL_S = {RESPONSES: 0.0095, TOKENS: 0.002, SECONDS: 1.0}

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from verl_gradalign.errors import refuse
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TUNING_OPTION, Budget, as_given, check_budget
+from verl_gradalign.experiments.budget import TUNING_OPTION, Budget, as_given, check_budget
 from verl_gradalign.experiments.compare import COLUMNS, Comparison, check_same, data_of, policy_of
 from verl_gradalign.experiments.launches import run_series
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, read_curve
@@ -30,6 +30,7 @@ from verl_gradalign.experiments.time_left import PlannedRun, TimeLeft
 from verl_gradalign.experiments.tuned_report import GivenThreshold, write_report
 from verl_gradalign.toy.regimes import MINIATURES, Miniature, policy_folder
 from verl_gradalign.toy.train_files import write_mixed, write_oracle
+from verl_gradalign.types import RESPONSES, SECONDS
 
 FRESH_SEEDS = (1, 2, 3, 4, 5)
 STEPS_PER_SECOND = 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_gradalign.experiments.budget import RESPONSES, SECONDS, TOKENS, UNITS, Budget, shown
+from verl_gradalign.experiments.budget import Budget, shown
 from verl_gradalign.experiments.curve_files import draw_curves, write_curves
 from verl_gradalign.experiments.learning_curves import (
     AXES,
@@ -25,6 +25,7 @@ from verl_gradalign.experiments.learning_curves import (
 )
 from verl_gradalign.markdown import markdown_table
 from verl_gradalign.toy.regimes import Miniature
+from verl_gradalign.types import RESPONSES, SECONDS, TOKENS, UNITS
 
 BASELINE = "random"
 QUARTERS = np.array([0.25, 0.5, 0.75, 1.0])
