@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of schedule forecast takes, beside a plain step of verl, on verl itself.
 
-    verl-gradalign compare imbalance_mini --tuned --policy outputs/policy --output outputs/price \
+    verl-gradalign compare imbalance_mini --tune --policy outputs/policy --output outputs/price \
         --methods random,forecast --rates 8e-4 --seeds 1,2,3 --jobs 1
     python -m tests.benchmarks.price_of_a_step outputs/price
 

@@ -73,15 +73,15 @@ ENTRIES = (
         ),
     ),
     Entry(
-        r"verl-gradalign compare .* --tuned .*",
+        r"verl-gradalign compare .* --tune .*",
         accepted("verl_gradalign.experiments.tuned.compare_tuned"),
         (
-            "tests/e2e/test_series.py::test_tuned_runs_of_one_series_have_their_own_learning_rates_and_equal_responses",
+            "tests/e2e/test_series.py::test_tuned_runs_of_one_series_have_their_own_learning_rates_and_one_budget",
             "tests/unit/test_tuned.py::test_a_comparison_that_is_done_is_tuned_and_summed_up_without_starting_anything",
         ),
     ),
     Entry(
-        r"verl-gradalign compare (?!.*--tuned).*",
+        r"verl-gradalign compare (?!.*--tune ).*",
         accepted("verl_gradalign.experiments.compare.compare"),
         (
             "tests/e2e/test_series.py::test_the_table_and_the_figures_tell_what_was_trained_on",

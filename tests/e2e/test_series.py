@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -87,12 +88,12 @@ def test_other_settings_than_those_of_the_runs_that_are_there_are_refused(compar
 
 
 @pytest.mark.nightly
-def test_tuned_runs_of_one_series_have_their_own_learning_rates_and_equal_responses(
+def test_tuned_runs_of_one_series_have_their_own_learning_rates_and_one_budget(
     tmp_path: Path, workplace: Workplace
 ) -> None:
-    what = ["--methods=random,trusted_mixed", "--rates=2e-4,4e-4", "--seeds=1", "--responses=512", "--jobs=1"]
+    what = ["--methods=random,trusted_mixed", "--rates=2e-4,4e-4", "--seeds=1", "--budget-responses=512", "--jobs=1"]
     where = [f"--output={tmp_path / 'out'}", f"--policy={workplace.model}", "data.val_max_samples=200"]
-    launch = [sys.executable, "-m", "verl_gradalign.cli", "compare", "imbalance_mini", "--tuned", *what, *where]
+    launch = [sys.executable, "-m", "verl_gradalign.cli", "compare", "imbalance_mini", "--tune", *what, *where]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     paths = sorted((tmp_path / "out" / "runs").rglob("metrics.jsonl"))
@@ -102,6 +103,29 @@ def test_tuned_runs_of_one_series_have_their_own_learning_rates_and_equal_respon
         assert [metrics["experiment/num_responses"] for metrics in steps] == [256, 512]
         assert {f"lr-{metrics['actor/lr']:g}" for metrics in steps} == {path.parent.parent.name}
     assert "| trusted_mixed |" in (tmp_path / "out" / "summary.md").read_text()
+    assert done.stdout.startswith("to do: 6 runs of 512 responses: about ")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("unit", "amount"), [("tokens", 4000), ("seconds", 12)])
+def test_runs_end_with_the_step_in_which_their_budget_of_tokens_or_seconds_is_spent(
+    tmp_path: Path, workplace: Workplace, unit: str, amount: int
+) -> None:
+    """Beside a batch four times as large, whose mini-batch the shared processes are not started with."""
+    what = ["--methods=random,random_large_batch", "--rates=4e-4", "--seeds=1", f"--budget-{unit}={amount}", "--jobs=1"]
+    where = [f"--output={tmp_path / 'out'}", f"--policy={workplace.model}", "data.val_max_samples=200"]
+    launch = [sys.executable, "-m", "verl_gradalign.cli", "compare", "imbalance_mini", "--tune", *what, *where]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for method, num_of_step in (("random", 256), ("random_large_batch", 1024)):
+        (path,) = (tmp_path / "out" / "runs" / method).rglob("metrics.jsonl")
+        steps = [metrics for _, metrics in read_metrics(path) if "timing_s/step" in metrics]
+        assert [m["experiment/num_responses"] for m in steps] == [num_of_step * (i + 1) for i in range(len(steps))]
+        seconds = list(accumulate(m["timing_s/step"] for m in steps))
+        spent = {"tokens": [m["experiment/num_tokens"] for m in steps], "seconds": seconds}[unit]
+        # Measured twice, a few microseconds apart.
+        assert spent[-1] >= amount and all(s < amount + 0.01 for s in spent[:-1])
+        assert "timing_s/testing" in steps[-1]
 
 
 @pytest.mark.nightly

@@ -93,12 +93,16 @@ def summary_table(methods: Mapping[str, BySeed], watched: str, budget: Budget) -
                 " ".join(f"{accuracy:.3f}" for accuracy in quarters),
                 f"{np.mean([area(c, budget) for c in curves]):.3f}",
                 _gain(of_seed, methods.get(BASELINE, {}), budget) if method != BASELINE else "",
-                f"{np.mean([c.audit[-1] for c in curves]):.3f}",
-                f"{np.mean([c.share for c in curves]):.2f}",
+                _known(float(np.mean([c.audit[-1] for c in curves])), 3),
+                _known(float(np.mean([c.share for c in curves])), 2),
                 *(f"{np.mean([c.spent[axis][-1] for c in curves]):,.0f}" for axis in (*UNITS, UPDATES)),
             ]
         )
     return markdown_table(header, rows)
+
+
+def _known(value: float, num_digits: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{num_digits}f}"
 
 
 def _gain(of_seed: BySeed, baseline: BySeed, budget: Budget) -> str:
