@@ -7,7 +7,10 @@ Shape legend: T response tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from verl_gradalign.config import ProbeConfig
 from verl_gradalign.probe.direction import Direction, compute_direction
 from verl_gradalign.probe.estimators.finite_difference import FiniteDifferenceEstimator, perturbation
 from verl_gradalign.probe.gradient import leave_no_trace, trainable_parameters
+from verl_gradalign.probe.layout import Layout
 from verl_gradalign.probe.plain_engine import PlainEngine
 from verl_gradalign.types import TokenRow
 
@@ -78,11 +82,11 @@ class FailsLater(PlainEngine):
 
     num_passes, fails_at = 0, 2
 
-    def forward(self, rows, rows_per_problem):  # noqa: ANN001, ANN201
+    def forward(self, rows, rows_per_problem, **options):  # noqa: ANN001, ANN003, ANN201
         self.num_passes += 1
         if self.num_passes == self.fails_at:
             raise ArithmeticError("in the second pass")
-        return super().forward(rows, rows_per_problem)
+        return super().forward(rows, rows_per_problem, **options)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -187,7 +191,11 @@ def test_passes_see_the_same_rows_in_the_same_order(model: nn.Module) -> None:
     direction, engine, shares = direction_and_engine(model, ALL_KINDS)
     seen: list[tuple[int, ...]] = []
     engine_forward = engine.forward
-    engine.forward = lambda rows, counts: (seen.append(tuple(rows)), engine_forward(rows, counts))[1]  # type: ignore[method-assign]
-    with leave_no_trace(model):
+
+    def forward(rows: Sequence[int], *arguments: Any, **options: Any) -> tuple[Tensor, Layout]:
+        seen.append(tuple(rows))
+        return engine_forward(rows, *arguments, **options)
+
+    with leave_no_trace(model), mock.patch.object(engine, "forward", forward):
         FiniteDifferenceEstimator().score(engine, shares, direction)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]

@@ -42,9 +42,9 @@ class CountingEngine(PlainEngine):
 
     passes: list[tuple[int, int]]
 
-    def forward(self, rows: Sequence[int], *arguments: object) -> tuple[Tensor, Layout]:
+    def forward(self, rows: Sequence[int], *arguments: object, **options: object) -> tuple[Tensor, Layout]:
         self.passes.append((len(rows), len(rows) * max(self.row_length(row) for row in rows)))
-        return super().forward(rows, *arguments)  # type: ignore[arg-type]
+        return super().forward(rows, *arguments, **options)  # type: ignore[arg-type]
 
 
 def scored(
