@@ -174,11 +174,15 @@ def folder_of(tmp_path, **settings):
         (TUNED, {**TUNED, "rates": [2e-4]}, "--rates was 0.0001, now it is 0.0002"),
         (
             TUNED,
-            {**{key: TUNED[key] for key in list(TUNED)[1:]}, "budget_tokens": 9000},
+            {**{key: TUNED[key] for key in list(TUNED)[1:]}, "budget_tokens": 9000.0},
             "--budget-responses was 512, now it is not given; --budget-tokens was not given, now it is 9000",
         ),
-        ({}, TUNED, "the runs here were made without --tune"),
-        (TUNED, {}, "the runs here were made with --tune"),
+        (
+            {},
+            TUNED,
+            "the runs here were made without --tune, this comparison is of the other kind. Remedy: run it without",
+        ),
+        (TUNED, {}, "the runs here were made with --tune.*Remedy: run it with --tune"),
         ({"tuning_seed": 0, "num_responses": 10_240}, TUNED, "of an earlier version.*num_responses=10240"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from verl_gradalign.experiments.budget import as_given
 from verl_gradalign.experiments.launches import run_series, start, watch
 from verl_gradalign.experiments.plan import DONE, METHODS, RunPlan, miniature_overrides, plan_runs
 from verl_gradalign.experiments.results import collect, draw_figures, summarise, write_csv, write_markdown
@@ -113,7 +114,8 @@ def difference(before: Mapping[str, Any], settings: Mapping[str, Any]) -> str | 
         )
     for one, other, how in ((before, settings, "with"), (settings, before, "without")):
         if "tuning_seed" in one and "tuning_seed" not in other:
-            return f"the runs here were made {how} --tune, this comparison is of the other kind. Remedy: run it {how}"
+            made = f"the runs here were made {how} --tune"
+            return f"{made}, this comparison is of the other kind. Remedy: run it {how} --tune"
     keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     changes = [f"{_option(k)} was {_shown(before.get(k))}, now it is {_shown(settings.get(k))}" for k in keys]
     return f"the runs here were made with other settings: {'; '.join(changes)}. Remedy: give what they were made with"
@@ -126,7 +128,9 @@ def _option(key: str) -> str:
 def _shown(value: Any) -> str:
     if value in (None, "None", []):
         return "not given"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return as_given(value) if isinstance(value, float) else str(value)
 
 
 def _run_miniature(comparison: Comparison, runs: Sequence[RunPlan], output: Path, progress: Progress) -> None:
