@@ -324,10 +324,11 @@ def compute_device(module: nn.Module) -> torch.device:
     if isinstance(module, FSDP) and module.compute_device is not None:
         return module.compute_device
     if isinstance(module, FSDPModule):
-        kind = next(p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor))
-        return (
-            torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
-        )
+        # After an interrupted pass all may be unsharded, and lie where they were computed with.
+        kind = next((p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)), None)
+        if kind is not None:
+            is_cpu = kind == "cpu"
+            return torch.device(kind) if is_cpu else torch.device(kind, torch.get_device_module(kind).current_device())
     return next(module.parameters()).device
 
 
