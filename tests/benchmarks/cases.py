@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from verl_gradalign.bench.cases import LONG, NUM_TRUSTED, QWEN_05B, QWEN_15B, Case, build_model, draw_problems
 
 __all__ = ["BASE", "NUM_TRUSTED", "QWEN_05B", "SWEEPS", "X_AXES", "Case", "build_model", "draw_problems", "save_model"]
 
 BASE = Case("base")  # one million parameters
+SHORT: dict[str, Any] = {"num_problems": 4, "tokens_per_row": 128, "max_tokens": BASE.max_tokens, "dtype": BASE.dtype}
 SMALL = Case("smoke", num_layers=2, num_problems=4)
 
 SWEEPS: dict[str, list[Case]] = {
@@ -27,17 +29,7 @@ SWEEPS: dict[str, list[Case]] = {
     ],
     # Layers of a model of 0.5 billion parameters, two of them, beside a vocabulary that a CPU can bear.
     "half-billion": [
-        replace(
-            BASE,
-            sweep="half-billion",
-            hidden_size=896,
-            intermediate_size=4864,
-            num_layers=2,
-            num_heads=14,
-            vocabulary=32_768,
-            num_problems=4,
-            tokens_per_row=128,
-        )  # fmt: skip
+        replace(QWEN_05B, sweep="half-billion", num_layers=2, vocabulary=32_768, has_checkpointing=False, **SHORT)
     ],
     "gpu": [replace(case, sweep="gpu", **more) for case in (QWEN_05B, QWEN_15B) for more in ({}, LONG)],
 }

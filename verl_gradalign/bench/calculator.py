@@ -10,7 +10,7 @@ import torch
 
 from verl_gradalign.bench.cases import LONG, QWEN_05B, QWEN_15B, Case, config_of, tiny
 from verl_gradalign.bench.device import chosen_device, free_cache, one_rank, peak_of
-from verl_gradalign.bench.options import Options, Record
+from verl_gradalign.bench.options import Options, Record, left_out
 from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.bench.speed import BASELINE, methods_of
 from verl_gradalign.bench.timing import side_by_side
@@ -31,8 +31,7 @@ def run(options: Options) -> Iterator[Record]:
             try:
                 yield from _compared(case, device)
             except torch.OutOfMemoryError as error:
-                why = f"out of memory: {str(error).splitlines()[0]}"
-                yield {"table": "left out", "model": case.sweep, "problem": case.shape, "why": why}
+                yield left_out({"model": case.sweep, "problem": case.shape}, error)
             free_cache(device)
 
 

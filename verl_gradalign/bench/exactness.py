@@ -19,7 +19,7 @@ from torch import nn
 from verl_gradalign.bench.agreement import agreement, is_exact, is_faithful
 from verl_gradalign.bench.cases import LONG, LONGEST, QWEN_05B, QWEN_15B, Case, build_model, tiny
 from verl_gradalign.bench.device import chosen_device, free_cache, one_rank
-from verl_gradalign.bench.options import Options, Record
+from verl_gradalign.bench.options import Options, Record, left_out
 from verl_gradalign.bench.plain import PlainBench, sharded, with_checkpointing
 from verl_gradalign.bench.reference import Reference, reference_scores
 from verl_gradalign.probe.estimators import ESTIMATORS
@@ -48,7 +48,7 @@ def run(options: Options) -> Iterator[Record]:
             work = _work(case, single)
             if rate and work / rate > options.seconds_left:
                 why = f"would take {work / rate:.0f} s, {options.seconds_left:.0f} s are left"
-                yield {"table": "left out", "model": case.sweep, "problem": case.shape, "why": why}
+                yield left_out({"model": case.sweep, "problem": case.shape}, why)
                 continue
             started = time.monotonic()
             yield from _compared(case, device, single, half)
@@ -79,7 +79,7 @@ def _compared(case: Case, device: torch.device, single: nn.Module, half: nn.Modu
         yield from _of_half(PlainBench(case, device, half), reference, where)
     except torch.OutOfMemoryError as error:
         # Cases that need less memory may follow, and the others are noted already.
-        yield {"table": "left out", **where, "why": f"out of memory: {str(error).splitlines()[0]}"}
+        yield left_out(where, error)
         single.zero_grad(set_to_none=True)
         half.zero_grad(set_to_none=True)
         free_cache(device)

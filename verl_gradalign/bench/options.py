@@ -14,6 +14,12 @@ Record = dict[str, Any]
 belongs to; with `claim` and `holds` it is one of the claims at the head of the page."""
 
 
+def left_out(where: Record, why: str | BaseException) -> Record:
+    """Return the record of a case that was not measured; of an error its first line."""
+    reason = why if isinstance(why, str) else f"out of memory: {str(why).splitlines()[0]}"
+    return {"table": "left out", **where, "why": reason}
+
+
 class Skipped(Exception):
     """Raised by a part that cannot be measured here; the message is the reason."""
 

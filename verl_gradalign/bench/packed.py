@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
 from verl_gradalign.bench.agreement import agreement, is_faithful
-from verl_gradalign.bench.cases import QWEN_05B, Case, build_model, tiny
+from verl_gradalign.bench.cases import QWEN_05B, build_model, tiny
 from verl_gradalign.bench.device import chosen_device, one_rank, peak_of
 from verl_gradalign.bench.options import Options, Record, Skipped
-from verl_gradalign.bench.plain import PlainBench, sharded, with_checkpointing
+from verl_gradalign.bench.plain import PlainBench, built, with_checkpointing
 from verl_gradalign.bench.reference import reference_scores
 from verl_gradalign.bench.timing import side_by_side
-from verl_gradalign.probe.engine import OnBlock, PreparedPass, TokenBudget
-from verl_gradalign.probe.head import plain_head, response_log_probs
+from verl_gradalign.probe.engine import PreparedPass, TokenBudget
 from verl_gradalign.probe.layout import Layout, packed_layout
 from verl_gradalign.probe.plain_engine import PlainEngine
+from verl_gradalign.types import TokenRow
 
 FLASH = "flash_attention_2"
 REPEATS = 3
@@ -40,19 +40,8 @@ class PackedEngine(PlainEngine):
         super().__init__(module, rows, temperature, max_tokens)
         self.budget = TokenBudget(max_tokens, is_padded=False)
 
-    def forward(
-        self,
-        rows: Sequence[int],
-        rows_per_problem: Sequence[int],
-        on_block: OnBlock | None = None,
-        whole_logits: bool = False,
-    ) -> tuple[Tensor, Layout]:
-        """Return the log-probs of the rows' responses (rows, longest) and the packed layout."""
-        head, passed = None if whole_logits else plain_head(self), self.prepare(rows)
-        chosen = [self._rows[row] for row in rows]
-        spans = [(start + len(row.prompt), len(row.response)) for start, row in zip(passed.starts, chosen, strict=True)]
-        log_prob_RT = response_log_probs(passed, spans, self._temperature, head, on_block)
-        return log_prob_RT, packed_layout([row.num_tokens for row in chosen], passed.ids.shape[1], rows_per_problem)
+    def _layout(self, chosen: Sequence[TokenRow], width: int, rows_per_problem: Sequence[int]) -> Layout:
+        return packed_layout([row.num_tokens for row in chosen], width, rows_per_problem)
 
     def prepare(self, rows: Sequence[int]) -> PreparedPass:
         """Return a pass over the rows; each begins where its positions begin at 0."""
@@ -81,8 +70,8 @@ def run(options: Options) -> Iterator[Record]:
     del padded, single
     with one_rank(device):
         benches = {
-            f"packed, {attention}": PlainBench(case, device, _half(case, device, attention), PackedEngine),
-            "padded, sdpa": PlainBench(case, device, _half(case, device, "sdpa")),
+            f"packed, {attention}": PlainBench(case, device, built(case, device, attention), PackedEngine),
+            "padded, sdpa": PlainBench(case, device, built(case, device)),
         }
         methods = {name: partial(bench.score, "ghost") for name, bench in benches.items()}
         timings = side_by_side(methods, REPEATS, device)
@@ -92,8 +81,3 @@ def run(options: Options) -> Iterator[Record]:
             peak = peak_of(method, device).highest / 1e9
             record = {"table": "rows", "rows": name, **found, "seconds": timings[name].median, "peak_gb": peak}
             yield {**record, "claim": claim, "holds": is_faithful(found)}
-
-
-def _half(case: Case, device: torch.device, attention: str) -> nn.Module:
-    module = with_checkpointing(build_model(case, attention), case).to(device)
-    return sharded(module, list(module.model.layers), case.dtype, device)

@@ -55,9 +55,9 @@ def sharded(
     return module
 
 
-def built(case: Case, device: torch.device) -> nn.Module:
+def built(case: Case, device: torch.device, attention: str = "sdpa") -> nn.Module:
     """Return the case's model on the device, under FSDP2 where it computes in half precision or on several ranks."""
-    module = with_checkpointing(build_model(case), case).to(device)
+    module = with_checkpointing(build_model(case, attention), case).to(device)
     is_whole = case.num_ranks == 1 and case.dtype == "float32"
     return module if is_whole else sharded(module, list(module.model.layers), case.dtype, device)
 

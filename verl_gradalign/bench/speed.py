@@ -13,7 +13,7 @@ import torch
 from verl_gradalign.bench.cases import LONG, QWEN_05B, QWEN_15B, Case, tiny
 from verl_gradalign.bench.device import chosen_device, free_cache, one_rank, peak_of
 from verl_gradalign.bench.gathers import gathers_of_direction, share_in_collectives
-from verl_gradalign.bench.options import Options, Record
+from verl_gradalign.bench.options import Options, Record, left_out
 from verl_gradalign.bench.plain import PlainBench
 from verl_gradalign.bench.timing import side_by_side
 from verl_gradalign.config import ProbeConfig
@@ -81,4 +81,4 @@ def measured(case: Case, device: torch.device) -> Iterator[Record]:
     except torch.OutOfMemoryError as error:
         if case.num_ranks > 1:  # the others wait in a collective
             raise
-        yield {"table": "left out", **where, "why": f"out of memory: {str(error).splitlines()[0]}"}
+        yield left_out(where, error)

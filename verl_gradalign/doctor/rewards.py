@@ -11,6 +11,7 @@ What comes back is looked at as verl uses it. Nothing is sent to a model. A func
 
 import asyncio
 import concurrent.futures
+import contextlib
 import copy
 import math
 import re
@@ -57,11 +58,13 @@ class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def work() -> None:
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:
-                # A function that ends the program ends no more than its own call.
-                future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            # A call that was given up in the meantime wants no result.
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as error:
+                    # A function that ends the program ends no more than its own call.
+                    future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
         threading.Thread(target=work, daemon=True).start()
         return future

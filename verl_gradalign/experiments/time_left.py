@@ -66,7 +66,8 @@ class TimeLeft:
         todo = self._todo()
         if not todo:
             return 0.0
-        whole = sum(self._seconds_of(run) for run in todo)
+        measured = self._paces()
+        whole = sum(self._seconds_of(run, measured) for run in todo)
         return whole / min(self._num_series, len(todo)) + START_S + (0.0 if is_policy_made else POLICY_S)
 
     def said(self, is_policy_made: bool = True) -> str:
@@ -84,8 +85,8 @@ class TimeLeft:
         return f"to do: {runs}{done}: {about}; {self._grounds(todo[0].budget.unit)}"
 
     def _grounds(self, unit: str) -> str:
-        num_measured = len(self._paces())
-        of_unit, of_test = mean_pace(self._paces(), unit)
+        measured = self._paces()
+        num_measured, (of_unit, of_test) = len(measured), mean_pace(measured, unit)
         where = f"as on {USUAL_MACHINE}, until a run is done here"
         if num_measured:
             where = f"measured on {num_measured} run{'s' * (num_measured > 1)} done here"
@@ -95,8 +96,7 @@ class TimeLeft:
     def _todo(self) -> list[PlannedRun]:
         return [run for run in self._runs if not run.is_done(self._output)]
 
-    def _seconds_of(self, run: PlannedRun) -> float:
-        measured = self._paces()
+    def _seconds_of(self, run: PlannedRun, measured: Sequence[Pace]) -> float:
         of_method = [pace for pace in measured if pace.method == run.method]
         of_unit, of_test = mean_pace(of_method or measured, run.budget.unit)
         # The untrained policy is tested too.

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_gradalign.config import GradAlignConfig
-from verl_gradalign.integration.reading import ROWS_AT_ONCE, is_of_each_group, read_groups
+from verl_gradalign.integration.reading import ROWS_AT_ONCE, in_parts, is_of_each_group, read_groups
 from verl_gradalign.integration.rollouts import needs_completion
 from verl_gradalign.selection.groups import Group, Problem
 
@@ -89,13 +89,4 @@ def _parts(problems: Sequence[Problem], keys_of: Mapping[str, Sequence[str]]) ->
     for problem in problems:
         by_set.setdefault(problem.trusted_set, []).append(problem)
     for members in by_set.values():
-        part: list[Problem] = []
-        num_rows = 0
-        for problem in members:
-            part.append(problem)
-            num_rows += len(keys_of[problem.uid])
-            if num_rows >= ROWS_AT_ONCE:
-                yield part
-                part, num_rows = [], 0
-        if part:
-            yield part
+        yield from in_parts(members, lambda problem: len(keys_of[problem.uid]), ROWS_AT_ONCE)

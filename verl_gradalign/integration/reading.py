@@ -5,12 +5,12 @@ Rows are read in parts, the next part's while one is worked on. What is kept of 
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import transfer_queue as tq
 from omegaconf import DictConfig
@@ -35,6 +35,7 @@ from verl_gradalign.selection.groups import (
 from verl_gradalign.selection.scores import score_of
 
 ROWS_AT_ONCE = 1024
+T = TypeVar("T")
 
 
 def read_groups(
@@ -66,7 +67,8 @@ def read_groups(
     ]
     wanted = _Wanted.of(problems[0], config, verl_config, is_scored)
     at_once = ROWS_AT_ONCE if is_of_each_group(config, verl_config, is_scored) else len(batch.keys)
-    parts = list(_parts([g for g in groups if g.problem.uid not in ahead and not g.is_failed], at_once))
+    unread = [group for group in groups if group.problem.uid not in ahead and not group.is_failed]
+    parts = list(in_parts(unread, lambda group: len(group.keys), at_once))
     read = {group.problem.uid: group for group in _read_parts(parts, batch.partition_id, wanted)}
     return [read.get(group.problem.uid, group) for group in groups]
 
@@ -115,16 +117,17 @@ def is_read_by_a_pass(problem: Problem, config: GradAlignConfig) -> bool:
     return not config.measures_in_update or problem.trusted_set is not None
 
 
-def _parts(groups: Sequence[Group], max_rows: int) -> Iterator[list[Group]]:
-    """Cut the groups into parts of so many rows at most; a larger group is a part of its own."""
-    part: list[Group] = []
+def in_parts(items: Iterable[T], num_rows_of: Callable[[T], int], max_rows: int) -> Iterator[list[T]]:
+    """Cut groups, or what stands for them, into parts of so many rows at most; a larger one is a part of its own."""
+    part: list[T] = []
     num_rows = 0
-    for group in groups:
-        if part and num_rows + len(group.keys) > max_rows:
+    for item in items:
+        of_item = num_rows_of(item)
+        if part and num_rows + of_item > max_rows:
             yield part
             part, num_rows = [], 0
-        part.append(group)
-        num_rows += len(group.keys)
+        part.append(item)
+        num_rows += of_item
     if part:
         yield part
 

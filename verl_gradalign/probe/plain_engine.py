@@ -90,7 +90,11 @@ class PlainEngine:
         chosen = [self._rows[row] for row in rows]
         spans = [(start + len(row.prompt), len(row.response)) for start, row in zip(passed.starts, chosen, strict=True)]
         log_prob_RT = response_log_probs(passed, spans, self._temperature, head, on_block)
-        return log_prob_RT, padded_layout(len(chosen), passed.ids.shape[1], rows_per_problem)
+        return log_prob_RT, self._layout(chosen, passed.ids.shape[1], rows_per_problem)
+
+    def _layout(self, chosen: Sequence[TokenRow], width: int, rows_per_problem: Sequence[int]) -> Layout:
+        """Return where rows lie in what `prepare` makes of them, whose lines are so wide."""
+        return padded_layout(len(chosen), width, rows_per_problem)
 
     def prepare(self, rows: Sequence[int]) -> PreparedPass:
         """Return a pass over the rows, padded to the longest; see `GradientEngine.prepare`."""
