@@ -23,6 +23,7 @@ LARGE_GROUPS = (4, 8)
 REPOSITORY = Path(__file__).parents[2]
 
 RunGroup = Callable[[int], dict[str, Any]]
+RunPart = Callable[[int, str], dict[str, Any]]
 Oracle = Callable[..., dict[str, Any]]
 
 
@@ -50,9 +51,9 @@ def run_group(root: Path) -> Iterator[RunGroup]:
 
 
 @pytest.fixture(scope="session")
-def run_large(root: Path) -> RunGroup:
-    """Return what runs the cases of large problems, and no others, with a group of so many processes."""
-    return cache(lambda world_size: _results_of(root, _start_group(root, world_size, "large-")))
+def run_part(root: Path) -> RunPart:
+    """Return what runs the cases with a part of their names in common, and no others, in so many processes."""
+    return cache(lambda world_size, part: _results_of(root, _start_group(root, world_size, part)))
 
 
 def _results_of(root: Path, group: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def _start_group(root: Path, world_size: int, *cases: str) -> list[subprocess.Po
         "TOKENIZERS_PARALLELISM": "false",
     }
     processes = []
+    (root / f"store-{world_size}").unlink(missing_ok=True)  # of a group before
     for rank in range(world_size):
         command = [sys.executable, "-m", "tests.distributed.fsdp_cases", str(rank), str(world_size), str(root), *cases]
         with (root / f"log-{world_size}-{rank}").open("w") as stream:

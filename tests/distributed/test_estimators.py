@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.comparison import case_of, largest_errors
-from tests.distributed.conftest import LARGE_GROUPS, Oracle, RunGroup
+from tests.distributed.conftest import LARGE_GROUPS, Oracle, RunGroup, RunPart
 from tests.distributed.setups import (
     ADVANTAGES,
     CANDIDATES,
@@ -84,11 +84,25 @@ def test_output_layer_gives_that_layers_part_of_the_oracle(
     assert scores["ranks_agree"]
 
 
-@pytest.mark.parametrize(("strategy", "model"), [("fsdp2", "qwen2"), ("fsdp", "qwen3")])
+SLICED = [("fsdp2", "qwen2"), ("fsdp", "qwen3")]
+
+
+@pytest.mark.parametrize(("strategy", "model"), SLICED)
 def test_ranks_that_have_slices_of_rows_find_the_scores_of_whole_ones(
     run_group: RunGroup, oracle: Oracle, strategy: str, model: str
 ) -> None:
-    case, expected = case_of(run_group(2), f"ulysses-{strategy}"), oracle(model)
+    check_sliced(case_of(run_group(2), f"ulysses-{strategy}"), oracle(model), oracle, model)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("strategy", "model"), SLICED)
+def test_pairs_of_ranks_with_slices_find_them_too(run_part: RunPart, oracle: Oracle, strategy: str, model: str) -> None:
+    """Four ranks, of which two have the slices of the same rows."""
+    check_sliced(case_of(run_part(4, "ulysses-"), f"ulysses-{strategy}"), oracle(model), oracle, model)
+
+
+def check_sliced(case: dict[str, Any], expected: dict[str, Any], oracle: Oracle, model: str) -> None:
+    """Scores are those of autograd, in whatever batches and blocks."""
     names = [name for name in case if name.startswith("ghost")]
     assert len(names) == 4 and case["exchange"] == "verl.utils.ulysses"
     for name in (*names, "backward"):
@@ -200,8 +214,8 @@ def test_problems_of_many_micro_batches_are_shared_by_the_ranks_whole(
 @pytest.mark.nightly  # a group of eight takes minutes to start on a small machine
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 @pytest.mark.parametrize("world_size", LARGE_GROUPS, ids=str)
-def test_more_ranks_share_them_too(run_large: RunGroup, world_size: int, strategy: str) -> None:
-    check_large(case_of(run_large(world_size), f"large-{strategy}"), world_size)
+def test_more_ranks_share_them_too(run_part: RunPart, world_size: int, strategy: str) -> None:
+    check_large(case_of(run_part(world_size, "large-"), f"large-{strategy}"), world_size)
 
 
 def check_large(case: dict[str, Any], world_size: int) -> None:
