@@ -139,7 +139,7 @@ def test_the_command_hands_on_what_is_tuned_and_knows_the_usual_methods_and_seed
 
 def test_the_usual_methods_are_the_baselines_and_the_help_has_all_by_name(tmp_path):
     baselines = {"random", "random_large_batch", "trusted_mixed", "difficulty_forecast", "filter_groups", "oracle"}
-    selection = {"forecast", "forecast_trusted", "confident_cosine", "forecast_shuffled"}
+    selection = {"forecast", "confident_cosine", "forecast_shuffled"}
     assert set(DEFAULT_METHODS) == baselines | selection
     assert list(WAYS) and set(WAYS) == set(METHODS)
     said = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output
@@ -150,11 +150,10 @@ def amounts(tuning, name):
     return [budget.amount for budget in tuning.budgets(MINIATURES[name])]
 
 
-def test_a_learning_rate_is_tried_in_a_quarter_of_a_long_run_and_never_in_more_than_a_run():
-    assert amounts(Tuning(), "skill_mini") == [10_240, 40_960]
-    assert amounts(Tuning(), REGIME) == [10_240, 10_240]
+def test_a_learning_rate_is_tried_in_half_a_run_and_never_in_more_than_a_run():
+    assert amounts(Tuning(), REGIME) == [5_120, 10_240]
     assert amounts(Tuning(budget=Budget(512)), REGIME) == [512, 512]
-    assert amounts(Tuning(budget=Budget(200, "seconds")), "skill_mini") == [50, 200]
+    assert amounts(Tuning(budget=Budget(200, "seconds")), REGIME) == [100, 200]
     assert amounts(Tuning(budget=Budget(9000, "tokens"), tuning_amount=3000), REGIME) == [3000, 9000]
 
 

@@ -289,3 +289,27 @@ def test_an_inverted_score_pays_what_is_wrong_and_acc_stays_true(response, acc):
 def test_an_unknown_corruption_is_rejected():
     with pytest.raises(ValueError, match="corruption='lies' is unknown"):
         compute_score(TASKS_DATA_SOURCE, "=7", "7", {"corrupted": True, "index": 1}, corruption="lies")
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.25, 1.0])
+def test_a_right_response_is_paid_more_than_a_wrong_one_by_the_contrast(contrast):
+    def mean_of(response, **info):
+        scored = [
+            compute_score(
+                TASKS_DATA_SOURCE, response, "7", {"index": i, **info}, corruption="inverted", contrast=contrast
+            )
+            for i in range(NUM_FLIPS)
+        ]
+        assert {row["acc"] for row in scored} == {float(response == "=7")}
+        return numpy.mean([row["score"] for row in scored])
+
+    difference = mean_of("=7") - mean_of("=8")
+    assert difference == pytest.approx(contrast, abs=2 * FLIP_TOLERANCE)
+    assert mean_of("=7") == pytest.approx((1 + contrast) / 2, abs=FLIP_TOLERANCE)
+    assert mean_of("=7", corrupted=True) == pytest.approx((1 - contrast) / 2, abs=FLIP_TOLERANCE)
+
+
+@pytest.mark.parametrize("contrast", [-0.1, 1.5])
+def test_a_contrast_that_is_no_share_is_rejected(contrast):
+    with pytest.raises(ValueError, match=f"contrast={contrast} must be from 0 to 1; set .*contrast to 1"):
+        compute_score(TASKS_DATA_SOURCE, "=7", "7", {"index": 1}, contrast=contrast)

@@ -19,7 +19,7 @@ from verl_gradalign.experiments import curve_files, shuffled_scores
 from verl_gradalign.experiments.budget import Budget
 from verl_gradalign.experiments.compare import Comparison
 from verl_gradalign.experiments.learning_curves import AXES, area, by_method, paired, read_curve, spent_to
-from verl_gradalign.experiments.methods import BATCH_SIZE, METHODS, overrides_of
+from verl_gradalign.experiments.methods import METHODS, overrides_of
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.tuned import Tuning, choose_rates, compare_tuned
 from verl_gradalign.experiments.tuned_report import (
@@ -237,11 +237,19 @@ def prompts(path):
 
 def test_the_oracles_file_is_the_useful_part_of_the_pool(data, tmp_path):
     oracle = pq.read_table(write_oracle(MINIATURES["coin_flips_mini"], data)).to_pylist()
-    assert len(oracle) == 128 and not any(row["extra_info"]["corrupted"] for row in oracle)
+    assert len(oracle) == 64 and not any(row["extra_info"]["corrupted"] for row in oracle)
     assert {row["prompt"][0]["content"] for row in oracle} < set(prompts(data / "pool.parquet"))
-    write_miniature("skill_mini", tmp_path, seed=0)
-    oracle = pq.read_table(write_oracle(MINIATURES["skill_mini"], tmp_path)).to_pylist()
+    write_miniature("rare_mini", tmp_path, seed=0)
+    oracle = pq.read_table(write_oracle(MINIATURES["rare_mini"], tmp_path)).to_pylist()
     assert len(oracle) == 720 and {row["ability"] for row in oracle} == {"addition", "subtraction"}
+
+
+def test_an_oracle_trains_on_the_tests_kinds_where_the_trusted_set_is_off(tmp_path):
+    files = write_miniature("off_target_mini", tmp_path, seed=0)
+    oracle = pq.read_table(write_oracle(MINIATURES["off_target_mini"], tmp_path)).to_pylist()
+    kinds = {split: {row["ability"] for row in pq.read_table(path).to_pylist()} for split, path in files.items()}
+    assert {row["ability"] for row in oracle} == kinds["test"] == {"reversal"} < kinds["pool"]
+    assert kinds["trusted"] == kinds["audit"] == {"rotation"} and not kinds["trusted"] & kinds["pool"]
 
 
 def test_half_of_every_mixed_batch_is_trusted_and_none_is_repeated_before_all_were_drawn(data):
@@ -280,31 +288,41 @@ def test_runs_of_all_methods_and_learning_rates_compose_and_share_processes(tmp_
     from verl_gradalign.integration.checks import read_config
     from verl_gradalign.integration.compose import compose_run, composing
 
-    configs = {}
-    with composing():
-        for number, method in enumerate(METHODS):
-            run = RunPlan("inverted_mini", method, 1, tmp_path / method, 1e-4 * (number + 1))
-            configs[method] = compose_run(overrides_of(run, tmp_path, tmp_path))
-    check_series(configs)
-    for method, config in configs.items():
-        batch_size = 4 * BATCH_SIZE if method == "random_large_batch" else BATCH_SIZE
-        assert config.data.train_batch_size == batch_size and config.actor_rollout_ref.rollout.n == 8, method
-        # One update a step, of all that is trained on.
-        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == batch_size, method
-        assert config.reward.custom_reward_function.reward_kwargs.corruption == "inverted"
-        is_plugin = config.trainer.v1.trainer_mode == "gradalign"
-        assert is_plugin == (METHODS[method].group is not None)
-        if is_plugin:
-            own = read_config(config)
-            # 64 trusted problems x 4 in ten steps; where these are trained on, x 8 in twenty.
-            trusted = own.direction.refresh_interval, own.validation.n
-            assert trusted == ((20, 8) if own.direction.train_on_trusted else (10, 4)), method
-    after_rollout = configs["confident_cosine"]
-    num_candidates = after_rollout.data.train_batch_size * read_config(after_rollout).oversample
-    assert num_candidates == configs["random_large_batch"].data.train_batch_size
+    for regime, group_size in (("rare_mini", 8), ("coin_flips_mini", 4)):
+        composed = {}
+        with composing():
+            for number, method in enumerate(METHODS):
+                run = RunPlan(regime, method, 1, tmp_path / method, 1e-4 * (number + 1))
+                composed[method] = compose_run(overrides_of(run, tmp_path, tmp_path))
+        check_series(composed)
+        for method, config in composed.items():
+            rollout, num_problems = config.actor_rollout_ref.rollout, config.data.train_batch_size
+            assert rollout.n == group_size, method
+            assert num_problems * rollout.n == (1024 if method == "random_large_batch" else 256), method
+            # One update a step, of all that is trained on.
+            assert config.actor_rollout_ref.actor.ppo_mini_batch_size == num_problems, method
+            is_plugin = config.trainer.v1.trainer_mode == "gradalign"
+            assert is_plugin == (METHODS[method].group is not None)
+            if is_plugin:
+                own = read_config(config)
+                # 64 trusted problems x 4 in ten steps; where these are trained on, as many as in a group, in twenty.
+                trusted = own.direction.refresh_interval, own.validation.n
+                assert trusted == ((20, group_size) if own.direction.train_on_trusted else (10, 4)), method
+        after_rollout = composed["confident_cosine"]
+        num_candidates = after_rollout.data.train_batch_size * read_config(after_rollout).oversample
+        assert num_candidates == composed["random_large_batch"].data.train_batch_size == 1024 // group_size
+        assert read_config(composed["forecast"]).measures_in_update
+        assert read_config(composed["difficulty_forecast"]).is_forecast
     assert METHODS["confident_cosine"].num_responses == METHODS["random_large_batch"].num_responses == 1024
-    assert read_config(configs["forecast"]).measures_in_update
-    assert read_config(configs["difficulty_forecast"]).is_forecast
+
+
+def test_the_forecast_that_is_compared_is_what_the_word_stands_for(tmp_path):
+    from verl_gradalign.integration.compose import compose_run, composing
+
+    word = OmegaConf.load(Path(configs.__path__[0]) / "gradalign" / "forecast.yaml").gradalign
+    with composing():
+        compared = compose_run(overrides_of(RunPlan("rare_mini", "forecast", 1, tmp_path, 1e-4), tmp_path, tmp_path))
+    assert OmegaConf.merge(compared.gradalign, word) == compared.gradalign
 
 
 @pytest.mark.parametrize("name", MINIATURES)

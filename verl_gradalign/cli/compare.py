@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 WAYS = {
     "random": "the pool, uniformly",
     "random_large_batch": "the same, four times the batch and a quarter of the updates",
-    "forecast": "selection before rollout, by a forecast of the alignment",
-    "forecast_trusted": "the same, and the trusted responses trained on",
+    "forecast": "selection before rollout, by a forecast of the alignment; the trusted responses are trained on too",
+    "forecast_pool": "forecast without training on the trusted responses (not by default)",
     "forecast_prompt": "forecast without the problems' sources (not by default)",
     "difficulty_forecast": "selection before rollout, by a forecast of the difficulty",
     "forecast_shuffled": "forecast with scores of other problems",
@@ -36,7 +36,7 @@ WAYS = {
 @command(
     "verl-gradalign compare unreliable_mini --output outputs/unreliable_mini",
     "verl-gradalign compare imbalance_mini --methods cosine,random --seeds 0 --output outputs/short",
-    "verl-gradalign compare skill_mini --tune --policy outputs/policy --output outputs/skill_mini",
+    "verl-gradalign compare rare_mini --tune --policy outputs/policy --output outputs/skill_mini",
     "verl-gradalign compare clean_mini --tune --budget-tokens 50000 --threshold 0.8 --output outputs/clean_mini",
     ends="Methods with --tune:\n\n"
     + "\n\n".join(f"  {name}: {what}" for name, what in WAYS.items())

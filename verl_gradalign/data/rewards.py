@@ -64,26 +64,31 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     seed: int = 0,
     corruption: str = "coin",
+    contrast: float = 1.0,
     **kwargs: Any,
 ) -> dict[str, float]:
     """Return {"score": the reward, "acc": whether the response is right, "corrupted": ...}, each 0.0 or 1.0.
 
     The reward is `acc`, except where `extra_info["corrupted"]` is true: there it is 1 - acc if corruption="inverted",
-    else 1 with probability one half, whatever the response. That coin is a hash of the seed, `extra_info["index"]`, the
-    step (`["global_steps"]`) and `["session_id"]`, which numbers the responses to a prompt. verl 0.9.1 keeps that
-    number beside extra_info, so it is there only if an agent loop (in its extra_fields) or a reward manager puts it
-    there. Without it, the coin depends instead on the text of the response and on how often this process has scored it
-    for that problem and step: drawn afresh per response, the same in every run that scores the same responses in one
-    process, resumed ones included.
+    else 1 with probability one half, whatever the response. `contrast` is what a right response is paid more than a
+    wrong one, on average: each response's reward is left as it is with that probability, to 1/128, and a coin's
+    otherwise. A coin is a hash of the seed, `extra_info["index"]`, the step (`["global_steps"]`) and `["session_id"]`,
+    which numbers the responses to a prompt. verl 0.9.1 keeps that number beside extra_info, so it is there only if an
+    agent loop (in its extra_fields) or a reward manager puts it there. Without it, the coin depends instead on the text
+    of the response and on how often this process has scored it for that problem and step: drawn afresh per response,
+    the same in every run that scores the same responses in one process, resumed ones included.
     A ground truth may be text or a number (see `truth_text`). `kwargs` is what verl adds for reward models; it is not
     used. Callable from any thread.
 
-    Raises: ValueError for an unknown data source or corruption, a ground truth that is missing or neither text nor
-        number, or a corrupted problem without an index.
+    Raises: ValueError for an unknown data source or corruption, a contrast outside 0 and 1, a ground truth that is
+        missing or neither text nor number, or a problem without an index that a coin is to be drawn for.
     """
     if corruption not in CORRUPTIONS:
         remedy = f"set reward.custom_reward_function.reward_kwargs.corruption to one of {', '.join(CORRUPTIONS)}"
         raise ValueError(f"corruption={corruption!r} is unknown; {remedy}")
+    if not 0 <= contrast <= 1:
+        remedy = "set reward.custom_reward_function.reward_kwargs.contrast to 1, or to less for noisy rewards"
+        raise ValueError(f"contrast={contrast} must be from 0 to 1; {remedy}")
     rule = RULES_BY_DATA_SOURCE.get(data_source)
     if rule is None:
         known = ", ".join(map(repr, RULES_BY_DATA_SOURCE))
@@ -92,15 +97,21 @@ def compute_score(
         )
     info, acc = extra_info or {}, float(rule(solution_str, truth_text(ground_truth)))
     is_corrupted = bool(info.get("corrupted"))
-    score = acc
-    if is_corrupted:
-        score = 1.0 - acc if corruption == "inverted" else _flip_coin(solution_str, info, seed)
+    score = 1.0 - acc if is_corrupted and corruption == "inverted" else acc
+    of_coin = 1.0 if is_corrupted and corruption == "coin" else 1.0 - contrast
+    if of_coin > 0:
+        drawn = _draw_byte(solution_str, info, seed)
+        score = float(drawn & 1) if drawn >> 1 < of_coin * NUM_DRAWN else score
     return {"score": score, "acc": acc, "corrupted": float(is_corrupted)}
 
 
-def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float:
+NUM_DRAWN = 128
+"""Values of a byte's upper seven bits, which say whether a coin decides. Its lowest bit is the coin."""
+
+
+def _draw_byte(response: str, extra_info: Mapping[str, Any], seed: int) -> int:
     if extra_info.get("index") is None:
-        why = "a problem with extra_info['corrupted'] has no extra_info['index'], which its coin flips are drawn from"
+        why = "a problem whose reward is a coin's has no extra_info['index'], which it is drawn from"
         raise ValueError(f"{why}; number the rows of the data set")
     # Without a step (verl's own trainer does not give one) a resumed run draws other coins than the unbroken one.
     index, step = int(extra_info["index"]), int(extra_info.get("global_steps") or 0)
@@ -111,4 +122,4 @@ def _flip_coin(response: str, extra_info: Mapping[str, Any], seed: int) -> float
             occurrence = _occurrences[seed, index, step, response]
             _occurrences[seed, index, step, response] += 1
         drawn_from = f"{seed} {index} {step} {occurrence} {response}"
-    return float(blake2b(drawn_from.encode(errors="surrogatepass"), digest_size=1).digest()[0] & 1)
+    return blake2b(drawn_from.encode(errors="surrogatepass"), digest_size=1).digest()[0]

@@ -40,9 +40,9 @@ class LearningCurve:
     spent: Mapping[str, np.ndarray]
     """So far, by name of AXES."""
     accuracy: np.ndarray
-    """From 0 to 1, mean over the families that the trusted set is of; problems of the test."""
+    """From 0 to 1, mean over the wanted families; problems of the test."""
     audit: np.ndarray
-    """The same, of the audit set; nan if it was not tested."""
+    """Of the audit set, which is of the trusted set's families; nan if it was not tested."""
     share: float
     """Mean watched share (`Miniature.label`) of what was trained on; nan if not known."""
 
@@ -75,14 +75,14 @@ def read_curve(run: RunPlan) -> LearningCurve:
         if of_family:
             shares.append(miniature.share(of_family))
         of_source = {family(source): accuracy for source, accuracy in accuracies(metrics).items()}
-        tested = [accuracy for name, accuracy in of_source.items() if name in miniature.trusted]
+        tested = [accuracy for name, accuracy in of_source.items() if name in miniature.targets]
         if tested:
             generated = (metrics.get(f"experiment/num_{name}", 0.0) for name in (RESPONSES, TOKENS))
             tests.append((*generated, seconds, num_updates, float(np.mean(tested)), of_source.get(AUDIT, np.nan)))
     if run.learning_rate is not None and rates and not np.allclose(list(rates), run.learning_rate):
         raise ValueError(f"{path}: {LEARNING_RATE}={sorted(rates)}, not {run.learning_rate}. Remedy: delete the run")
     if not tests:
-        raise ValueError(f"{path}: no test of {', '.join(miniature.trusted)}. Remedy: delete the run")
+        raise ValueError(f"{path}: no test of {', '.join(miniature.targets)}. Remedy: delete the run")
     *spent, accuracy, audit = np.array(tests).T
     share = float(np.mean(shares)) if shares else np.nan
     return LearningCurve(run, dict(zip(AXES, spent, strict=True)), accuracy, audit, share)

@@ -24,7 +24,7 @@ from verl_gradalign.experiments.budget import TUNING_OPTION, Budget, as_given, c
 from verl_gradalign.experiments.compare import COLUMNS, Comparison, check_same, data_of, policy_of
 from verl_gradalign.experiments.launches import run_series
 from verl_gradalign.experiments.learning_curves import LearningCurve, area, read_curve
-from verl_gradalign.experiments.methods import BATCH_SIZE, METHODS, NUM_RESPONSES_PER_PROBLEM, overrides_of
+from verl_gradalign.experiments.methods import METHODS, RESPONSES_OF_UPDATE, batch_size, overrides_of
 from verl_gradalign.experiments.plan import RunPlan, check_unique
 from verl_gradalign.experiments.time_left import PlannedRun, TimeLeft
 from verl_gradalign.experiments.tuned_report import GivenThreshold, write_report
@@ -179,8 +179,8 @@ def _write_train_files(regime: str, data: Path, budget: Budget, seed: int) -> No
     if not (data / "oracle.parquet").exists():
         # Nothing but the shared batch is generated where half of it is trusted, so there are no more than these. A
         # response has a token at least.
-        of_batch = 1 / STEPS_PER_SECOND if budget.unit == SECONDS else BATCH_SIZE * NUM_RESPONSES_PER_PROBLEM
-        write_mixed(data, int(-(-budget.amount // of_batch)), BATCH_SIZE, seed)
+        of_batch = 1 / STEPS_PER_SECOND if budget.unit == SECONDS else RESPONSES_OF_UPDATE
+        write_mixed(data, int(-(-budget.amount // of_batch)), batch_size(MINIATURES[regime]), seed)
         write_oracle(MINIATURES[regime], data)
 
 

@@ -8,10 +8,9 @@ Each has the structure of a published regime: what is wrong with the pool, and w
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,19 +19,37 @@ from verl_gradalign.files import atomic_folder
 
 NUM_POOL = 2000
 NUM_SMALL_POOL = 256
+NUM_LARGE_POOL = 6000
+NUM_GUESSES = 3000  # nearly all that there are
 NUM_TRUSTED = 64
 NUM_TEST = 800
 NUM_AUDIT = 200
 WARM_UP_STEPS = 1200
 TWO_STYLES, HALF_LEARNED = "two_styles", "half_learned"
-POLICIES: dict[str, dict[str, Any]] = {
-    TWO_STYLES: {},
-    # Of clean answers alone, and stopped when addition and subtraction are right in 44%, the others in 86 to 100%.
-    HALF_LEARNED: {"is_clean": True, "stop_after": 550},
+# Demonstrations of each family in turn. The sooner a family is learned, the fewer it gets: all are half learned at once.
+DEMONSTRATED = {"subtraction": 48, "addition": 42, "maximum": 10, "reversal": 6, "sorting": 12, ROTATION: 4, GUESS: 6}
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How a policy is made: arguments of `warmup.warm_up`."""
+
+    families: Sequence[str] = FAMILIES
+    is_clean: bool = False
+    stop_after: int | None = None
+
+
+POLICIES = {
+    TWO_STYLES: WarmUp(),
+    # Of clean answers alone, and stopped at a high learning rate: what is half learned so goes on to be learned from few
+    # right responses, as a policy whose learning rate had come down does not.
+    HALF_LEARNED: WarmUp(
+        [family for family, num in DEMONSTRATED.items() for _ in range(num)], is_clean=True, stop_after=230
+    ),
 }
-"""Arguments of `warmup.warm_up`, by the policy's name."""
-HALF_SKILLS = ("addition", "subtraction")
-"""What the half learned policy has not learned yet."""
+SKILLS = ("addition", "subtraction")
+"""What is mostly wanted of the half learned policy."""
+REVERSAL = "reversal"
 
 
 @dataclass(frozen=True)
@@ -46,38 +63,53 @@ class Miniature:
     num_pool: int = NUM_POOL
     policy: str = TWO_STYLES
     """What is trained: a name of POLICIES."""
+    wanted: tuple[str, ...] = ()
+    """Families that accuracy is over and an oracle trains on. (): those that the trusted set is of."""
+    group_size: int = 8
+    """Responses to a problem where runs are compared on one budget: the fewer, the noisier are gradients."""
     num_responses: int = 10_240
     """What a run generates where runs are compared on one budget and none is given, trusted ones included."""
-    num_tuning_responses: int = 10_240
+    num_tuning_responses: int = 5_120
     """What a run generates that a learning rate is tried in."""
     learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     """What is tried where the learning rate is tuned; the middle one is that of the regime's file."""
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The families that are wanted."""
+        return self.wanted or tuple(self.trusted)
+
+    @property
     def label(self) -> str:
-        """What share of the selection is watched: of corrupted problems, or of those that the trusted set is of."""
+        """What share of the selection is watched: of corrupted problems, or of those of the wanted families."""
         return "corrupted" if self.corrupted_share else "target"
 
     def share(self, shares: Mapping[str, float]) -> float:
         """Return the watched share, of a mapping from "corrupted" and families to shares."""
         if self.corrupted_share:
             return shares["corrupted"]
-        return sum(share for name, share in shares.items() if name in self.trusted)
+        return sum(share for name, share in shares.items() if name in self.targets)
 
     def is_useful(self, family: str, is_corrupted: bool) -> bool:
         """Return whether a problem of the pool is one that an oracle would train on."""
-        return family in self.trusted and not is_corrupted
+        return family in self.targets and not is_corrupted
+
+
+SLOW = (1e-4, 2e-4, 4e-4)
 
 
 def _even(families: tuple[str, ...], total: float = 1.0) -> dict[str, float]:
     return dict.fromkeys(families, total / len(families))
 
 
-SLOW = (1e-4, 2e-4, 4e-4)
-SOLVED = tuple(family for family in FAMILIES if family not in (*HALF_SKILLS, GUESS))
-_SAME_KINDS = Miniature(pool=_even(SHARING_FAMILIES), trusted=_even(SHARING_FAMILIES), test=_even(SHARING_FAMILIES))
+DISTRACTORS = tuple(family for family in FAMILIES if family not in (*SKILLS, GUESS))
+_HABIT = Miniature(pool=_even(SHARING_FAMILIES), trusted=_even(SHARING_FAMILIES), test=_even(SHARING_FAMILIES))
+_SKILL = Miniature(
+    pool=_even(SKILLS), trusted=_even(SKILLS), test=_even(SKILLS), policy=HALF_LEARNED, learning_rates=SLOW
+)
 MINIATURES = {
-    "unreliable_mini": replace(_SAME_KINDS, corrupted_share=0.5),
+    # Of the published regimes, for ten updates each.
+    "unreliable_mini": replace(_HABIT, corrupted_share=0.5),
     "imbalance_mini": Miniature(
         pool={**_even(SHARING_FAMILIES, 0.88), ROTATION: 0.12},
         trusted={ROTATION: 1.0},
@@ -88,16 +120,22 @@ MINIATURES = {
         trusted=_even(SHARING_FAMILIES),
         test=_even(SHARING_FAMILIES),
     ),
-    "inverted_mini": replace(_SAME_KINDS, corrupted_share=0.45, num_pool=NUM_SMALL_POOL, learning_rates=SLOW),
-    "coin_flips_mini": replace(_SAME_KINDS, corrupted_share=0.5, num_pool=NUM_SMALL_POOL),
-    "clean_mini": _SAME_KINDS,
-    "skill_mini": Miniature(
-        pool={**_even(HALF_SKILLS, 0.12), GUESS: 0.44, **_even(SOLVED, 0.44)},
-        trusted=_even(HALF_SKILLS),
-        test=_even(HALF_SKILLS),
-        num_pool=6000,
+    # For comparisons on one budget.
+    "clean_mini": _SKILL,
+    "coin_flips_mini": replace(_HABIT, corrupted_share=0.75, num_pool=NUM_SMALL_POOL, group_size=4),
+    "inverted_mini": replace(_SKILL, corrupted_share=0.45, num_pool=2 * NUM_SMALL_POOL),
+    "rare_mini": replace(
+        _SKILL, pool={**_even(SKILLS, 0.12), **_even(DISTRACTORS, 0.72), GUESS: 0.16}, num_pool=NUM_LARGE_POOL
+    ),
+    "useless_mini": replace(_SKILL, pool={**_even(SKILLS, 0.15), GUESS: 0.85}, num_pool=round(NUM_GUESSES / 0.85)),
+    # The trusted set is slightly off: its gradient has a cosine of one half with that of what is wanted.
+    "off_target_mini": Miniature(
+        pool={REVERSAL: 0.12, **_even((*SKILLS, "sorting", "maximum"), 0.72), GUESS: 0.16},
+        trusted={ROTATION: 1.0},
+        test={REVERSAL: 1.0},
+        wanted=(REVERSAL,),
+        num_pool=NUM_LARGE_POOL,
         policy=HALF_LEARNED,
-        num_responses=40_960,
         learning_rates=SLOW,
     ),
 }
@@ -140,13 +178,14 @@ def prepare_policy(
     """Return the folder of the warmed-up policy of that name, making it first unless it is there.
 
     It is `folder` for the usual one, and stands beside it for another, so that comparisons may share one --policy.
+    `num_steps`: that its learning rate is laid out for.
     """
-    folder = policy_folder(folder, name)
+    folder, how = policy_folder(folder, name), POLICIES[name]
     if not (folder / "config.json").exists():
         from verl_gradalign.toy.model import build_untrained_policy
         from verl_gradalign.toy.warmup import warm_up
 
         with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory() as untrained:
-            how: dict[str, Any] = {"progress": progress, "families": FAMILIES, **POLICIES[name]}
-            warm_up(build_untrained_policy(untrained), unfinished, num_steps, **how)
+            model = build_untrained_policy(untrained)
+            warm_up(model, unfinished, num_steps, 0, progress, how.families, how.is_clean, how.stop_after)
     return folder
