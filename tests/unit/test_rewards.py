@@ -294,12 +294,9 @@ def test_an_unknown_corruption_is_rejected():
 @pytest.mark.parametrize("contrast", [0.0, 0.25, 1.0])
 def test_a_right_response_is_paid_more_than_a_wrong_one_by_the_contrast(contrast):
     def mean_of(response, **info):
-        scored = [
-            compute_score(
-                TASKS_DATA_SOURCE, response, "7", {"index": i, **info}, corruption="inverted", contrast=contrast
-            )
-            for i in range(NUM_FLIPS)
-        ]
+        rows = [{"index": index, **info} for index in range(NUM_FLIPS)]
+        how = {"corruption": "inverted", "contrast": contrast}
+        scored = [compute_score(TASKS_DATA_SOURCE, response, "7", row, **how) for row in rows]
         assert {row["acc"] for row in scored} == {float(response == "=7")}
         return numpy.mean([row["score"] for row in scored])
 

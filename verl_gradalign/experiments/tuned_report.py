@@ -126,8 +126,8 @@ def _reading(methods: Mapping[str, BySeed], budget: Budget) -> str:
     return (
         f"{amount} Seeds: "
         f"{', '.join(map(str, seeds))}, none of which the learning rate was chosen by. Area: mean accuracy over these "
-        f"{budget.unit}, on the test's problems of the wanted families. The difference to {BASELINE} is paired by seed, with its 95% "
-        "interval (Student's t), bold where that lies above 0. All: means of what whole runs generated, and of the "
+        f"{budget.unit}, on the test's problems of the wanted families. The difference to {BASELINE} is paired by "
+        "seed, with its 95% interval (Student's t), bold where that lies above 0. All: means of what whole runs generated, and of the "
         "time of their training, without tests."
     )
 

@@ -26,7 +26,7 @@ NUM_TEST = 800
 NUM_AUDIT = 200
 WARM_UP_STEPS = 1200
 TWO_STYLES, HALF_LEARNED = "two_styles", "half_learned"
-# Demonstrations of each family in turn. The sooner a family is learned, the fewer it gets: all are half learned at once.
+# Demonstrations of each family. The sooner a family is learned, the fewer it gets: all are half learned at one time.
 DEMONSTRATED = {"subtraction": 48, "addition": 42, "maximum": 10, "reversal": 6, "sorting": 12, ROTATION: 4, GUESS: 6}
 
 
@@ -41,8 +41,8 @@ class WarmUp:
 
 POLICIES = {
     TWO_STYLES: WarmUp(),
-    # Of clean answers alone, and stopped at a high learning rate: what is half learned so goes on to be learned from few
-    # right responses, as a policy whose learning rate had come down does not.
+    # Of clean answers alone, and stopped at a high learning rate: what is half learned so goes on to be learned from
+    # few right responses, as it does not once the learning rate has come down.
     HALF_LEARNED: WarmUp(
         [family for family, num in DEMONSTRATED.items() for _ in range(num)], is_clean=True, stop_after=230
     ),
