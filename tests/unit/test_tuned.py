@@ -133,7 +133,7 @@ def test_a_threshold_that_no_run_reaches_is_said_with_the_remedy(curves, tmp_pat
     summary = (tmp_path / "summary.md").read_text()
     assert "**No run reaches 0.990 within 1,000 responses.** Remedy: a lower --threshold" in summary
     assert summary.count("| 0 of 3 | > 1,000 | > 5,000 | > 61 | > 40 |") == 3
-    assert "0.990 was given (--threshold), before the first run" in summary
+    assert "0.990 was fixed before the first run" in summary
 
 
 def test_a_threshold_that_was_given_when_runs_were_there_is_said_to_be(curves):

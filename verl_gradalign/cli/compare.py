@@ -68,7 +68,7 @@ def compare(
         float | None, Option(help="Instead: of training, tests left out. With --jobs 1 on an idle machine.")
     ] = None,
     threshold: Annotated[
-        float | None, Option(help="With --tune: accuracy to reach. What random has after 3/4 of the budget.")
+        float | None, Option(help="With --tune: accuracy to reach. The miniature's, or what random has after 3/4.")
     ] = None,
     overrides: Annotated[list[str] | None, Argument(help="Further verl overrides of every run.")] = None,
 ) -> None:

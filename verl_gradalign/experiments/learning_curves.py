@@ -118,6 +118,35 @@ def spent_to(curve: LearningCurve, accuracy: float, budget: Budget) -> dict[str,
     return at if at[budget.unit] <= budget.amount else never
 
 
+def median_spent(curves: Sequence[LearningCurve], accuracy: float, axis: str, budget: Budget) -> tuple[float, bool]:
+    """Return the median over seeds of what reaching the accuracy took, and whether it took more than that.
+
+    A seed that never gets there counts as more than all. If the median is such a one, the number is what was spent at
+    least by those that never did.
+    """
+    values = [spent_to(curve, accuracy, budget)[axis] for curve in curves]
+    # Of an even number of seeds the later of the two in the middle: half way to infinity is nowhere.
+    median = sorted(values)[len(values) // 2]
+    if np.isfinite(median):
+        return median, False
+    if axis == budget.unit:
+        return budget.amount, True
+    # Of what is not the budget's unit runs have spent different amounts; more than the least is true of every one.
+    ended = [curve.spent[axis][-1] for curve, value in zip(curves, values, strict=True) if not np.isfinite(value)]
+    return float(min(ended)), True
+
+
+def gain(ours: BySeed, theirs: BySeed, accuracy: float, budget: Budget) -> tuple[float, bool]:
+    """Return how many times our tokens they take to reach the accuracy, and whether it is more than that.
+
+    Of medians over seeds. nan if ours never get there, or have it from the beginning.
+    """
+    (own, is_never), (other, is_more) = (
+        median_spent(list(of_seed.values()), accuracy, TOKENS, budget) for of_seed in (ours, theirs)
+    )
+    return (float("nan"), False) if is_never or own == 0 else (other / own, is_more)
+
+
 def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
     """Return the mean difference and the half width of its 95% interval (Student's t), of values paired by seed.
 

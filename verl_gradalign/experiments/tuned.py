@@ -53,7 +53,7 @@ class Tuning:
     None: of responses the miniature's number, of another unit the same share of the budget.
     """
     threshold: float | None = None
-    """Accuracy that the methods are to reach. None: what `random` has after three quarters of the budget."""
+    """Accuracy that the methods are to reach. None: the miniature's, or what `random` has after 3/4 of the budget."""
     num_tests: int = 8
     """Tests of a run, after equal parts of the budget, besides that of the untrained policy."""
 
@@ -77,8 +77,8 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     output, miniature = comparison.output.resolve(), MINIATURES[comparison.regime]
     rates = tuning.learning_rates or miniature.learning_rates
     to_try, budget = tuning.budgets(miniature)
-    begun_with = check_same(comparison, output, **_settings(tuning, rates, to_try, budget))
-    given = GivenThreshold(tuning.threshold, begun_with["threshold"])
+    begun_with = check_same(comparison, output, **_settings(tuning, rates, to_try, budget, miniature))
+    given = GivenThreshold(tuning.threshold or miniature.threshold, begun_with["threshold"])
     tried = [_plan(comparison, m, tuning.seed, rate) for m in comparison.methods for rate in rates]
     tried = tried if len(rates) > 1 else []
     left = _time_left(comparison, tried, to_try, budget, tuning.num_tests)
@@ -131,14 +131,16 @@ def _check(comparison: Comparison, tuning: Tuning) -> None:
         refuse(TUNING_OPTION, as_given(to_try.amount), f"is more than a run's budget of {budget}", "give at most that")
 
 
-def _settings(tuning: Tuning, rates: Sequence[float], to_try: Budget, budget: Budget) -> dict[str, Any]:
+def _settings(
+    tuning: Tuning, rates: Sequence[float], to_try: Budget, budget: Budget, miniature: Miniature
+) -> dict[str, Any]:
     return {
         f"budget_{budget.unit}": budget.amount,
         "tuning_budget": to_try.amount,
         "tuning_seed": tuning.seed,
         "rates": list(rates),
         "num_tests": tuning.num_tests,
-        "threshold": tuning.threshold,
+        "threshold": tuning.threshold or miniature.threshold,
     }
 
 

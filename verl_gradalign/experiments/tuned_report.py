@@ -20,6 +20,8 @@ from verl_gradalign.experiments.learning_curves import (
     accuracy_at,
     area,
     by_method,
+    gain,
+    median_spent,
     paired,
     spent_to,
 )
@@ -27,7 +29,9 @@ from verl_gradalign.markdown import markdown_table
 from verl_gradalign.toy.regimes import Miniature
 from verl_gradalign.types import RESPONSES, SECONDS, TOKENS, UNITS
 
-BASELINE = "random"
+BASELINE, ORACLE = "random", "oracle"
+LEAST_GAIN = 1.5
+"""Of the oracle's tokens. A regime in which a perfect choice gains less says nothing about others."""
 QUARTERS = np.array([0.25, 0.5, 0.75, 1.0])
 THRESHOLD_AT = 0.75
 """Share of the budget at which the baseline's accuracy is what the others are to reach."""
@@ -35,11 +39,11 @@ THRESHOLD_AT = 0.75
 
 @dataclass(frozen=True)
 class GivenThreshold:
-    """The accuracy that was given to be reached. None: none was, it is the baseline's after THRESHOLD_AT."""
+    """The accuracy that is to be reached. None: none was fixed, it is the baseline's after THRESHOLD_AT."""
 
     accuracy: float | None = None
     at_first: float | None = None
-    """What was given when the first run was started."""
+    """What was fixed when the first run was started."""
 
 
 def write_report(
@@ -61,13 +65,13 @@ def write_report(
         summary_table(methods, miniature.label, budget),
         _reading(methods, budget),
         *([] if np.isnan(to_reach) else [f"What it takes to {to_reach:.3f}:", spent_table(methods, to_reach, budget)]),
-        " ".join(threshold_remarks(methods, to_reach, given, budget)),
+        " ".join([*threshold_remarks(methods, to_reach, given, budget), *gain_remark(methods, to_reach, budget)]),
         "Every seed, area under the curve:",
         seeds_table(methods, budget),
     ]
     (folder / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "tuning.md").write_text(tuning_table(tried, to_try) + "\n", encoding="utf-8")
-    write_curves([*fresh, *tried], folder / "curves.csv")
+    write_curves(fresh, tried, folder / "curves.csv")
     draw_curves(methods, folder / "curves.png")
 
 
@@ -127,8 +131,8 @@ def _reading(methods: Mapping[str, BySeed], budget: Budget) -> str:
         f"{amount} Seeds: "
         f"{', '.join(map(str, seeds))}, none of which the learning rate was chosen by. Area: mean accuracy over these "
         f"{budget.unit}, on the test's problems of the wanted families. The difference to {BASELINE} is paired by "
-        "seed, with its 95% interval (Student's t), bold where that lies above 0. All: means of what whole runs generated, and of the "
-        "time of their training, without tests."
+        "seed, with its 95% interval (Student's t), bold where that lies above 0. All: means of what whole runs "
+        "generated, and of the time of their training, without tests."
     )
 
 
@@ -139,20 +143,30 @@ def spent_table(methods: Mapping[str, BySeed], to_reach: float, budget: Budget) 
         curves = list(of_seed.values())
         reached = [spent_to(curve, to_reach, budget) for curve in curves]
         num_reached = sum(np.isfinite(at[budget.unit]) for at in reached)
-        cells = [_median([at[axis] for at in reached], curves, axis, budget) for axis in AXES]
+        cells = [_median(curves, to_reach, axis, budget) for axis in AXES]
         rows.append([method, f"{num_reached} of {len(curves)}", *cells])
     return markdown_table(["method", "seeds that reach it", *AXES], rows, is_right=True)
 
 
-def _median(values: Sequence[float], curves: Sequence[LearningCurve], axis: str, budget: Budget) -> str:
-    """Return the median over seeds; a seed that never gets there counts as more than all."""
-    # Of an even number of seeds the later of the two in the middle: half way to infinity is nowhere.
-    median = sorted(values)[len(values) // 2]
-    if np.isfinite(median):
-        return f"{median:,.0f}"
-    # Of what is not the budget's unit runs have spent different amounts; more than the least is true of every one.
-    ended = [curve.spent[axis][-1] for curve, value in zip(curves, values, strict=True) if not np.isfinite(value)]
-    return f"> {shown(budget.amount) if axis == budget.unit else f'{min(ended):,.0f}'}"
+def _median(curves: Sequence[LearningCurve], to_reach: float, axis: str, budget: Budget) -> str:
+    amount, is_more = median_spent(curves, to_reach, axis, budget)
+    exact = is_more and axis == budget.unit
+    return f"{'> ' * is_more}{shown(amount) if exact else f'{amount:,.0f}'}"
+
+
+def gain_remark(methods: Mapping[str, BySeed], to_reach: float, budget: Budget) -> list[str]:
+    """Return the sentence on what a perfect choice gains, and whether methods can be told apart by so much."""
+    if np.isnan(to_reach) or not {BASELINE, ORACLE} <= methods.keys():
+        return []
+    times, is_more = gain(methods[ORACLE], methods[BASELINE], to_reach, budget)
+    if np.isnan(times):
+        return [
+            f"What a perfect choice gains ({ORACLE}) is not known: it never reaches {to_reach:.3f}, or begins there."
+        ]
+    said = f"To get there {BASELINE} takes {'more than ' * is_more}{times:.1f} times the tokens of a perfect choice"
+    if times >= LEAST_GAIN:
+        return [f"{said} ({ORACLE})."]
+    return [f"{said} ({ORACLE}): **with less than {LEAST_GAIN} this regime cannot tell ways of choosing apart.**"]
 
 
 def threshold_remarks(
@@ -164,7 +178,7 @@ def threshold_remarks(
         return [f"There is no accuracy to reach: none was given, and {BASELINE} was not run. Remedy: {remedy}."]
     remarks = [f"{to_reach:.3f} is the accuracy that {BASELINE} has after three quarters of the budget."]
     if given.accuracy is not None:
-        remarks = [f"{to_reach:.3f} was given (--threshold), before the first run was started."]
+        remarks = [f"{to_reach:.3f} was fixed before the first run was started."]
         if given.accuracy != given.at_first:
             began = "without one" if given.at_first is None else f"with {given.at_first:g}"
             remarks = [f"**{to_reach:.3f} was given (--threshold) later**: the comparison was begun {began}."]

@@ -73,6 +73,8 @@ class Miniature:
     """What a run generates that a learning rate is tried in."""
     learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     """What is tried where the learning rate is tuned; the middle one is that of the regime's file."""
+    threshold: float | None = None
+    """Accuracy that runs on one budget are to reach. None: what random choice has towards the end."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -105,7 +107,12 @@ def _even(families: tuple[str, ...], total: float = 1.0) -> dict[str, float]:
 DISTRACTORS = tuple(family for family in FAMILIES if family not in (*SKILLS, GUESS))
 _HABIT = Miniature(pool=_even(SHARING_FAMILIES), trusted=_even(SHARING_FAMILIES), test=_even(SHARING_FAMILIES))
 _SKILL = Miniature(
-    pool=_even(SKILLS), trusted=_even(SKILLS), test=_even(SKILLS), policy=HALF_LEARNED, learning_rates=SLOW
+    pool=_even(SKILLS),
+    trusted=_even(SKILLS),
+    test=_even(SKILLS),
+    policy=HALF_LEARNED,
+    learning_rates=SLOW,
+    threshold=0.66,
 )
 MINIATURES = {
     # Of the published regimes, for ten updates each.
@@ -122,7 +129,7 @@ MINIATURES = {
     ),
     # For comparisons on one budget.
     "clean_mini": _SKILL,
-    "coin_flips_mini": replace(_HABIT, corrupted_share=0.75, num_pool=NUM_SMALL_POOL, group_size=4),
+    "coin_flips_mini": replace(_HABIT, corrupted_share=0.75, num_pool=NUM_SMALL_POOL, group_size=4, threshold=0.65),
     "inverted_mini": replace(_SKILL, corrupted_share=0.45, num_pool=2 * NUM_SMALL_POOL),
     "rare_mini": replace(
         _SKILL, pool={**_even(SKILLS, 0.12), **_even(DISTRACTORS, 0.72), GUESS: 0.16}, num_pool=NUM_LARGE_POOL
@@ -137,6 +144,7 @@ MINIATURES = {
         num_pool=NUM_LARGE_POOL,
         policy=HALF_LEARNED,
         learning_rates=SLOW,
+        threshold=0.6,
     ),
 }
 
