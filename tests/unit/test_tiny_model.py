@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny model and its tokenizer, and that the warm-up trains it."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_gradalign.data.tasks import FAMILIES, GUESS, RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE
+from verl_gradalign.data.tasks import FAMILIES, GUESS, RIGHT_STYLE, SHARING_FAMILIES, UNRELIABLE_STYLE, draw_problems
 from verl_gradalign.toy import warmup
 from verl_gradalign.toy.model import ARCHITECTURES, build_tiny_model
+from verl_gradalign.toy.regimes import HALF_LEARNED, SKILLS, prepare_policy
 from verl_gradalign.toy.warmup import warm_up
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -114,6 +117,17 @@ def test_a_clean_warm_up_shows_one_style_with_right_answers_and_can_be_stopped_e
     assert all(text[1:] == problem.answer for problem, text in shown if problem.family != GUESS)
     guesses = [text[1:] == problem.answer for problem, text in shown if problem.family == GUESS]
     assert 0.2 < np.mean(guesses) < 0.8
+
+
+@pytest.mark.nightly
+def test_every_family_is_half_learned_by_the_policy_of_that_name(tmp_path):
+    folder = prepare_policy(tmp_path / "policy", name=HALF_LEARNED)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    problems = draw_problems(420, random.Random(5), families=FAMILIES)
+    accuracy = {name: of["all"] for name, of in warmup.evaluate(model, tokenizer, problems)["accuracy"].items()}
+    # 0.62, 0.60, 0.38, 0.64, 0.57, 0.57 and 0.49 where this was written; rounding moves them by a tenth.
+    assert all(0.2 < value < 0.85 for value in accuracy.values()) and set(accuracy) == set(FAMILIES), accuracy
+    assert np.mean([accuracy[family] for family in SKILLS]) == pytest.approx(0.6, abs=0.15), accuracy
 
 
 def test_warm_up_without_steps_is_rejected(tmp_path):

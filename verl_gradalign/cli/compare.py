@@ -36,7 +36,7 @@ WAYS = {
 @command(
     "verl-gradalign compare unreliable_mini --output outputs/unreliable_mini",
     "verl-gradalign compare imbalance_mini --methods cosine,random --seeds 0 --output outputs/short",
-    "verl-gradalign compare rare_mini --tune --policy outputs/policy --output outputs/skill_mini",
+    "verl-gradalign compare rare_mini --tune --policy outputs/policy --output outputs/rare_mini",
     "verl-gradalign compare clean_mini --tune --budget-tokens 50000 --threshold 0.8 --output outputs/clean_mini",
     ends="Methods with --tune:\n\n"
     + "\n\n".join(f"  {name}: {what}" for name, what in WAYS.items())
