@@ -31,17 +31,8 @@ def test_rows_are_the_batchs_rows_whatever_kind_their_columns_are_of():
 
 def test_columns_are_verls_of_the_same_rows_and_equal_values_share_one_wrapper():
     info = {"index": 1, "nested": [1, {"a": None}]}
-    rows = [
-        {
-            "input_ids": torch.arange(2 + i),
-            "extra_info": info,
-            "reward": {"score": 1.0},
-            "n": 1,
-            "is": True,
-            "none": None,
-        }
-        for i in range(3)
-    ]
+    same = {"extra_info": info, "n": 1, "is": True, "none": None}
+    rows = [{"input_ids": torch.arange(2 + i), "reward": {"score": 1.0}, **same} for i in range(3)]
     rows[1] |= {"reward": {"score": 1}, "n": True, "extra_info": dict(info)}
     ours, theirs = _columns(rows), list_of_dict_to_tensordict(rows)
     assert set(ours.keys()) == set(theirs.keys()) and ours.batch_size == theirs.batch_size
