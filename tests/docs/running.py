@@ -31,6 +31,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 from tests.docs.documents import ROOT, YOUR_OVERRIDES, Command
+from tests.unit.curves import write_comparison
 from verl_gradalign.cli import app
 from verl_gradalign.data.prepare import REGIMES
 from verl_gradalign.data.sources import SOURCES
@@ -188,6 +189,15 @@ def write_reference(command: Command, place: Path, patch: pytest.MonkeyPatch) ->
         [sys.executable, *words_of(command.text)[1][1:], "--output", str(place / "pages")], check=False
     )
     assert done.returncode == 0
+
+
+def overview_of_little(command: Command, place: Path, patch: pytest.MonkeyPatch) -> None:
+    """Run as written, on comparisons of known numbers."""
+    words = words_of(command.text)[1]
+    for folder in words[3 : words.index("--output")]:
+        write_comparison(place / folder)
+    done = subprocess.run([sys.executable, *words[1:]], check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and (place / words[-1] / "overview.png").exists(), done.stderr
 
 
 def help_of_script(command: Command, place: Path, patch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tests.docs.running import (
     installable,
     make_targets,
     module_exists,
+    overview_of_little,
     paths_exist,
     prepare_little,
     run_as_written,
@@ -55,6 +56,7 @@ ENTRIES = (
     Entry(r"verl-gradalign (report|cost) .*", run_as_written),
     Entry(r"python -m verl_gradalign\.reference.*", write_reference),
     Entry(r"(VERL_PLATFORM=\w+ )?verl-gradalign doctor.*", examine),
+    Entry(r"python -m verl_gradalign\.experiments\.overview .*", overview_of_little),
     # Reduced: fewer problems.
     Entry(
         r"verl-gradalign prepare .*",

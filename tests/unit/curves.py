@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from verl_gradalign.experiments.budget import Budget
+from verl_gradalign.experiments.curve_files import write_curves
 from verl_gradalign.experiments.learning_curves import LearningCurve
 from verl_gradalign.experiments.plan import DONE, RunPlan
 
@@ -23,6 +24,23 @@ def curve_of(method, seed, accuracy, learning_rate=4e-4):
     whole |= {"seconds": 60.0 + seed, "updates": NUM_UPDATES}
     spent = {axis: share * amount for axis, amount in whole.items()}
     return LearningCurve(run, spent, np.array(accuracy), np.array(accuracy) - 0.01, 0.1)
+
+
+def seeds_of(method, accuracy, seeds=(1, 2, 3)):
+    """Curves of several seeds, each a point better at the end than the one before."""
+    return [curve_of(method, seed, [*accuracy[:-1], accuracy[-1] + seed / 100]) for seed in seeds]
+
+
+LOW, HIGH = [0.3, 0.3, 0.4], [0.3, 0.6, 0.9]
+
+
+def write_comparison(folder):
+    """Leave what a comparison leaves in which an oracle and a forecast do better, and a rate was tried on seed 0."""
+    folder.mkdir(parents=True)
+    settings = {"regime": REGIME, f"budget_{BUDGET.unit}": BUDGET.amount, "threshold": 0.6}
+    (folder / "comparison.json").write_text(json.dumps(settings))
+    fresh = [*seeds_of("random", LOW), *seeds_of("oracle", HIGH), *seeds_of("forecast", [0.3, 0.5, 0.7], (2, 3))]
+    write_curves(fresh, seeds_of("random", HIGH, (0,)), folder / "curves.csv")
 
 
 def write_run(run, tests, learning_rate=None):

@@ -7,9 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.unit.curves import BUDGET, REGIME, curve_of
+from tests.unit.curves import BUDGET, HIGH, LOW, REGIME, curve_of, seeds_of, write_comparison
 from verl_gradalign.experiments import overview
-from verl_gradalign.experiments.curve_files import write_curves
 from verl_gradalign.experiments.learning_curves import by_method, gain
 from verl_gradalign.experiments.overview import (
     areas_table,
@@ -20,12 +19,6 @@ from verl_gradalign.experiments.overview import (
     write_overview,
 )
 from verl_gradalign.experiments.tuned_report import gain_remark
-
-LOW, HIGH = [0.3, 0.3, 0.4], [0.3, 0.6, 0.9]
-
-
-def seeds_of(method, accuracy, seeds=(1, 2, 3)):
-    return [curve_of(method, seed, [accuracy[0], accuracy[1], accuracy[2] + seed / 100]) for seed in seeds]
 
 
 @pytest.mark.parametrize(
@@ -55,13 +48,8 @@ def test_a_gain_on_what_is_never_reached_is_a_bound_and_an_oracle_that_fails_gai
 @pytest.fixture
 def folder(tmp_path):
     """A comparison that is done, with a learning rate tried on another seed."""
-    folder = tmp_path / REGIME
-    folder.mkdir()
-    settings = {"regime": REGIME, f"budget_{BUDGET.unit}": BUDGET.amount, "threshold": 0.6}
-    (folder / "comparison.json").write_text(json.dumps(settings))
-    fresh = [*seeds_of("random", LOW), *seeds_of("oracle", HIGH), *seeds_of("forecast", [0.3, 0.5, 0.7], (2, 3))]
-    write_curves(fresh, seeds_of("random", HIGH, (0,)), folder / "curves.csv")
-    return folder
+    write_comparison(tmp_path / REGIME)
+    return tmp_path / REGIME
 
 
 def test_the_tables_are_of_fresh_seeds_and_pair_them(folder):

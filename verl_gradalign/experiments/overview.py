@@ -145,17 +145,18 @@ def _shown(accuracy: float) -> str:
 
 def draw(comparisons: Sequence[Finished], path: Path) -> None:
     """Draw a panel per regime: accuracy over generated tokens, means over seeds and every seed thinly."""
-    num_rows = -(-len(comparisons) // NUM_COLUMNS)
-    figure = Figure(figsize=(4 * NUM_COLUMNS, 3.2 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).flat
+    num_columns = min(NUM_COLUMNS, len(comparisons))
+    num_rows = -(-len(comparisons) // num_columns)
+    figure = Figure(figsize=(1.5 + 4 * num_columns, 0.5 + 3.2 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for c, panel in zip(comparisons, panels, strict=False):
         draw_panel(panel, {method: c.methods[method] for method in DRAWN if method in c.methods}, TOKENS)
         panel.axhline(c.to_reach, color="gray", linewidth=0.8, linestyle=":")
-        panel.set(title=c.regime, xlabel="generated tokens, all counted")
+        panel.set(title=c.regime, xlabel="generated tokens, all counted", ylabel="accuracy")
     for panel in list(panels):
         panel.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(DRAWN))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
