@@ -95,3 +95,13 @@ def test_a_folder_that_is_of_no_tuned_comparison_is_refused(tmp_path, settings, 
         (tmp_path / "comparison.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"{says}.*Remedy: name folders of `compare --tune`"):
         read_comparison(tmp_path)
+
+
+def test_a_comparison_of_an_earlier_version_or_without_an_oracle_is_refused_with_the_remedy(folder):
+    table = (folder / "curves.csv").read_text()
+    (folder / "curves.csv").write_text("".join(line for line in table.splitlines(True) if ",oracle," not in line))
+    with pytest.raises(ValueError, match="oracle was not run. Remedy: run it with the same command"):
+        read_comparison(folder)
+    (folder / "curves.csv").write_text("".join(line.partition(",")[2] for line in table.splitlines(True)))
+    with pytest.raises(ValueError, match="of an earlier version. Remedy: give the comparison's command again"):
+        read_comparison(folder)

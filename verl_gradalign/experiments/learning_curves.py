@@ -147,6 +147,17 @@ def gain(ours: BySeed, theirs: BySeed, accuracy: float, budget: Budget) -> tuple
     return (float("nan"), False) if is_never or own == 0 else (other / own, is_more)
 
 
+def area_gain(ours: BySeed, theirs: BySeed, budget: Budget) -> tuple[float, float]:
+    """Return by how much our area under the curve is larger, over the seeds of both, and as `paired` its half width.
+
+    Both are nan if there is no such seed.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return float("nan"), float("nan")
+    return paired(*([area(curves[seed], budget) for seed in seeds] for curves in (ours, theirs)))
+
+
 def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
     """Return the mean difference and the half width of its 95% interval (Student's t), of values paired by seed.
 

@@ -23,10 +23,9 @@ from verl_gradalign.experiments.learning_curves import (
     BySeed,
     LearningCurve,
     accuracy_at,
-    area,
+    area_gain,
     by_method,
     gain,
-    paired,
 )
 from verl_gradalign.experiments.plan import RunPlan
 from verl_gradalign.experiments.tuned_report import BASELINE, ORACLE, threshold
@@ -51,7 +50,7 @@ class Finished:
 def read_comparison(folder: Path) -> Finished:
     """Return what the runs of fresh seeds came to.
 
-    Raises: ValueError if the folder is not of a tuned comparison.
+    Raises: ValueError if the folder is not of a tuned comparison with these two methods.
     """
     paths = folder / "comparison.json", folder / "curves.csv"
     if not all(path.exists() for path in paths):
@@ -61,9 +60,11 @@ def read_comparison(folder: Path) -> Finished:
     if unit is None:
         raise ValueError(f"{paths[0]}: has no budget. Remedy: name folders of `compare --tune`")
     with paths[1].open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["seeds"] == FRESH]
+        rows = list(csv.DictReader(file))
+    if rows and "seeds" not in rows[0]:
+        raise ValueError(f"{paths[1]}: is of an earlier version. Remedy: give the comparison's command again")
     runs: dict[RunPlan, list[list[float]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["seeds"] == FRESH):
         run = RunPlan(row["regime"], row["method"], int(row["seed"]), folder, float(row["learning_rate"]))
         runs.setdefault(run, []).append([float(row[name]) for name in (*AXES, "accuracy", "audit")])
     curves = []
@@ -71,6 +72,8 @@ def read_comparison(folder: Path) -> Finished:
         *spent, accuracy, audit = np.array(tests).T
         curves.append(LearningCurve(run, dict(zip(AXES, spent, strict=True)), accuracy, audit, np.nan))
     methods, budget = by_method(curves), Budget(settings[f"budget_{unit}"], unit)
+    if missing := {BASELINE, ORACLE} - methods.keys():
+        raise ValueError(f"{folder}: {', '.join(sorted(missing))} was not run. Remedy: run it with the same command")
     return Finished(settings["regime"], budget, methods, settings["threshold"] or threshold(methods, budget))
 
 
@@ -99,9 +102,7 @@ def areas_table(comparisons: Sequence[Finished]) -> str:
     def cell(c: Finished, method: str) -> str:
         if method == BASELINE or method not in c.methods:
             return "" if method == BASELINE else "-"
-        seeds = sorted(c.methods[method].keys() & c.methods[BASELINE].keys())
-        ours, theirs = ([area(c.methods[m][seed], c.budget) for seed in seeds] for m in (method, BASELINE))
-        mean, half_width = paired(ours, theirs)
+        mean, half_width = area_gain(c.methods[method], c.methods[BASELINE], c.budget)
         text = f"{100 * mean:+.1f} ± {100 * half_width:.1f}"
         return f"**{text}**" if mean > half_width else text
 

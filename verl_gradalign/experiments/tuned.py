@@ -57,6 +57,10 @@ class Tuning:
     num_tests: int = 8
     """Tests of a run, after equal parts of the budget, besides that of the untrained policy."""
 
+    def accuracy_to_reach(self, miniature: Miniature) -> float | None:
+        """Return what is fixed before the first run; None: nothing is."""
+        return miniature.threshold if self.threshold is None else self.threshold
+
     def budgets(self, miniature: Miniature) -> tuple[Budget, Budget]:
         """Return the budget of a run that a rate is tried in, and of one of a fresh seed."""
         budget = self.budget or Budget(miniature.num_responses)
@@ -78,7 +82,7 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     rates = tuning.learning_rates or miniature.learning_rates
     to_try, budget = tuning.budgets(miniature)
     begun_with = check_same(comparison, output, **_settings(tuning, rates, to_try, budget, miniature))
-    given = GivenThreshold(tuning.threshold or miniature.threshold, begun_with["threshold"])
+    given = GivenThreshold(tuning.accuracy_to_reach(miniature), begun_with["threshold"])
     tried = [_plan(comparison, m, tuning.seed, rate) for m in comparison.methods for rate in rates]
     tried = tried if len(rates) > 1 else []
     left = _time_left(comparison, tried, to_try, budget, tuning.num_tests)
@@ -140,7 +144,7 @@ def _settings(
         "tuning_seed": tuning.seed,
         "rates": list(rates),
         "num_tests": tuning.num_tests,
-        "threshold": tuning.threshold or miniature.threshold,
+        "threshold": tuning.accuracy_to_reach(miniature),
     }
 
 

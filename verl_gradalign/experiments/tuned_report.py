@@ -19,10 +19,10 @@ from verl_gradalign.experiments.learning_curves import (
     LearningCurve,
     accuracy_at,
     area,
+    area_gain,
     by_method,
     gain,
     median_spent,
-    paired,
     spent_to,
 )
 from verl_gradalign.markdown import markdown_table
@@ -111,11 +111,9 @@ def _known(value: float, num_digits: int) -> str:
 
 def _gain(of_seed: BySeed, baseline: BySeed, budget: Budget) -> str:
     """Return the paired difference of areas with its interval, bold where the interval lies above zero."""
-    seeds = sorted(of_seed.keys() & baseline.keys())
-    if not seeds:
+    mean, half_width = area_gain(of_seed, baseline, budget)
+    if np.isnan(mean):
         return "-"
-    ours, theirs = ([area(curves[seed], budget) for seed in seeds] for curves in (of_seed, baseline))
-    mean, half_width = paired(ours, theirs)
     text = f"{mean:+.3f}" if np.isnan(half_width) else f"{mean:+.3f} ± {half_width:.3f}"
     return f"**{text}**" if mean > half_width else text
 
@@ -141,8 +139,7 @@ def spent_table(methods: Mapping[str, BySeed], to_reach: float, budget: Budget) 
     rows = []
     for method, of_seed in methods.items():
         curves = list(of_seed.values())
-        reached = [spent_to(curve, to_reach, budget) for curve in curves]
-        num_reached = sum(np.isfinite(at[budget.unit]) for at in reached)
+        num_reached = sum(map(np.isfinite, _spent(of_seed, to_reach, budget)))
         cells = [_median(curves, to_reach, axis, budget) for axis in AXES]
         rows.append([method, f"{num_reached} of {len(curves)}", *cells])
     return markdown_table(["method", "seeds that reach it", *AXES], rows, is_right=True)

@@ -136,14 +136,13 @@ MINIATURES = {
     ),
     "useless_mini": replace(_SKILL, pool={**_even(SKILLS, 0.15), GUESS: 0.85}, num_pool=round(NUM_GUESSES / 0.85)),
     # The trusted set is slightly off: its gradient has a cosine of one half with that of what is wanted.
-    "off_target_mini": Miniature(
+    "off_target_mini": replace(
+        _SKILL,
         pool={REVERSAL: 0.12, **_even((*SKILLS, "sorting", "maximum"), 0.72), GUESS: 0.16},
         trusted={ROTATION: 1.0},
         test={REVERSAL: 1.0},
         wanted=(REVERSAL,),
         num_pool=NUM_LARGE_POOL,
-        policy=HALF_LEARNED,
-        learning_rates=SLOW,
         threshold=0.6,
     ),
 }
