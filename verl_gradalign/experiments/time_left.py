@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long the runs of a comparison will take, from those that are done.
 
-    left = TimeLeft(output, [PlannedRun("random", 1, Budget(10_240)), ...], num_tests=8, num_series=2)
+    left = TimeLeft(output, [PlannedRun("random", 1, Budget(10_240), num_tests=8), ...], num_series=2)
     print(left.said())  # 44 runs of 10,240 responses, 2 side by side: about 48 min (...)
 
 Until a run is done on this machine it goes by what one took on another, and says so. What a run that is under way has
@@ -36,6 +36,8 @@ class PlannedRun:
     method: str
     seed: int
     budget: Budget
+    num_tests: int
+    """Besides that of the untrained policy."""
     learning_rate: float | None = None
 
     def is_done(self, output: Path) -> bool:
@@ -56,9 +58,8 @@ class Pace:
 class TimeLeft:
     """Looks at a comparison's folder whenever it is asked."""
 
-    def __init__(self, output: Path, runs: Sequence[PlannedRun], num_tests: int, num_series: int) -> None:
-        self._output, self._runs = output, runs
-        self._num_tests, self._num_series = num_tests, num_series
+    def __init__(self, output: Path, runs: Sequence[PlannedRun], num_series: int) -> None:
+        self._output, self._runs, self._num_series = output, runs, num_series
         self._known: dict[Path, Pace] = {}
 
     def seconds(self, is_policy_made: bool = True) -> float:
@@ -99,8 +100,7 @@ class TimeLeft:
     def _seconds_of(self, run: PlannedRun, measured: Sequence[Pace]) -> float:
         of_method = [pace for pace in measured if pace.method == run.method]
         of_unit, of_test = mean_pace(of_method or measured, run.budget.unit)
-        # The untrained policy is tested too.
-        return of_unit * run.budget.amount + of_test * (self._num_tests + 1)
+        return of_unit * run.budget.amount + of_test * (run.num_tests + 1)
 
     def _paces(self) -> list[Pace]:
         unit = self._runs[0].budget.unit

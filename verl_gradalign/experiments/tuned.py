@@ -5,9 +5,9 @@
 
 For every method a run with each of a few learning rates, on one seed; then fresh seeds with the rate whose area under
 the curve was largest. All of these generate the same number of responses, or of tokens, or train for the same time,
-with what trusted problems and candidates take, and are tested after every eighth of it; so do all that a rate is tried
-in, which may be shorter. Leaves in the output folder: summary.md, tuning.md, curves.csv, curves.png, and
-runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was interrupted.
+with what trusted problems and candidates take, and are tested after every eighth of it. So do all that a rate is tried
+in, which may be shorter and are tested as often in the same stretch. Leaves in the output folder: summary.md,
+tuning.md, curves.csv, curves.png, and runs/<method>/lr-<rate>/seed-<n>. The same call goes on where it was interrupted.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,6 +70,10 @@ class Tuning:
         amount = min(usual, budget.amount) if self.tuning_amount is None else self.tuning_amount
         return Budget(amount, budget.unit), budget
 
+    def tests_in(self, part: Budget, whole: Budget) -> int:
+        """Return how often a run of a part of a run's budget is tested: as often in the same stretch."""
+        return max(1, round(self.num_tests * part.amount / whole.amount))
+
 
 def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> Path:
     """Run what is not done yet, and return the path of the summary.
@@ -85,21 +89,22 @@ def compare_tuned(comparison: Comparison, tuning: Tuning, console: Console) -> P
     given = GivenThreshold(tuning.accuracy_to_reach(miniature), begun_with["threshold"])
     tried = [_plan(comparison, m, tuning.seed, rate) for m in comparison.methods for rate in rates]
     tried = tried if len(rates) > 1 else []
-    left = _time_left(comparison, tried, to_try, budget, tuning.num_tests)
+    num_tests = tuning.tests_in(to_try, budget), tuning.num_tests
+    left = _time_left(comparison, tried, (to_try, budget), num_tests)
     policy = policy_folder(comparison.policy or output / "policy", miniature.policy)
     _say(console, left.said((policy / "config.json").exists()))
     if budget.unit == SECONDS and comparison.num_jobs > 1:
         _say(console, f"--jobs {comparison.num_jobs}: seconds are compared, and series side by side take more of them")
     with Progress(*COLUMNS, console=console) as progress:
         policy = policy_of(comparison, output, progress)
-        run = partial(_run, comparison, policy, tuning.num_tests, progress, lambda: _say(console, left.said()))
-        run(tried, to_try)
+        run = partial(_run, comparison, policy, progress, lambda: _say(console, left.said()))
+        run(tried, to_try, num_tests[0])
         chosen = choose_rates([read_curve(run) for run in tried], to_try)
         fresh = [
             _plan(comparison, m, seed, chosen.get(m, rates[0])) for seed in comparison.seeds for m in comparison.methods
         ]
         try:
-            run(fresh, budget)
+            run(fresh, budget, num_tests[1])
         finally:
             curves, before = ([read_curve(run) for run in runs if run.is_done] for runs in (fresh, tried))
             write_report(curves, before, miniature, (to_try, budget), given, output)
@@ -154,21 +159,22 @@ def _plan(comparison: Comparison, method: str, seed: int, rate: float) -> RunPla
 
 
 def _time_left(
-    comparison: Comparison, tried: Sequence[RunPlan], to_try: Budget, budget: Budget, num_tests: int
+    comparison: Comparison, tried: Sequence[RunPlan], budgets: tuple[Budget, Budget], num_tests: tuple[int, int]
 ) -> TimeLeft:
-    planned = [PlannedRun(run.method, run.seed, to_try, run.learning_rate) for run in tried]
-    planned += [PlannedRun(method, seed, budget) for seed in comparison.seeds for method in comparison.methods]
-    return TimeLeft(comparison.output.resolve(), planned, num_tests, comparison.num_jobs)
+    of_tried, of_fresh = zip(budgets, num_tests, strict=True)
+    planned = [PlannedRun(run.method, run.seed, *of_tried, run.learning_rate) for run in tried]
+    planned += [PlannedRun(method, seed, *of_fresh) for seed in comparison.seeds for method in comparison.methods]
+    return TimeLeft(comparison.output.resolve(), planned, comparison.num_jobs)
 
 
 def _run(
     comparison: Comparison,
     policy: Path,
-    num_tests: int,
     progress: Progress,
     on_done: Callable[[], object],
     runs: Sequence[RunPlan],
     budget: Budget,
+    num_tests: int,
 ) -> None:
     output = comparison.output.resolve()
     meter = {"amount": budget.amount, "unit": budget.unit, "num_tests": num_tests}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the shards of a module lie, and how a pass is ended or given up: plain modules, FSDP1, FSDP2 and DTensor.
+"""Where the shards of a module lie, and how a pass is ended: plain modules, FSDP1, FSDP2 and DTensor.
 
-Everything here that begins with an underscore in torch can change with its version; no other module of the probe uses
-such a name. tests/distributed/test_fsdp.py says what must hold. Placements are read once, while the module is sharded:
-during a pass the modules show temporary parameters.
+Everything here that begins with an underscore in torch can change with its version; of the probe's other modules only
+`abandoned_pass` uses such names. tests/distributed/test_fsdp.py says what must hold. Placements are read once, while
+the module is sharded: during a pass the modules show temporary parameters.
 
     reshard(module)
     placements = trainable_placements(module)
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 from torch.distributed.tensor import DTensor, Shard
 
 TOGETHER_BYTES = 2**28
@@ -239,7 +238,7 @@ def reshard(module: nn.Module) -> None:
     A forward pass leaves the root unsharded: FSDP2 then shows the unsharded parameters, FSDP1 the shards, but computes
     with the copy it has. FSDP2's `reshard` is not recursive.
     """
-    for unit in _fsdp2_units(module):
+    for unit in fsdp2_units(module):
         unit.reshard()
     for handle in flat_handles(module):
         # Before its first pass a handle has not yet set its shard apart.
@@ -248,17 +247,8 @@ def reshard(module: nn.Module) -> None:
             handle.post_reshard()
 
 
-def abandon_pass(module: nn.Module) -> None:
-    """Bring FSDP back to the state between two passes after a pass was cut short anywhere."""
-    if units := _fsdp2_units(module):
-        _abandon_pass_fsdp2(units)
-    for unit in FSDP.fsdp_modules(module):
-        # Before its first pass there is nothing to abandon.
-        if unit._handle is not None and hasattr(unit._handle.flat_param, "_local_shard"):
-            _abandon_pass_fsdp1(unit, unit._handle)
-
-
-def _fsdp2_units(module: nn.Module) -> list[FSDPModule]:
+def fsdp2_units(module: nn.Module) -> list[FSDPModule]:
+    """Return FSDP2's units, the root first."""
     return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
@@ -275,48 +265,6 @@ def unit_of_modules(root: nn.Module) -> dict[nn.Module, nn.Module]:
 
     visit(root, root)
     return units
-
-
-def _abandon_pass_fsdp2(units: list[FSDPModule]) -> None:
-    root = units[0]
-    root.set_requires_gradient_sync(True)
-    # Public since torch 2.13; before, an interrupted FSDP2 pass cannot be recovered from with public calls.
-    # Before the first pass nobody is root yet, and there is nothing to recover from.
-    if hasattr(root, "reset_iter_state") and root._get_fsdp_state()._is_root is not None:
-        root.reset_iter_state()
-    for unit in units:
-        unit.reshard()
-        state = unit._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for shard in (shard for group in groups if group is not None for shard in group.fsdp_params):
-            # Micro-batches before the last one accumulate here, out of sight of `.grad`, and reset_iter_state
-            # (torch 2.13) keeps it: without this the next training step would add the abandoned gradient.
-            shard.unsharded_accumulated_grad = None
-            if hasattr(shard, "_unsharded_param"):
-                shard._unsharded_param.grad = None
-
-
-def _abandon_pass_fsdp1(unit: FSDP, handle: Any) -> None:
-    """Do what FSDP1's own end-of-backward callback does, except keep the gradient."""
-    flat_param = handle.flat_param
-    if hasattr(flat_param, "_post_backward_hook_state"):
-        flat_param._post_backward_hook_state[-1].remove()
-        del flat_param._post_backward_hook_state
-    flat_param._post_backward_called = False
-    flat_param.grad = None
-    # Before the reshard, which does less in the middle of a forward.
-    handle._training_state = HandleTrainingState.IDLE
-    # Unconditional: with use_orig_params the shard can be in place while the modules still show views of the whole.
-    handle.reshard(handle.uses_sharded_strategy)
-    handle.post_reshard()
-    if hasattr(flat_param, "_saved_grad_shard"):
-        del flat_param._saved_grad_shard
-    handle._ran_pre_backward_hook = handle._needs_pre_backward_unshard = handle._prefetched = False
-    handle._post_forward_index = None
-    unit.training_state = TrainingState.IDLE
-    if unit._is_root:
-        unit._post_backward_callback_queued = False  # type: ignore[assignment]
-        unit._exec_order_data.next_iter()
 
 
 def compute_device(module: nn.Module) -> torch.device:

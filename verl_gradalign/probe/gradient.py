@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from verl_gradalign.probe.fsdp import abandon_pass, flat_handles, reshard
+from verl_gradalign.probe.abandoned_pass import abandon_pass
+from verl_gradalign.probe.fsdp import flat_handles, reshard
 
 CHANCE = re.compile("dropout|pdrop|layerdrop|drop_path|drop_prob|drop_rate|jitter_noise")
 """In the names by which modules of transformers keep probabilities of what they leave out, or the noise they add."""
