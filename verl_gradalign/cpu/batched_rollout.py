@@ -35,10 +35,7 @@ logger = logging.getLogger(__name__)
 # Columns that tell the agent loop what to do, and are no part of a trajectory.
 INSTRUCTIONS = ("agent_name", "__rollout_n__", "__do_sample__", "validate")
 # The columns that verl's tests read. A test is of more rows than a step, and a column is what a row's time goes into.
-READ_IN_TESTS = (
-    *("prompts", "responses", "rm_scores", "num_turns", "extra_fields"),
-    *("uid", "data_source", "reward_model"),
-)
+READ_IN_TESTS = ("prompts", "responses", "rm_scores", "num_turns", "extra_fields", "uid", "data_source", "reward_model")
 # One object for all responses, so that it is wrapped once (`_columns`).
 NONE: list[Any] = []
 NO_IMAGES: dict[str, Any] = {}
@@ -119,7 +116,7 @@ class BatchedRollout:
             ]
         partition = "val" if is_validation else "train"
         if is_validation:
-            fields = [{name: row[name] for name in READ_IN_TESTS if name in row} for row in fields]
+            fields = [{name: row[name] for name in READ_IN_TESTS} for row in fields]
         if keys:
             tq.kv_batch_put(keys=keys, fields=_columns(fields), tags=tags, partition_id=partition)
         uids = [row["uid"] for row in rows]

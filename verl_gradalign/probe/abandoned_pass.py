@@ -64,18 +64,20 @@ def _parameter_groups(unit: FSDPModule) -> list[Any]:
 
 def _reset_iter_state(units: list[FSDPModule]) -> None:
     """Do what FSDPModule.reset_iter_state does since torch 2.13; vLLM still asks for 2.11."""
-    root: Any = units[0]._get_fsdp_state()
-    for unit in units:
-        unit._get_fsdp_state()._training_state = FSDP2State.IDLE
-        unit._get_fsdp_state()._modules_to_run_forward.clear()
-        for group in _parameter_groups(unit):
-            if group._all_gather_result is not None and hasattr(group._all_gather_result.all_gather_work, "wait"):
-                group._all_gather_result.all_gather_work.wait()
-            group._training_state = FSDP2State.IDLE
-            group._post_forward_indices.clear()
-    # Streams are told to wait for what is under way where it is used; here it is thrown away, so the host waits once.
+    states: list[Any] = [unit._get_fsdp_state() for unit in units]
+    groups = [group for unit in units for group in _parameter_groups(unit)]
+    root = states[0]
+    for group in groups:
+        if group._all_gather_result is not None and hasattr(group._all_gather_result.all_gather_work, "wait"):
+            group._all_gather_result.all_gather_work.wait()
+    # What is under way is thrown away, not used on a stream that could be told to wait for it: the host waits, once.
     root._device_handle.synchronize()
-    for group in (group for unit in units for group in _parameter_groups(unit)):
+    for state in states:
+        state._training_state = FSDP2State.IDLE
+        state._modules_to_run_forward.clear()
+    for group in groups:
+        group._training_state = FSDP2State.IDLE
+        group._post_forward_indices.clear()
         group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
         group._reshard_after_forward_event = group._partial_reduce_output = None
     root._comm_ctx.all_gather_state = root._comm_ctx.reduce_scatter_state = None
